@@ -1,0 +1,37 @@
+"""Prune or quantize a causal language model on load, with a calibration set of your choice.
+
+The package imports nothing heavy: names below are loaded when first used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "CalibError": "lm_calib_plugin.errors",
+    "CalibrationSet": "lm_calib_plugin.calibration",
+    "Recipe": "lm_calib_plugin.recipe",
+    "Report": "lm_calib_plugin.report",
+    "Runtime": "lm_calib_plugin.recipe",
+    "UserError": "lm_calib_plugin.errors",
+    "builtin_model": "lm_calib_plugin.builtin_models",
+    "compress": "lm_calib_plugin.compress",
+    "register": "lm_calib_plugin._autoload",
+}
+__all__ = ["__version__", *sorted(_LAZY)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lm_calib_plugin' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
