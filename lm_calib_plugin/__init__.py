@@ -17,7 +17,7 @@ _LAZY = {
     "Runtime": "lm_calib_plugin.recipe",
     "UserError": "lm_calib_plugin.errors",
     "builtin_model": "lm_calib_plugin.builtin_models",
-    "compress": "lm_calib_plugin.compress",
+    "compress": "lm_calib_plugin.compression",
     "register": "lm_calib_plugin._autoload",
 }
 __all__ = ["__version__", *sorted(_LAZY)]

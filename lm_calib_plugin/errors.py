@@ -34,7 +34,8 @@ class UserError(CalibError, ValueError):
     def __init__(self, argument: str, given: str, allowed: str = "", fix: str = "") -> None:
         self.argument = argument
         parts = [part.rstrip(".") for part in (given, allowed, fix) if part]
-        super().__init__(f"{argument}: " + "; ".join(parts) + ".")
+        text = f"{argument}: " + "; ".join(parts)
+        super().__init__(text if text.endswith("?") else text + ".")
 
 
 class UnsupportedModelError(UserError):
@@ -70,9 +71,7 @@ def install_short_excepthook() -> None:
     if getattr(previous, "_lm_calib", False):
         return
 
-    def hook(
-        kind: type[BaseException], value: BaseException, trace: TracebackType | None
-    ) -> None:
+    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
         if isinstance(value, UserError):
             sys.stderr.write(f"error: {value}\n")
             sys.stderr.flush()

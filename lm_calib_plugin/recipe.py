@@ -1,0 +1,493 @@
+"""The recipe: everything that can change the compressed weights, validated and named.
+
+One class serves ``--model_args``, YAML files, Python, the identity of a run and its record.
+:class:`Runtime` holds what can not change the result (device, chunk size, folders); it is never
+part of the identity.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from lm_calib_plugin import registry
+from lm_calib_plugin.errors import UserError, listed, nearest
+from lm_calib_plugin.expression import SourceTerm, expression_text, parse_calibration
+from lm_calib_plugin.storage import digest
+
+SCHEMA_VERSION = 1
+DEFAULT_CALIBRATION = "self"
+UNSTRUCTURED = "unstructured"
+BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+
+
+def _number(argument: str, value: Any) -> float:
+    """Return a finite float, or raise; booleans and texts that are no numbers are refused."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(argument, f"got {value!r}", "a number is needed")
+    return number
+
+
+def _whole(argument: str, value: Any, lowest: int | None = None) -> int:
+    """Return an integer; ``1e3`` is 1000, ``1.5`` is refused."""
+    number = _number(argument, value)
+    if number != int(number) or (lowest is not None and number < lowest):
+        need = "a whole number" + ("" if lowest is None else f" >= {lowest}")
+        raise UserError(argument, f"got {value!r}", f"{need} is needed")
+    return int(number)
+
+
+def _flag(argument: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in ("true", "1", "yes"):
+        return True
+    if text in ("false", "0", "no"):
+        return False
+    raise UserError(argument, f"got {value!r}", "true or false is needed")
+
+
+def _globs(argument: str, value: Any) -> tuple[str, ...]:
+    parts = value.split("+") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)) or not all(
+        isinstance(p, str) and p.strip() for p in parts
+    ):
+        raise UserError(
+            argument, f"got {value!r}", "name patterns joined by +", "for instance *q_proj+*mlp*"
+        )
+    return tuple(p.strip() for p in parts)
+
+
+class Recipe(BaseModel):
+    """What is done to a model: method, strength, calibration data, and which layers.
+
+    Parameters
+    ----------
+    method
+        A name of ``lm-calib ls methods``.
+    sparsity
+        Fraction of the weights *removed*, 0 <= s < 1 (pruning).
+    pattern
+        ``unstructured`` or ``N:M``: N weights *kept* in every M consecutive inputs (pruning).
+    bits, group_size, symmetric
+        Width of the integer grid (2-8; 16 leaves the weights as they are), inputs per scale
+        (-1: one scale per output channel), and whether the grid is symmetric (quantization).
+        Defaults: 4, 128, true.
+    act_order
+        Visit columns by falling input energy, scales fixed before (``gptq``). Default: true.
+    damp
+        Ridge added to the Gram matrix, relative to its mean diagonal. Default: 0.01.
+    compat
+        ``reference`` reproduces the counting rules of the papers' code instead of exact counts.
+    propagate
+        ``compressed``: a block is calibrated with what compressed blocks before it produce;
+        ``dense``: with what the dense model produces.
+    calibration
+        Where the text comes from; see :mod:`lm_calib_plugin.expression`. Default ``self`` for
+        methods that need data and ``none`` for the others.
+    nsamples, seqlen, calib_seed, pack
+        Number of sequences, tokens in each, seed of the draw, and how text is cut.
+    heldout
+        Fraction of the sequences kept out of the statistics to measure the error on.
+    targets, ignore
+        Name patterns joined by ``+``. Default: every linear layer of the decoder blocks.
+    blocks
+        Path of the list of decoder blocks, when it is not found by itself.
+    untie
+        Give the output head its own copy of the weights before it is compressed.
+
+    Raises
+    ------
+    UserError
+        For every value that can not be used.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    method: str
+    sparsity: float | None = None
+    pattern: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    act_order: bool | None = None
+    damp: float | None = None
+    compat: str | None = None
+    propagate: str = "compressed"
+    calibration: tuple[SourceTerm, ...] | None = None
+    nsamples: int = 128
+    seqlen: int | None = None
+    calib_seed: int = 0
+    pack: str | None = None
+    heldout: float = 0.1
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] = ()
+    blocks: str | None = None
+    untie: bool = False
+
+    def __init__(self, **data: Any) -> None:
+        unknown = [name for name in data if name not in type(self).model_fields]
+        if unknown:
+            raise unknown_argument(unknown[0], type(self).model_fields)
+        if data.get("method") is None:
+            raise UserError(
+                "method",
+                "missing",
+                f"methods: {listed([*registry.table('pruning'), *registry.table('quantization')])}",
+                "for instance method=wanda",
+            )
+        data = {name: value for name, value in data.items() if value is not None}
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            cause = first.get("ctx", {}).get("error")
+            if isinstance(cause, UserError):
+                raise cause from None
+            name = ".".join(map(str, first["loc"])) or "recipe"
+            raise UserError(name, f"got {first['input']!r}", first["msg"]) from None
+
+    # --- one field at a time -------------------------------------------------------------
+
+    @field_validator("schema_version", mode="before")
+    @classmethod
+    def _check_schema(cls, value: Any) -> Literal[1]:
+        if value != SCHEMA_VERSION:
+            raise UserError(
+                "schema_version", f"got {value!r}", f"this build reads version {SCHEMA_VERSION}"
+            )
+        return 1
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _check_method(cls, value: Any) -> str:
+        return registry.find_method(str(value)).name
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _check_sparsity(cls, value: Any) -> float:
+        number = _number("sparsity", value)
+        if number == 1:
+            raise UserError("sparsity", "1.0 would remove every weight", "use a value below 1")
+        if not 0 <= number < 1:
+            hint = f"for {number:g} % write {number / 100:g}" if 1 < number < 100 else ""
+            raise UserError(
+                "sparsity", f"got {number:g}", "sparsity is a fraction removed, 0 <= s < 1", hint
+            )
+        return number
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _check_pattern(cls, value: Any) -> str:
+        text = str(value).strip()
+        if text == UNSTRUCTURED:
+            return text
+        found = re.fullmatch(r"(\d+):(\d+)", text)
+        if not found:
+            raise UserError("pattern", f"got {text!r}", f"`{UNSTRUCTURED}` or N:M, such as 2:4")
+        keep, group = int(found[1]), int(found[2])
+        if not 0 < keep < group:
+            hint = f"did you mean {group}:{keep}?" if 0 < group < keep else "for instance 2:4"
+            raise UserError("pattern", f"got {text}", "N:M keeps N of every M, 0 < N < M", hint)
+        return f"{keep}:{group}"
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _check_bits(cls, value: Any) -> int:
+        number = _whole("bits", value)
+        if number not in BITS:
+            raise UserError(
+                "bits", f"got {number}", "allowed: 2-8 bits, or 16 for no quantization at all"
+            )
+        return number
+
+    @field_validator("group_size", mode="before")
+    @classmethod
+    def _check_group_size(cls, value: Any) -> int:
+        number = _whole("group_size", value)
+        if number != -1 and number < 1:
+            raise UserError("group_size", f"got {number}", "a positive number of inputs, or -1")
+        return number
+
+    @field_validator("symmetric", "act_order", "untie", mode="before")
+    @classmethod
+    def _check_flags(cls, value: Any, info: Any) -> bool:
+        return _flag(info.field_name, value)
+
+    @field_validator("damp", mode="before")
+    @classmethod
+    def _check_damp(cls, value: Any) -> float:
+        number = _number("damp", value)
+        if number < 0:
+            raise UserError("damp", f"got {number:g}", "a ridge >= 0, usually 0.01")
+        return number
+
+    @field_validator("compat", "propagate", "pack", mode="before")
+    @classmethod
+    def _check_choices(cls, value: Any, info: Any) -> str:
+        allowed: list[str] = {
+            "compat": ["reference"],
+            "propagate": ["compressed", "dense"],
+            "pack": list(registry.table("packing")),
+        }[info.field_name]
+        if value not in allowed:
+            raise UserError(
+                info.field_name,
+                f"got {value!r}",
+                nearest(str(value), allowed),
+                f"allowed: {listed(allowed)}",
+            )
+        return str(value)
+
+    @field_validator("calibration", mode="before")
+    @classmethod
+    def _check_calibration(cls, value: Any) -> tuple[SourceTerm, ...]:
+        if isinstance(value, tuple) and all(isinstance(v, SourceTerm) for v in value):
+            return value
+        return parse_calibration(value)
+
+    @field_validator("nsamples", "seqlen", mode="before")
+    @classmethod
+    def _check_counts(cls, value: Any, info: Any) -> int:
+        return _whole(info.field_name, value, lowest=1)
+
+    @field_validator("calib_seed", mode="before")
+    @classmethod
+    def _check_seed(cls, value: Any) -> int:
+        return _whole("calib_seed", value)
+
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _check_heldout(cls, value: Any) -> float:
+        number = _number("heldout", value)
+        if not 0 <= number <= 0.5:
+            raise UserError("heldout", f"got {number:g}", "a fraction of the sequences, 0 to 0.5")
+        return number
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _check_globs(cls, value: Any, info: Any) -> tuple[str, ...]:
+        return _globs(info.field_name, value)
+
+    # --- fields together -----------------------------------------------------------------
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Recipe:
+        entry = self.entry
+        for name in (
+            "sparsity",
+            "pattern",
+            "bits",
+            "group_size",
+            "symmetric",
+            "act_order",
+            "damp",
+            "compat",
+        ):
+            if getattr(self, name) is not None and name not in entry.options:
+                raise UserError(
+                    name,
+                    f"`{name}` is not an option of method `{self.method}`",
+                    f"its options: {listed(entry.options)}",
+                    f"drop `{name}`",
+                )
+        if entry.kind == "pruning":
+            self._check_pruning()
+        if entry.needs_data and self.calibration == ():
+            raise UserError(
+                "calibration",
+                f"`{self.method}` needs calibration data, got none",
+                f"methods without data: {listed(_data_free())}",
+                "drop `calibration=none`, or name a source such as calibration=self",
+            )
+        return self
+
+    def _check_pruning(self) -> None:
+        if self.pattern in (None, UNSTRUCTURED):
+            if self.sparsity is None:
+                raise UserError(
+                    "sparsity",
+                    "missing",
+                    "a fraction removed, 0 <= s < 1, or a pattern",
+                    "for instance sparsity=0.5 or pattern=2:4",
+                )
+        else:
+            implied = 1 - self.kept[0] / self.kept[1]
+            if self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
+                raise UserError(
+                    "pattern",
+                    f"{self.pattern} fixes sparsity at {implied:g}, got {self.sparsity:g}",
+                    fix="drop `sparsity` or the pattern",
+                )
+
+    # --- what is derived -----------------------------------------------------------------
+
+    @property
+    def entry(self) -> registry.Entry:
+        """The registry row of the method."""
+        return registry.find_method(self.method)
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """``(N, M)`` of an N:M pattern; ``(0, 0)`` when unstructured."""
+        if self.pattern in (None, UNSTRUCTURED):
+            return 0, 0
+        keep, group = str(self.pattern).split(":")
+        return int(keep), int(group)
+
+    @property
+    def terms(self) -> tuple[SourceTerm, ...]:
+        """Calibration terms with the default filled in; empty when no data is used."""
+        if self.calibration is not None:
+            return self.calibration
+        return parse_calibration(DEFAULT_CALIBRATION) if self.entry.needs_data else ()
+
+    def method_options(self) -> dict[str, Any]:
+        """Return the options that the method reads, as given (unset ones left out)."""
+        given = {name: getattr(self, name) for name in self.entry.options}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Return the recipe as plain values, as :class:`Recipe` and YAML take them back."""
+        plain = {k: v for k, v in self.model_dump().items() if v is not None}
+        plain["calibration"] = expression_text(self.terms)
+        if len(self.terms) > 1 or any(set(t.argument) & set("+*?") for t in self.terms):
+            plain["calibration"] = [{"source": t.text(), "weight": t.weight} for t in self.terms]
+        for name in ("targets", "ignore"):
+            plain[name] = list(plain.get(name, ()))
+            if not plain[name]:
+                del plain[name]
+        return plain
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe from a YAML file of flat ``name: value`` lines."""
+        from lm_calib_plugin.recipe_file import read_recipe_file
+
+        return cls(**read_recipe_file(path))
+
+    @classmethod
+    def from_model_args(cls, arguments: Mapping[str, Any]) -> Recipe:
+        """Make a recipe from harness arguments, ``recipe=FILE`` merged with the others."""
+        from lm_calib_plugin.recipe_file import merge_recipe_file
+
+        return cls(**merge_recipe_file({k: plain_value(v) for k, v in arguments.items()}))
+
+    def resolve(self, facts: Facts) -> ResolvedRecipe:
+        """Freeze what was left open with the facts of this model and this draw."""
+        return ResolvedRecipe(self, facts)
+
+
+def _data_free() -> list[str]:
+    rows = [*registry.table("pruning").values(), *registry.table("quantization").values()]
+    return [row.name for row in rows if not row.needs_data]
+
+
+def plain_value(value: Any) -> Any:
+    """Undo what argument parsers leave behind: ``"none"`` and ``"null"`` texts become None."""
+    if isinstance(value, str) and value.strip().lower() in ("null", ""):
+        return None
+    return value
+
+
+def unknown_argument(name: str, known: Any) -> UserError:
+    """Return the error for an argument name that nobody knows."""
+    return UserError(
+        name,
+        f"unknown argument `{name}`",
+        nearest(name, known),
+        "all options: lm-calib ls options",
+    )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the run found: identity of the model, of the calibration set and of the layers.
+
+    ``model`` is a digest of the dense weights, ``calib_id`` the identity of the calibration set
+    (None without data), ``layers`` a digest of the targeted layer names, ``revision`` the
+    revision of the method's code, ``options`` the method's options with defaults filled in.
+    """
+
+    model: str
+    layers: str
+    revision: int
+    options: Mapping[str, Any]
+    calib_id: str | None = None
+    seqlen: int | None = None
+    pack: str | None = None
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A recipe with nothing left open. Its key names the result."""
+
+    recipe: Recipe
+    facts: Facts
+
+    def key(self) -> str:
+        """Return the sha256 of everything that may change the weights, and of nothing else."""
+        recipe, facts = self.recipe, self.facts
+        identity: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "method": recipe.method,
+            "revision": facts.revision,
+            "options": dict(facts.options),
+            "model": facts.model,
+            "layers": facts.layers,
+            "untie": recipe.untie,
+        }
+        if recipe.entry.needs_data:
+            identity |= {
+                "calib_id": facts.calib_id,
+                "heldout": recipe.heldout,
+                "propagate": recipe.propagate,
+            }
+        return digest(identity)
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Return plain values for a results file: the recipe, with what was left open filled in."""
+        filled = {"seqlen": self.facts.seqlen, "pack": self.facts.pack, **self.facts.options}
+        return self.recipe.to_metadata() | {k: v for k, v in filled.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how the work is done; never part of a recipe's identity.
+
+    Parameters
+    ----------
+    calib_batch_size
+        Sequences per forward pass; ``auto`` takes about 4,096 tokens on a CPU and 16,384 on a GPU.
+    report_dir
+        Folder of the per-layer report; default: ``reports`` in our cache.
+    progress
+        Show progress bars.
+    """
+
+    calib_batch_size: int | str = "auto"
+    report_dir: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.calib_batch_size != "auto":
+            size = _whole("calib_batch_size", self.calib_batch_size, lowest=1)
+            object.__setattr__(self, "calib_batch_size", size)
+        object.__setattr__(self, "progress", _flag("progress", self.progress))
+        if self.report_dir is not None:
+            object.__setattr__(self, "report_dir", str(self.report_dir))
+
+
+RUNTIME_ARGUMENTS = ("calib_batch_size", "report_dir", "progress")

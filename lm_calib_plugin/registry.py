@@ -1,0 +1,205 @@
+"""Names of methods, calibration sources and packings, and where each one is implemented.
+
+Built-in parts and parts of other installed packages stand in the same tables. A third party
+declares an entry point in one of the groups ``lm_calib_plugin.pruning``,
+``lm_calib_plugin.quantization``, ``lm_calib_plugin.calibration`` or ``lm_calib_plugin.packing``
+whose value is ``"module:Class"``; it is imported only when its name is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lm_calib_plugin.errors import UserError, listed, nearest
+
+Kind = Literal["pruning", "quantization", "calibration", "packing"]
+KINDS: tuple[Kind, ...] = ("pruning", "quantization", "calibration", "packing")
+OURS = "lm-calib-plugin"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table: a name, what it is, and where it lives (``"module:Class"``).
+
+    ``needs_data`` and ``options`` (recipe fields that the part reads) repeat what the class says,
+    so that arguments are checked before anything heavy is imported; a test keeps both equal.
+    """
+
+    kind: Kind
+    name: str
+    target: str
+    summary: str = ""
+    paper: str = ""
+    needs_data: bool = True
+    options: tuple[str, ...] = ()
+    distribution: str = OURS
+
+    def load(self) -> Any:
+        """Import and return the class."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+
+_PRUNING = "lm_calib_plugin.pruning."
+_QUANTIZATION = "lm_calib_plugin.quantization."
+_SOURCES = "lm_calib_plugin.calibration.sources."
+_PACKERS = "lm_calib_plugin.calibration.packers:"
+
+_BUILTIN: tuple[Entry, ...] = (
+    Entry(
+        "pruning",
+        "magnitude",
+        _PRUNING + "magnitude:Magnitude",
+        "smallest weights of each layer",
+        "https://arxiv.org/abs/1506.02626",
+        needs_data=False,
+        options=("sparsity", "pattern", "compat"),
+    ),
+    Entry(
+        "pruning",
+        "wanda",
+        _PRUNING + "wanda:Wanda",
+        "smallest |weight| x input norm of each output row",
+        "https://arxiv.org/abs/2306.11695",
+        options=("sparsity", "pattern", "compat"),
+    ),
+    Entry(
+        "pruning",
+        "sparsegpt",
+        _PRUNING + "sparsegpt:SparseGPT",
+        "second-order mask, kept weights updated",
+        "https://arxiv.org/abs/2301.00774",
+        options=("sparsity", "pattern", "damp", "compat"),
+    ),
+    Entry(
+        "quantization",
+        "rtn",
+        _QUANTIZATION + "rtn:RTN",
+        "round to nearest",
+        "https://arxiv.org/abs/2206.01861",
+        needs_data=False,
+        options=("bits", "group_size", "symmetric"),
+    ),
+    Entry(
+        "quantization",
+        "gptq",
+        _QUANTIZATION + "gptq:GPTQ",
+        "second-order rounding, column by column",
+        "https://arxiv.org/abs/2210.17323",
+        options=("bits", "group_size", "symmetric", "act_order", "damp", "compat"),
+    ),
+    Entry(
+        "calibration",
+        "self",
+        _SOURCES + "self_generated:SelfGenerated",
+        "the model writes its own text",
+        "https://arxiv.org/abs/2410.17711",
+    ),
+    Entry(
+        "calibration",
+        "file",
+        _SOURCES + "files:Files",
+        "file:PATH, a .txt, .jsonl or .parquet file or a folder of them",
+    ),
+    Entry(
+        "calibration",
+        "hf",
+        _SOURCES + "hub:HubDataset",
+        "hf:ORG/NAME[:config][:split][:column], or a local dataset folder",
+    ),
+    Entry(
+        "calibration",
+        "task",
+        _SOURCES + "tasks:HarnessTask",
+        "task:NAME, the training split of a harness task with its own prompt",
+    ),
+    Entry(
+        "calibration", "random", _SOURCES + "random_ids:RandomIds", "uniform token ids; a control"
+    ),
+    Entry(
+        "packing",
+        "longdoc",
+        _PACKERS + "LongDocument",
+        "one window inside one document longer than seqlen",
+    ),
+    Entry("packing", "concat", _PACKERS + "Concatenate", "documents joined, then cut into windows"),
+    Entry(
+        "packing",
+        "pad",
+        _PACKERS + "Pad",
+        "one document a row, cut at seqlen, pads excluded from every statistic",
+    ),
+)
+
+# Named corpora are short names of `hf:` sources; pinned revisions are part of calibration science
+# and come with it. A name maps to "ORG/NAME:config:split:column".
+CORPORA: dict[str, str] = {
+    "c4": "allenai/c4:en:train:text",
+    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1:train:text",
+    "wikipedia": "wikimedia/wikipedia:20231101.en:train:text",
+    "slimpajama": "DKYoon/SlimPajama-6B:default:train:text",
+    "fineweb": "HuggingFaceFW/fineweb:sample-10BT:train:text",
+    "dclm": "mlfoundations/dclm-baseline-1.0:default:train:text",
+    "pile": "NeelNanda/pile-10k:default:train:text",
+}
+
+
+@functools.cache
+def table(kind: Kind) -> dict[str, Entry]:
+    """Return name -> entry of one kind, installed third-party parts included.
+
+    A third-party part that uses a built-in name is ignored in favour of the built-in one and
+    kept out of the table; ``lm-calib ls`` shows it with both distributions named.
+    """
+    rows = {entry.name: entry for entry in _BUILTIN if entry.kind == kind}
+    for entry in _installed(kind):
+        rows.setdefault(entry.name, entry)
+    return rows
+
+
+@functools.cache
+def _installed(kind: Kind) -> tuple[Entry, ...]:
+    from importlib.metadata import entry_points
+
+    return tuple(
+        Entry(kind, point.name, point.value, distribution=point.dist.name if point.dist else "?")
+        for point in entry_points(group=f"lm_calib_plugin.{kind}")
+    )
+
+
+def shadowed(kind: Kind) -> list[tuple[Entry, Entry]]:
+    """Return pairs (kept, ignored) of parts that claim one name."""
+    rows = table(kind)
+    return [(rows[e.name], e) for e in _installed(kind) if rows[e.name] is not e]
+
+
+def find(kind: Kind, name: str, argument: str) -> Entry:
+    """Return the entry of a name, or raise a :class:`UserError` that names the nearest one."""
+    rows = table(kind)
+    if name in rows:
+        return rows[name]
+    raise UserError(
+        argument, f"no {kind} part `{name}`", nearest(name, rows), f"installed: {listed(rows)}"
+    )
+
+
+def find_method(name: str) -> Entry:
+    """Return the entry of a compression method of either kind.
+
+    The row of a third-party method is completed from its class, which is imported for that.
+    """
+    for kind in ("pruning", "quantization"):
+        rows = table(kind)
+        if name in rows:
+            entry = rows[name]
+            if entry.distribution == OURS:
+                return entry
+            method = entry.load()
+            return replace(entry, needs_data=method.needs_data, options=tuple(method.options))
+    known = [*table("pruning"), *table("quantization")]
+    raise UserError(
+        "method", f"no method `{name}`", nearest(name, known), f"installed: {listed(known)}"
+    )
