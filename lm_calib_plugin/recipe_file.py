@@ -19,7 +19,7 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"`{key}` stands twice", key_node.start_mark
@@ -53,7 +53,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
             "see lm-calib ls options",
         ) from None
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     if not isinstance(content, Mapping) or not all(isinstance(k, str) for k in content):
         raise UserError(
             FILE_ARGUMENT, f"{file} holds no `name: value` lines", "for instance `method: wanda`"
