@@ -1,0 +1,94 @@
+"""What every compression method looks like: one float32 weight in, one out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lm_calib_plugin.statistics import LayerStats
+
+
+@dataclass
+class LayerResult:
+    """The compressed weight of one layer.
+
+    ``weight`` is ``[out, in]`` in float32. ``grid`` is the quantization grid the weight lies on,
+    None after pruning. ``damp`` is the ridge used, None where there was none.
+    """
+
+    weight: Tensor
+    grid: Any = None
+    damp: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+class Method(ABC):
+    """A compression method: a dataclass whose fields are its options.
+
+    A method sees one weight matrix and the statistics of its input; layers, devices, files and
+    progress live elsewhere. It never changes its arguments.
+
+    Class attributes
+    ----------------
+    kind
+        ``pruning`` or ``quantization``.
+    statistic
+        ``none``, ``moments`` or ``gram``: what has to be known of the inputs.
+    permutation_safe
+        Whether permuting output rows permutes the result the same way.
+    revision
+        Raised whenever the method's results change; part of the recipe key.
+    paper
+        Link to the source of the method.
+    """
+
+    kind: ClassVar[str]
+    statistic: ClassVar[str] = "none"
+    permutation_safe: ClassVar[bool] = False
+    revision: ClassVar[int] = 1
+    paper: ClassVar[str] = ""
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Make the method from recipe options; options not given keep their default."""
+        return cls(**options)
+
+    def options(self) -> dict[str, Any]:
+        """Return every option with its value, defaults filled in, as plain values."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether these options leave every weight exactly as it is."""
+        return False
+
+    def check_layer(self, name: str, shape: tuple[int, int]) -> None:
+        """Raise a :class:`~lm_calib_plugin.errors.UserError` if a layer can not be treated.
+
+        ``shape`` is ``(out, in)``. Called for all layers before any data is read.
+        """
+        return None
+
+    @abstractmethod
+    def compress(
+        self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype = torch.float32
+    ) -> LayerResult:
+        """Compress one weight.
+
+        Parameters
+        ----------
+        weight
+            ``[out, in]``, float32; not changed.
+        stats
+            Statistics of the layer's input of the kind ``statistic``; not changed.
+        dtype
+            The dtype in which the model keeps the weight; what a method stores beside the integer
+            levels (scales) is rounded to it.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Pruning: which weights are removed, and what the others become."""

@@ -1,0 +1,1 @@
+"""Quantization: grids and how weights are rounded to them."""

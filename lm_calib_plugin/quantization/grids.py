@@ -1,0 +1,83 @@
+"""Integer grids: scales and zero points, and rounding to the nearest level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """``2^bits`` levels per group of consecutive inputs of each output row.
+
+    ``w' = scale * (q - zero)`` with integer ``q``. Symmetric: ``zero = 0`` and ``q`` in
+    ``[-2^(bits-1), 2^(bits-1) - 1]``; asymmetric: ``q`` in ``[0, 2^bits - 1]``.
+
+    ``scale`` and ``zero`` are ``[out, groups]`` in float32; ``scale`` holds values that ``dtype``
+    represents exactly, so that a stored checkpoint reproduces the same weights.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale: Tensor
+    zero: Tensor
+    dtype: torch.dtype
+
+    @classmethod
+    def fit(
+        cls,
+        weight: Tensor,
+        bits: int,
+        group_size: int = -1,
+        symmetric: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> IntegerGrid:
+        """Fit the min-max grid of a weight ``[out, in]``.
+
+        The symmetric scale is ``max|w| / (2^(bits-1) - 0.5)``, the convention of the
+        compressed-tensors format; the asymmetric range always contains zero, so that zero is a
+        level in both. A group of zeros gets scale 1.
+        """
+        rows, width = weight.shape
+        size = width if group_size == -1 else group_size
+        groups = weight.reshape(rows, width // size, size)
+        if symmetric:
+            scale = groups.abs().amax(dim=-1) / (2 ** (bits - 1) - 0.5)
+        else:
+            low = groups.amin(dim=-1).clamp(max=0)
+            scale = (groups.amax(dim=-1).clamp(min=0) - low) / (2**bits - 1)
+        scale = scale.to(dtype).float()
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero = torch.zeros_like(scale)
+        if not symmetric:
+            zero = (-low / scale).round().clamp(0, 2**bits - 1)
+        return cls(bits, size, symmetric, scale, zero, dtype)
+
+    @property
+    def lowest(self) -> int:
+        """Smallest integer level."""
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def highest(self) -> int:
+        """Largest integer level."""
+        return self.lowest + 2**self.bits - 1
+
+    def round_group(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Round ``values`` to levels of broadcastable ``scale`` and ``zero``; float32."""
+        level = (values / scale).round_().add_(zero).clamp_(self.lowest, self.highest)
+        return level.sub_(zero).mul_(scale)
+
+    def round(self, weight: Tensor) -> Tensor:
+        """Round a weight ``[out, in]`` to the nearest levels."""
+        rows, width = weight.shape
+        groups = weight.reshape(rows, -1, self.group_size)
+        rounded = self.round_group(groups, self.scale[..., None], self.zero[..., None])
+        return rounded.reshape(rows, width)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Tell whether every element of a stored weight ``[out, in]`` is a level of this grid."""
+        return bool((self.round(weight.float()).to(weight.dtype) == weight).all())

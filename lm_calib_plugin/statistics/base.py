@@ -1,0 +1,60 @@
+"""The one shape of a statistic: empty, update, merge."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+
+class LayerStats(ABC):
+    """Additive statistics of the inputs of one layer.
+
+    Statistics of a union of token sets are the merge of the statistics of the parts, so chunking,
+    data parallelism and mixing are one operation. ``tokens`` counts the input rows seen. With no
+    row at all, a statistic stands for uncorrelated inputs of equal energy (the identity), which
+    turns every data-driven method into its data-free relative.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.in_features = in_features
+        self.device = torch.device(device)
+        self.tokens = 0
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
+        """Return a statistic that has seen nothing."""
+        return cls(in_features, device)
+
+    def update(self, x: Tensor) -> None:
+        """Add input rows ``x`` of shape ``[tokens, in]``, any float dtype."""
+        if x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"expected [tokens, {self.in_features}], got {tuple(x.shape)}")
+        if x.shape[0]:
+            self._add(x.detach().to(self.device, torch.float32))
+            self.tokens += x.shape[0]
+
+    def merge(self, other: Self) -> None:
+        """Add everything that ``other`` has seen; ``other`` is left as it is."""
+        if type(other) is not type(self) or other.in_features != self.in_features:
+            raise ValueError("only statistics of one kind and one width can be merged")
+        self._join(other)
+        self.tokens += other.tokens
+
+    @abstractmethod
+    def _add(self, x: Tensor) -> None: ...
+
+    @abstractmethod
+    def _join(self, other: Self) -> None: ...
+
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Tell whether nothing seen so far was NaN or infinite."""
+        ...
+
+    @abstractmethod
+    def energy(self) -> Tensor:
+        """Return ``sum_t x_tj^2`` per input channel, shape ``[in]``, float32; ones if unseen."""
+        ...

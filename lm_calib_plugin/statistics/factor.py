@@ -1,0 +1,81 @@
+"""Factor of the inverse of a damped Gram matrix, the engine of second-order methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lm_calib_plugin.errors import NumericalError
+
+DAMP_CAP = 1.0
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """``upper`` is the upper triangular ``U`` with ``inv(G + damp I) = U^T U``, ``[in, in]``.
+
+    ``damp`` is the ridge that was used, relative to the mean of the diagonal of ``G``. ``dead``
+    marks input channels without any energy, ``[in]``; their diagonal element was set to 1 before
+    factoring, which decouples them from the others.
+    """
+
+    upper: Tensor
+    damp: float
+    dead: Tensor
+
+
+def inverse_factor(gram: Tensor, damp: float) -> InverseFactor:
+    """Factor ``inv(G + damp * mean(diag G) * I) = U^T U`` without ever forming the inverse.
+
+    With ``F`` reversing the order of rows and columns, ``F G F = L L^T`` gives ``G = R R^T`` for
+    the upper triangular ``R = F L F``, hence ``U = R^-1``: one Cholesky factorization and one
+    triangular inverse. When float32 is not enough, float64 is tried with the same ridge; then the
+    ridge grows tenfold up to ``1.0``. The ridge used is returned, never hidden.
+
+    Parameters
+    ----------
+    gram
+        ``G``, shape ``[in, in]``, float32, symmetric positive semi-definite.
+    damp
+        Ridge relative to the mean of the diagonal.
+
+    Raises
+    ------
+    NumericalError
+        When the matrix can not be factored even with the largest ridge.
+    """
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    matrix = gram.clone()
+    matrix.diagonal()[dead] = 1.0
+    mean = diagonal.mean()
+    used, dtype = damp, torch.float32
+    while True:
+        upper = _factor(matrix, used * mean, dtype)
+        if upper is not None:
+            return InverseFactor(upper, used, dead)
+        if dtype == torch.float32:
+            dtype = torch.float64
+        elif used < DAMP_CAP:
+            used = min(DAMP_CAP, max(used * 10, 1e-4))
+        else:
+            raise NumericalError(
+                "Gram matrix",
+                "factorization",
+                f"not positive definite even with damp={used:g}",
+                "use more calibration tokens",
+            )
+
+
+def _factor(matrix: Tensor, ridge: Tensor, dtype: torch.dtype) -> Tensor | None:
+    damped = matrix.to(dtype, copy=True)
+    damped.diagonal().add_(ridge.to(dtype))
+    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    if failed.item():
+        return None
+    root = lower.flip(0, 1)
+    eye = torch.eye(root.shape[0], dtype=dtype, device=root.device)
+    upper = torch.linalg.solve_triangular(root, eye, upper=True).float()
+    return upper if bool(upper.isfinite().all()) else None

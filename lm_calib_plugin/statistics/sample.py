@@ -1,0 +1,58 @@
+"""A bounded, evenly spread sample of input rows, to measure output errors on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class TokenSample:
+    """Every ``stride``-th input row, in the order in which rows arrive.
+
+    Which rows are kept depends on their running number only, never on how they were chunked.
+
+    Parameters
+    ----------
+    expected
+        Number of rows that will arrive (an upper bound will do).
+    limit
+        Number of rows to keep at most when ``expected`` rows arrive.
+    """
+
+    def __init__(self, expected: int, limit: int = 512) -> None:
+        self.stride = max(1, -(-expected // limit))
+        self.seen = 0
+        self._rows: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        """Take what is due of the rows ``x``, shape ``[tokens, in]``."""
+        first = -self.seen % self.stride
+        if first < x.shape[0]:
+            self._rows.append(x[first :: self.stride].detach().float().clone())
+        self.seen += x.shape[0]
+
+    def rows(self) -> Tensor | None:
+        """Return the kept rows, ``[kept, in]`` in float32, or None when nothing arrived."""
+        return torch.cat(self._rows) if self._rows else None
+
+
+def relative_error(before: Tensor, after: Tensor, rows: Tensor | None) -> float | None:
+    """Return ``||X (W' - W)^T||^2 / ||X W^T||^2`` on input rows ``X``.
+
+    Parameters
+    ----------
+    before, after
+        Weights ``W`` and ``W'`` of shape ``[out, in]``, float32.
+    rows
+        Input rows ``[tokens, in]``, or None.
+
+    Returns
+    -------
+    The relative squared output error, or None without rows or with an all-zero output.
+    """
+    if rows is None:
+        return None
+    rows = rows.to(before.device)
+    size = (rows @ before.t()).square().sum(dtype=torch.float64)
+    error = (rows @ (after - before).t()).square().sum(dtype=torch.float64)
+    return float(error / size) if size > 0 else None
