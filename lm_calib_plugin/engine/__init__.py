@@ -1,0 +1,23 @@
+"""The walk over the blocks of a model: find, observe, compress, propagate. Knows no method."""
+
+from lm_calib_plugin.engine.batches import heldout_indices
+from lm_calib_plugin.engine.discovery import Blocks, check_supported, find_blocks
+from lm_calib_plugin.engine.fingerprint import weights_digest
+from lm_calib_plugin.engine.guard import left_as_found
+from lm_calib_plugin.engine.layers import TargetLayer, find_layers, select_layers
+from lm_calib_plugin.engine.walk import Plan, WalkResult, run
+
+__all__ = [
+    "Blocks",
+    "Plan",
+    "TargetLayer",
+    "WalkResult",
+    "check_supported",
+    "find_blocks",
+    "find_layers",
+    "heldout_indices",
+    "left_as_found",
+    "run",
+    "select_layers",
+    "weights_digest",
+]

@@ -1,0 +1,107 @@
+"""Chunks of calibration sequences: padded ids, masks, and the hidden states in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CPU_TOKENS, GPU_TOKENS = 4096, 16384
+
+
+@dataclass
+class BlockCall:
+    """Everything that a block was called with, except the hidden states.
+
+    ``position`` tells where the hidden states stood: an index of ``args`` or a keyword.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    position: int | str
+
+
+@dataclass
+class Chunk:
+    """Sequences that go through the model together.
+
+    ``ids`` and ``mask`` are ``[batch, length]`` on the CPU (``mask`` None without pads);
+    ``hidden`` is ``[batch, length, hidden]``; ``calls`` has one entry a block.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    heldout: bool
+    hidden: Tensor | None = None
+    calls: list[BlockCall] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences."""
+        return int(self.ids.shape[0])
+
+    @property
+    def pads(self) -> int:
+        """Number of pad positions, none of which is ever counted."""
+        return 0 if self.mask is None else int((self.mask == 0).sum())
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return self.ids.numel() - self.pads
+
+    def halves(self) -> list[Chunk]:
+        """Split in two (hidden states too); the calls have to be captured again."""
+        middle = self.rows // 2
+        return [
+            Chunk(
+                self.ids[part],
+                None if self.mask is None else self.mask[part],
+                self.heldout,
+                None if self.hidden is None else self.hidden[part].clone(),
+                done=self.done,
+            )
+            for part in (slice(None, middle), slice(middle, None))
+        ]
+
+
+def heldout_indices(count: int, fraction: float) -> list[int]:
+    """Return which of ``count`` sequences are held out: ``floor(count * fraction)``, spread.
+
+    Evenly spread over the list, so that every source of a mix gives its share.
+    """
+    wanted = int(count * fraction + 1e-9)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
+def token_budget(device: torch.device, length: int) -> int:
+    """Return the automatic number of sequences a chunk; a fixed rule, so runs repeat exactly."""
+    budget = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
+    return max(1, budget // max(1, length))
+
+
+def make_chunks(
+    sequences: Sequence[Tensor], heldout: Sequence[int], size: int, pad_id: int
+) -> list[Chunk]:
+    """Group sequences into chunks of at most ``size``, statistics first, held-out ones last.
+
+    Sequences are padded on the right to the longest of their chunk.
+    """
+    out = set(heldout)
+    chunks = []
+    for flag in (False, True):
+        group = [s for i, s in enumerate(sequences) if (i in out) == flag]
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            length = max(len(s) for s in part)
+            ids = torch.full((len(part), length), pad_id, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, sequence in enumerate(part):
+                ids[row, : len(sequence)] = sequence
+                mask[row, : len(sequence)] = 1
+            chunks.append(Chunk(ids, None if bool(mask.all()) else mask, flag))
+    return chunks

@@ -1,0 +1,106 @@
+"""Which models can be compressed, and where their decoder blocks are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lm_calib_plugin.errors import UnsupportedModelError, listed
+
+RECURRENT = ("mamba", "rwkv", "jamba", "zamba", "bamba", "recurrent_gemma", "xlstm", "falcon_h1")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The decoder blocks of a model and the dotted path of the list that holds them."""
+
+    path: str
+    modules: nn.ModuleList
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse, by name and with the way out, a model that can not be compressed here.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For adapters not merged, encoder-decoders, recurrent models, models that are already
+        quantized, weights that are not in memory, and shared key/value blocks.
+    """
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    kind = str(getattr(config, "model_type", "")).lower()
+    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
+        raise UnsupportedModelError(
+            "model", f"{name} carries adapters that are not merged",
+            fix="call merge_and_unload() first; through the harness, peft=... is merged by itself",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            "model", f"{name} is an encoder-decoder", "decoder-only causal language models"
+        )
+    if any(word in kind for word in RECURRENT):
+        raise UnsupportedModelError(
+            "model", f"{name} ({kind}) has recurrent blocks",
+            "decoder-only transformers whose blocks can be replayed one by one",
+        )
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None or getattr(model, "is_quantized", False):
+        raise UnsupportedModelError(
+            "model", f"{name} is already quantized",
+            fix="load the full-precision checkpoint it was made from",
+        )
+    if getattr(getattr(config, "get_text_config", lambda: config)(), "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            "model", f"{name} shares keys and values between blocks",
+            "models whose blocks can be replayed one by one",
+        )
+    away = [n for n, p in model.named_parameters() if p.device.type == "meta"]
+    if away:
+        raise UnsupportedModelError(
+            "model", f"{len(away)} tensors of {name} are not in memory (meta or offloaded to disk)",
+            f"first: {away[0]}", "load it whole: parallelize=False, or enough CPU memory",
+        )
+
+
+def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
+    """Find the list of decoder blocks.
+
+    Taken is the outermost ``nn.ModuleList`` of ``config.num_hidden_layers`` entries that holds the
+    most parameters; ``path`` names another one.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When there is none, with the lists that were seen.
+    """
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    if path is not None:
+        if path in lists:
+            return Blocks(path, lists[path])
+        raise UnsupportedModelError(
+            "blocks", f"no list of blocks at `{path}`", f"lists in this model: {listed(lists)}"
+        )
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    depth = getattr(text, "num_hidden_layers", None)
+    outermost = [
+        n for n in lists if not any(n.startswith(other + ".") for other in lists if other != n)
+    ]
+    fitting = [n for n in outermost if depth is None or len(lists[n]) == depth]
+    if not fitting:
+        raise UnsupportedModelError(
+            "model", f"cannot find repeated blocks in {type(model).__name__}",
+            f"lists seen: {listed(lists) or 'none'}", "give blocks=path.to.layers",
+        )
+    best = max(fitting, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
+    return Blocks(best, lists[best])
