@@ -37,7 +37,8 @@ def check_supported(model: nn.Module) -> None:
     kind = str(getattr(config, "model_type", "")).lower()
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
         raise UnsupportedModelError(
-            "model", f"{name} carries adapters that are not merged",
+            "model",
+            f"{name} carries adapters that are not merged",
             fix="call merge_and_unload() first; through the harness, peft=... is merged by itself",
         )
     if getattr(config, "is_encoder_decoder", False):
@@ -46,25 +47,30 @@ def check_supported(model: nn.Module) -> None:
         )
     if any(word in kind for word in RECURRENT):
         raise UnsupportedModelError(
-            "model", f"{name} ({kind}) has recurrent blocks",
+            "model",
+            f"{name} ({kind}) has recurrent blocks",
             "decoder-only transformers whose blocks can be replayed one by one",
         )
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None or getattr(model, "is_quantized", False):
         raise UnsupportedModelError(
-            "model", f"{name} is already quantized",
+            "model",
+            f"{name} is already quantized",
             fix="load the full-precision checkpoint it was made from",
         )
     if getattr(getattr(config, "get_text_config", lambda: config)(), "num_kv_shared_layers", 0):
         raise UnsupportedModelError(
-            "model", f"{name} shares keys and values between blocks",
+            "model",
+            f"{name} shares keys and values between blocks",
             "models whose blocks can be replayed one by one",
         )
     away = [n for n, p in model.named_parameters() if p.device.type == "meta"]
     if away:
         raise UnsupportedModelError(
-            "model", f"{len(away)} tensors of {name} are not in memory (meta or offloaded to disk)",
-            f"first: {away[0]}", "load it whole: parallelize=False, or enough CPU memory",
+            "model",
+            f"{len(away)} tensors of {name} are not in memory (meta or offloaded to disk)",
+            f"first: {away[0]}",
+            "load it whole: parallelize=False, or enough CPU memory",
         )
 
 
@@ -99,8 +105,10 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
     fitting = [n for n in outermost if depth is None or len(lists[n]) == depth]
     if not fitting:
         raise UnsupportedModelError(
-            "model", f"cannot find repeated blocks in {type(model).__name__}",
-            f"lists seen: {listed(lists) or 'none'}", "give blocks=path.to.layers",
+            "model",
+            f"cannot find repeated blocks in {type(model).__name__}",
+            f"lists seen: {listed(lists) or 'none'}",
+            "give blocks=path.to.layers",
         )
     best = max(fitting, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
     return Blocks(best, lists[best])

@@ -65,9 +65,11 @@ class TargetLayer:
 
 
 def find_layers(
-    model: nn.Module, blocks: Blocks
+    blocks: Blocks, ignore: Sequence[str] = ()
 ) -> tuple[list[TargetLayer], list[tuple[str, str]]]:
     """List every compressible weight of the blocks, and every other matrix with the reason.
+
+    Experts stored in an unknown way are refused unless ``ignore`` names them.
 
     Returns
     -------
@@ -91,6 +93,9 @@ def find_layers(
                     continue
                 transposed = isinstance(module, Conv1D)
                 layers.append(TargetLayer(name, module, module.weight, index, transposed))
+            elif _is_experts(module) and not _known_experts(module) and _any(name, ignore):
+                claimed |= {id(p) for p in module.parameters()}
+                left.append((name, "in ignore"))
             elif _is_experts(module):
                 found = _expert_layers(name, module, index)
                 claimed |= {id(layer.parameter) for layer in found}
@@ -111,8 +116,10 @@ def head_layer(model: nn.Module, blocks: Blocks, untie: bool) -> TargetLayer | N
     if embeddings is not None and head.weight is embeddings.weight:
         if not untie:
             raise UserError(
-                "targets", f"{name} and the input embeddings share one tensor",
-                "compressing it changes both", f"untie=true, or drop {name}",
+                "targets",
+                f"{name} and the input embeddings share one tensor",
+                "compressing it changes both",
+                f"untie=true, or drop {name}",
             )
         head.weight = nn.Parameter(
             head.weight.detach().clone(), requires_grad=head.weight.requires_grad
@@ -148,7 +155,7 @@ def select_layers(
     UserError
         When a pattern matches nothing or nothing is left.
     """
-    layers, left = find_layers(model, blocks)
+    layers, left = find_layers(blocks, ignore)
     if not layers:
         raise UnsupportedModelError(
             "model", f"no linear layer in the blocks `{blocks.path}` of {type(model).__name__}"
@@ -159,19 +166,23 @@ def select_layers(
         if head is not None:
             layers = [*layers, head]
     elif untie:
-        raise UserError("untie", "the output head is not among the targets",
-                        fix="add it, for instance targets=*proj+lm_head, or drop untie")
+        raise UserError(
+            "untie",
+            "the output head is not among the targets",
+            fix="add it, for instance targets=*proj+lm_head, or drop untie",
+        )
     routers = _routers(blocks) if targets is not None else []
     for pattern in [*(targets or ()), *ignore]:
-        if not any(matches(layer.name, pattern) for layer in [*layers, *routers]):
+        names = [layer.name for layer in [*layers, *routers]] + [name for name, _ in left]
+        if not any(matches(name, pattern) for name in names):
             raise _matched_nothing(model, pattern, layers, pattern in ignore)
     if targets is not None:
-        named = [r for r in routers if any(matches(r.name, p) for p in targets)]
+        named = [r for r in routers if _any(r.name, targets)]
         left = [entry for entry in left if entry[0] not in {r.name for r in named}]
-        outside = [x for x in layers if not any(matches(x.name, p) for p in targets)]
+        outside = [x for x in layers if not _any(x.name, targets)]
         left += [(x.name, "not in targets") for x in outside]
         layers = sorted([x for x in layers if x not in outside] + named, key=_order)
-    ignored = [x for x in layers if any(matches(x.name, p) for p in ignore)]
+    ignored = [x for x in layers if _any(x.name, ignore)]
     left += [(x.name, "in ignore") for x in ignored]
     layers = [x for x in layers if x not in ignored]
     if not layers:
@@ -184,6 +195,10 @@ def select_layers(
 def matches(name: str, pattern: str) -> bool:
     """Tell whether a pattern matches a layer name or a dotted tail of it."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _any(name: str, patterns: Sequence[str]) -> bool:
+    return any(matches(name, pattern) for pattern in patterns)
 
 
 def _order(layer: TargetLayer) -> int:
@@ -216,18 +231,23 @@ def _matched_nothing(
     tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
     if any(matches(n, pattern) for n in tables):
         return UserError(
-            argument, f"`{pattern}` is an embedding table", "only linear layers are compressed",
+            argument,
+            f"`{pattern}` is an embedding table",
+            "only linear layers are compressed",
             "the output head can be named instead, with untie=true when it is tied",
         )
     linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
     if any(matches(n, pattern) for n in linear):
         return UserError(
-            argument, f"`{pattern}` names a linear layer outside the decoder blocks",
+            argument,
+            f"`{pattern}` names a linear layer outside the decoder blocks",
             "layers of the blocks, and the output head",
         )
     return UserError(
-        argument, f"pattern `{pattern}` matched 0 of {len(layers)} linear layers",
-        nearest(pattern.strip("*."), tails), f"names: {listed(tails)}",
+        argument,
+        f"pattern `{pattern}` matched 0 of {len(layers)} linear layers",
+        nearest(pattern.strip("*."), tails),
+        f"names: {listed(tails)}",
     )
 
 
@@ -236,19 +256,32 @@ def _is_experts(module: nn.Module) -> bool:
     return isinstance(down, nn.Parameter) and down.dim() == 3
 
 
-def _expert_layers(name: str, module: Any, block: int) -> list[TargetLayer]:
-    known = all(hasattr(module, a) for a in ("is_transposed", "has_gate", "has_bias"))
+def _known_experts(module: Any) -> bool:
+    flags = all(hasattr(module, a) for a in ("is_transposed", "has_gate", "has_bias"))
     first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    if not known or not hasattr(module, first) or getattr(module, "has_post_expert_norm", False):
+    return flags and hasattr(module, first) and not getattr(module, "has_post_expert_norm", False)
+
+
+def _expert_layers(name: str, module: Any, block: int) -> list[TargetLayer]:
+    if not _known_experts(module):
         raise UnsupportedModelError(
-            "model", f"{name} ({type(module).__name__}) stores experts in an unknown way",
+            "model",
+            f"{name} ({type(module).__name__}) stores experts in an unknown way",
             "experts with the common interface of transformers 5",
-            "leave them out with targets=..., once they are listed by lm-calib",
+            "leave them dense with ignore=*experts*",
         )
+    first = "gate_up_proj" if module.has_gate else "up_proj"
     part = first.removesuffix("_proj")
     return [
-        TargetLayer(f"{name}.{e}.{attribute}", module, getattr(module, attribute), block,
-                    bool(module.is_transposed), e, kind)
+        TargetLayer(
+            f"{name}.{e}.{attribute}",
+            module,
+            getattr(module, attribute),
+            block,
+            bool(module.is_transposed),
+            e,
+            kind,
+        )
         for e in range(module.down_proj.shape[0])
         for attribute, kind in ((first, part), ("down_proj", "down"))
     ]
@@ -270,7 +303,8 @@ def _refuse_shared(layers: Sequence[TargetLayer]) -> None:
         key = (id(layer.parameter), layer.expert)
         if key in seen:
             raise UnsupportedModelError(
-                "model", f"{seen[key]} and {layer.name} share one weight",
+                "model",
+                f"{seen[key]} and {layer.name} share one weight",
                 "every block needs weights of its own",
             )
         seen[key] = layer.name

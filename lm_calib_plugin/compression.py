@@ -1,0 +1,289 @@
+"""The composition root: ``compress(model, tokenizer, recipe) -> Report``.
+
+The only module that knows calibration, methods and engine at once.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lm_calib_plugin import engine, storage
+from lm_calib_plugin.calibration import CalibrationSet, build_calibration, validate_calibration
+from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
+from lm_calib_plugin.errors import NumericalError, UserError
+from lm_calib_plugin.method import Method
+from lm_calib_plugin.recipe import Facts, Recipe, ResolvedRecipe, Runtime
+from lm_calib_plugin.report import Report
+
+DEFAULT_SEQLEN = 2048
+PACKAGES = ("lm-calib-plugin", "torch", "transformers", "lm-eval", "datasets", "accelerate")
+
+
+def compress(
+    model: nn.Module,
+    tokenizer: Any,
+    recipe: Recipe,
+    runtime: Runtime | None = None,
+    calibration: CalibrationSet | None = None,
+) -> Report:
+    """Prune or quantize a causal language model in place, as a recipe says.
+
+    Parameters
+    ----------
+    model
+        A decoder-only Hugging Face model, in memory, on one or several devices.
+    tokenizer
+        Its tokenizer; may be None when no data is used or ``calibration`` is given.
+    recipe
+        What to do.
+    runtime
+        Chunk size, report folder, progress bar.
+    calibration
+        A calibration set made before; used instead of the recipe's source.
+
+    Returns
+    -------
+    Report
+        Also written, layer by layer, to ``runtime.report_dir``.
+
+    Raises
+    ------
+    UserError
+        When the recipe does not fit the model, before any data is read or any weight is changed.
+    NumericalError
+        For NaN, Inf or a matrix that can not be factored; the layer and the stage are named.
+    """
+    runtime = runtime or Runtime()
+    engine.check_supported(model)
+    method = recipe.entry.load().from_options(recipe.method_options())
+    seqlen = _sequence_length(recipe, model)
+    if calibration is None:
+        validate_calibration(recipe)
+    blocks = engine.find_blocks(model, recipe.blocks)
+    layers, left = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
+    for layer in layers:
+        method.check_layer(layer.name, layer.shape)
+    seconds: dict[str, float] = {}
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    with engine.left_as_found(model):
+        start = time.perf_counter()
+        dense_digest = engine.weights_digest(model)
+        seconds["digest"] = time.perf_counter() - start
+        start = time.perf_counter()
+        if calibration is None and recipe.terms:
+            calibration = build_calibration(
+                recipe,
+                tokenizer,
+                model,
+                seqlen=seqlen,
+                model_id=dense_digest,
+                vocab_size=_vocab_size(model),
+                runtime=runtime,
+            )
+        seconds["calibration"] = time.perf_counter() - start
+        chunks = _chunks(calibration, recipe, runtime, model, tokenizer, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        plan = engine.Plan(method, layers, recipe.propagate)
+        result = engine.run(model, blocks, chunks, plan, device, runtime.progress)
+        seconds |= result.seconds
+        start = time.perf_counter()
+        achieved = measure(model, blocks, layers, method, result.grids)
+        final_digest = engine.weights_digest(model)
+        seconds["measure"] = time.perf_counter() - start
+    resolved = _resolve(recipe, method, dense_digest, layers, calibration, seqlen)
+    report = Report(
+        key=resolved.key(),
+        recipe=resolved.to_metadata(),
+        calibration=_calibration_summary(calibration, result.pads, chunks),
+        layers=result.rows,
+        achieved=achieved,
+        left_dense=left,
+        seconds=seconds,
+        peak_memory_gib=_peak_memory(device),
+        warnings=result.warnings + _data_warnings(recipe, calibration, left),
+        versions=_versions(),
+        weights_digest=final_digest,
+        model_digest=dense_digest,
+    )
+    folder = runtime.report_dir
+    report.write(Path(folder) if folder else storage.cache_dir() / "reports")
+    return report
+
+
+def measure(
+    model: nn.Module,
+    blocks: engine.Blocks,
+    layers: Sequence[engine.TargetLayer],
+    method: Method,
+    grids: dict[str, Any],
+) -> dict[str, Any]:
+    """Count zeros, and check that quantized weights lie on their grid, on the live model.
+
+    Returns
+    -------
+    dict
+        ``sparsity`` of the targeted layers, ``sparsity_blocks`` of all parameters of the blocks,
+        ``sparsity_model`` of all parameters, ``bits`` (mean width of a targeted weight, without
+        scales; None when nothing was quantized).
+
+    Raises
+    ------
+    NumericalError
+        When a weight is not on the grid it was rounded to.
+    """
+    for layer in layers:
+        grid = grids.get(layer.name)
+        if grid is not None and not grid.holds(layer.weight):
+            raise NumericalError(layer.name, "final count", "weights are not on their grid")
+    target = [(int((x.stored == 0).sum()), x.stored.numel()) for x in layers]
+    inside = [(int((p == 0).sum()), p.numel()) for p in blocks.modules.parameters()]
+    everything = [(int((p == 0).sum()), p.numel()) for p in model.parameters()]
+    bits = None
+    if grids:
+        sizes = {x.name: x.stored.numel() for x in layers}
+        bits = sum(grids[n].bits * sizes[n] for n in grids) / sum(sizes[n] for n in grids)
+    elif method.kind == "quantization":
+        bits = 16.0
+    return {
+        "sparsity": _share(target),
+        "sparsity_blocks": _share(inside),
+        "sparsity_model": _share(everything),
+        "bits": bits,
+    }
+
+
+def _share(counts: Sequence[tuple[int, int]]) -> float:
+    return sum(zeros for zeros, _ in counts) / max(1, sum(size for _, size in counts))
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _sequence_length(recipe: Recipe, model: nn.Module) -> int:
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    if recipe.seqlen is None:
+        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
+    if limit and recipe.seqlen > limit:
+        raise UserError(
+            "seqlen",
+            f"got {recipe.seqlen}",
+            f"the model accepts {limit} positions",
+            f"use seqlen<={limit}",
+        )
+    return recipe.seqlen
+
+
+def _vocab_size(model: nn.Module) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def _chunks(
+    calibration: CalibrationSet | None,
+    recipe: Recipe,
+    runtime: Runtime,
+    model: nn.Module,
+    tokenizer: Any,
+    device: torch.device,
+) -> list[Chunk]:
+    if calibration is None:
+        return []
+    highest = max(int(s.max()) for s in calibration.sequences)
+    if highest >= _vocab_size(model):
+        raise UserError(
+            "calibration",
+            f"token id {highest} >= {_vocab_size(model)} rows of the embeddings",
+            fix="wrong tokenizer for this model?",
+        )
+    size = runtime.calib_batch_size
+    if size == "auto":
+        size = token_budget(device, max(len(s) for s in calibration.sequences))
+    pad = getattr(tokenizer, "pad_token_id", None)
+    pad_id = pad if isinstance(pad, int) and pad < _vocab_size(model) else 0
+    held = engine.heldout_indices(len(calibration.sequences), recipe.heldout)
+    return make_chunks(calibration.sequences, held, int(size), pad_id)
+
+
+def _resolve(
+    recipe: Recipe,
+    method: Method,
+    dense_digest: str,
+    layers: Sequence[engine.TargetLayer],
+    calibration: CalibrationSet | None,
+    seqlen: int,
+) -> ResolvedRecipe:
+    used = calibration is not None
+    packs = sorted({str(s["pack"]) for s in calibration.sources}) if calibration else []
+    facts = Facts(
+        model=dense_digest,
+        layers=storage.digest([layer.name for layer in layers]),
+        revision=method.revision,
+        options=method.options(),
+        calib_id=calibration.calib_id if calibration else None,
+        seqlen=seqlen if used else None,
+        pack="+".join(packs) or None,
+    )
+    return recipe.resolve(facts)
+
+
+def _calibration_summary(
+    calibration: CalibrationSet | None, pads: int, chunks: Sequence[Chunk]
+) -> dict[str, Any] | None:
+    if calibration is None:
+        return None
+    held = sum(c.rows for c in chunks if c.heldout)
+    return {
+        **calibration.summary(),
+        "heldout_sequences": held,
+        "pad_tokens_excluded": pads,
+    }
+
+
+def _data_warnings(
+    recipe: Recipe, calibration: CalibrationSet | None, left: Sequence[tuple[str, str]]
+) -> list[str]:
+    notes = []
+    if (
+        calibration is not None
+        and recipe.heldout
+        and not engine.heldout_indices(len(calibration.sequences), recipe.heldout)
+    ):
+        notes.append(
+            f"nothing held out: {recipe.heldout:g} of {len(calibration.sequences)} sequences is "
+            "less than one, so no held-out error"
+        )
+    reasons: dict[str, int] = {}
+    for _, why in left:
+        reasons[why] = reasons.get(why, 0) + 1
+    notes += [f"{count} matrices left dense: {why}" for why, count in reasons.items()]
+    return notes
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Return the peak in GiB: of the device on CUDA, else of this process since it started."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

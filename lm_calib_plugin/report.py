@@ -1,0 +1,139 @@
+"""The report of a compression: totals for the results file, one row a layer for a side file."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_calib_plugin.storage import canonical_json, digest, write_text
+
+
+@dataclass
+class LayerRow:
+    """What became of one layer.
+
+    ``removed`` is the fraction of exact zeros in the stored weight, ``bits`` the width of its
+    levels (None when not quantized). ``error_calibration`` and ``error_heldout`` are relative
+    squared output errors, ``||X (W' - W)^T||^2 / ||X W^T||^2``, on up to 512 tokens of the
+    sequences used and of the sequences held out. ``tokens`` counts the input rows seen.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    removed: float
+    bits: int | None
+    error_calibration: float | None
+    error_heldout: float | None
+    damp: float | None
+    tokens: int | None
+    seconds: float
+
+
+@dataclass
+class Report:
+    """Everything that is said about one compressed model.
+
+    ``key`` names the result (see :meth:`lm_calib_plugin.recipe.ResolvedRecipe.key`); ``achieved``
+    is counted on the live weights after all work is done.
+    """
+
+    key: str
+    recipe: dict[str, Any]
+    calibration: dict[str, Any] | None
+    layers: list[LayerRow]
+    achieved: dict[str, Any] = field(default_factory=dict)
+    left_dense: list[tuple[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_gib: float | None = None
+    warnings: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    weights_digest: str = ""
+    model_digest: str = ""
+    report_file: str | None = None
+    report_sha256: str | None = None
+
+    def error(self) -> dict[str, Any]:
+        """Return median and worst relative output error, on calibration and held-out tokens."""
+        found: dict[str, Any] = {}
+        for kind in ("calibration", "heldout"):
+            pairs = [(getattr(r, f"error_{kind}"), r.name) for r in self.layers]
+            known = [(e, name) for e, name in pairs if e is not None]
+            worst = max(known, default=None)
+            found[kind] = worst and {
+                "median": _rounded(statistics.median(e for e, _ in known)),
+                "worst": _rounded(worst[0]),
+                "worst_layer": worst[1],
+            }
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """Return the block that goes into a results file under ``config["compression"]``."""
+        return {
+            "key": self.key,
+            "recipe": self.recipe,
+            "calibration": self.calibration,
+            "achieved": self.achieved,
+            "error": self.error(),
+            "layers": len(self.layers),
+            "left_dense": len(self.left_dense),
+            "seconds": {k: round(v, 3) for k, v in self.seconds.items()},
+            "peak_memory_gib": self.peak_memory_gib,
+            "warnings": list(self.warnings),
+            "versions": self.versions,
+            "model_digest": self.model_digest,
+            "weights_digest": self.weights_digest,
+            "report_file": self.report_file,
+            "report_sha256": self.report_sha256,
+        }
+
+    def line(self) -> str:
+        """Return one line for people: what was compressed, by what, with which data, how well."""
+        got, error = self.achieved, self.error()
+        strength = []
+        if self.recipe.get("bits") is not None:
+            strength.append(f"{got['bits']:g} bits")
+        else:
+            strength.append(f"{got['sparsity']:.2%} removed")
+        data = "no data"
+        if self.calibration:
+            c = self.calibration
+            names = "+".join(s["source"] for s in c["sources"])
+            data = f"{names} ({c['nsamples']} x {c['seqlen']} tokens, {c['calib_id'][:12]})"
+        parts = [
+            f"{self.recipe['method']}: {len(self.layers)} layers, {', '.join(strength)}",
+            f"calibrated on {data}",
+        ]
+        for kind, label in (("calibration", "layer error"), ("heldout", "held out")):
+            if error[kind]:
+                parts.append(f"{label} {error[kind]['median']:.4f}")
+        parts.append(f"{sum(self.seconds.values()):.1f} s")
+        parts.append(f"key {self.key[:12]}")
+        if self.warnings:
+            parts.append(f"{len(self.warnings)} warning(s)")
+        return "; ".join(parts)
+
+    def table(self) -> dict[str, Any]:
+        """Return the content of the side file: the key, every layer, every matrix left dense."""
+        return {
+            "key": self.key,
+            "layers": [asdict(row) for row in self.layers],
+            "left_dense": [{"name": name, "why": why} for name, why in self.left_dense],
+        }
+
+    def write(self, folder: Path) -> Path:
+        """Write the side file atomically; its name holds the key, its hash goes in the summary."""
+        content = self.table()
+        path = folder / f"layers-{self.key[:16]}.json"
+        write_text(path, canonical_json(content) + "\n")
+        self.report_file, self.report_sha256 = str(path), digest(content)
+        return path
+
+
+def _rounded(value: float, digits: int = 6) -> float:
+    """Round to significant digits, which keeps small errors readable."""
+    if value == 0 or not math.isfinite(value):
+        return value
+    return round(value, digits - 1 - math.floor(math.log10(abs(value))))
