@@ -66,7 +66,7 @@ def compress(
     runtime = runtime or Runtime()
     engine.check_supported(model)
     method = recipe.entry.load().from_options(recipe.method_options())
-    seqlen = _sequence_length(recipe, model)
+    seqlen = sequence_length(recipe, model.config)
     if calibration is None:
         validate_calibration(recipe)
     blocks = engine.find_blocks(model, recipe.blocks)
@@ -167,13 +167,15 @@ def _share(counts: Sequence[tuple[int, int]]) -> float:
     return sum(zeros for zeros, _ in counts) / max(1, sum(size for _, size in counts))
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+def sequence_length(recipe: Recipe, config: Any) -> int:
+    """Return the tokens of a calibration sequence: as asked, else ``min(2048, model limit)``.
 
-
-def _sequence_length(recipe: Recipe, model: nn.Module) -> int:
-    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    Raises
+    ------
+    UserError
+        When more is asked than the model has positions for.
+    """
+    limit = getattr(engine.text_config(config), "max_position_embeddings", None)
     if recipe.seqlen is None:
         return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
     if limit and recipe.seqlen > limit:

@@ -1,7 +1,13 @@
 """The walk over the blocks of a model: find, observe, compress, propagate. Knows no method."""
 
 from lm_calib_plugin.engine.batches import heldout_indices
-from lm_calib_plugin.engine.discovery import Blocks, check_supported, find_blocks
+from lm_calib_plugin.engine.discovery import (
+    Blocks,
+    check_config,
+    check_supported,
+    find_blocks,
+    text_config,
+)
 from lm_calib_plugin.engine.fingerprint import weights_digest
 from lm_calib_plugin.engine.guard import left_as_found
 from lm_calib_plugin.engine.layers import TargetLayer, find_layers, select_layers
@@ -12,6 +18,7 @@ __all__ = [
     "Plan",
     "TargetLayer",
     "WalkResult",
+    "check_config",
     "check_supported",
     "find_blocks",
     "find_layers",
@@ -19,5 +26,6 @@ __all__ = [
     "left_as_found",
     "run",
     "select_layers",
+    "text_config",
     "weights_digest",
 ]

@@ -23,24 +23,18 @@ class Blocks:
         return len(self.modules)
 
 
-def check_supported(model: nn.Module) -> None:
-    """Refuse, by name and with the way out, a model that can not be compressed here.
+def check_config(config: Any, name: str) -> None:
+    """Refuse, by name and with the way out, a kind of model that can not be compressed here.
+
+    Only the configuration is needed, so this runs before any weight is loaded.
 
     Raises
     ------
     UnsupportedModelError
-        For adapters not merged, encoder-decoders, recurrent models, models that are already
-        quantized, weights that are not in memory, and shared key/value blocks.
+        For encoder-decoders, recurrent models, models that are already quantized, and models that
+        share keys and values between blocks.
     """
-    name = type(model).__name__
-    config: Any = getattr(model, "config", None)
     kind = str(getattr(config, "model_type", "")).lower()
-    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
-        raise UnsupportedModelError(
-            "model",
-            f"{name} carries adapters that are not merged",
-            fix="call merge_and_unload() first; through the harness, peft=... is merged by itself",
-        )
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             "model", f"{name} is an encoder-decoder", "decoder-only causal language models"
@@ -51,19 +45,36 @@ def check_supported(model: nn.Module) -> None:
             f"{name} ({kind}) has recurrent blocks",
             "decoder-only transformers whose blocks can be replayed one by one",
         )
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None or getattr(model, "is_quantized", False):
+    if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             "model",
             f"{name} is already quantized",
             fix="load the full-precision checkpoint it was made from",
         )
-    if getattr(getattr(config, "get_text_config", lambda: config)(), "num_kv_shared_layers", 0):
+    if getattr(text_config(config), "num_kv_shared_layers", 0):
         raise UnsupportedModelError(
             "model",
             f"{name} shares keys and values between blocks",
             "models whose blocks can be replayed one by one",
         )
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse a loaded model that can not be compressed here; see also :func:`check_config`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For adapters not merged and weights that are not in memory, too.
+    """
+    name = type(model).__name__
+    if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
+        raise UnsupportedModelError(
+            "model",
+            f"{name} carries adapters that are not merged",
+            fix="call merge_and_unload() first; through the harness, peft=... is merged by itself",
+        )
+    check_config(getattr(model, "config", None), name)
     away = [n for n, p in model.named_parameters() if p.device.type == "meta"]
     if away:
         raise UnsupportedModelError(
@@ -72,6 +83,11 @@ def check_supported(model: nn.Module) -> None:
             f"first: {away[0]}",
             "load it whole: parallelize=False, or enough CPU memory",
         )
+
+
+def text_config(config: Any) -> Any:
+    """Return the configuration of the language model inside a composite one."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
@@ -96,9 +112,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
         raise UnsupportedModelError(
             "blocks", f"no list of blocks at `{path}`", f"lists in this model: {listed(lists)}"
         )
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    depth = getattr(text, "num_hidden_layers", None)
+    depth = getattr(text_config(getattr(model, "config", None)), "num_hidden_layers", None)
     outermost = [
         n for n in lists if not any(n.startswith(other + ".") for other in lists if other != n)
     ]

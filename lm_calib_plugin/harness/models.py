@@ -1,0 +1,145 @@
+"""``--model calib``, ``calib_pruned`` and ``calib_quantized``: HFLM, compressed on load."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+
+from lm_calib_plugin import engine
+from lm_calib_plugin.builtin_models import resolve_pretrained
+from lm_calib_plugin.calibration import validate_calibration
+from lm_calib_plugin.compression import compress, sequence_length
+from lm_calib_plugin.errors import CalibError, UserError, install_short_excepthook, listed
+from lm_calib_plugin.harness.arguments import (
+    merge_harness,
+    parse_argument_text,
+    split_arguments,
+)
+from lm_calib_plugin.harness.cache_guard import guard_response_cache
+from lm_calib_plugin.recipe import RUNTIME_ARGUMENTS, Recipe, Runtime
+from lm_calib_plugin.registry import table
+
+
+class Calib(HFLM):
+    """A Hugging Face causal model that is pruned or quantized right after it is loaded.
+
+    Takes every argument of HFLM, the fields of :class:`~lm_calib_plugin.recipe.Recipe` and of
+    :class:`~lm_calib_plugin.recipe.Runtime`, and ``recipe=FILE``. ``pretrained`` may be a hub
+    name, a folder, a model in memory or ``builtin:NAME``. All of ours is validated before anything
+    is loaded. ``report`` holds the :class:`~lm_calib_plugin.report.Report`.
+    """
+
+    kinds: tuple[str, ...] = ("pruning", "quantization")
+
+    def __init__(self, pretrained: Any = None, **arguments: Any) -> None:
+        if pretrained is None:
+            raise UserError("pretrained", "missing", "a hub name, a folder or builtin:smollm2-135m")
+        ours, theirs = split_arguments(arguments)
+        runtime = Runtime(**{k: ours.pop(k) for k in RUNTIME_ARGUMENTS if k in ours})
+        self.recipe = Recipe.from_model_args(ours)
+        self._check_kind()
+        _check_device(theirs.get("device"))
+        validate_calibration(self.recipe)
+        if isinstance(pretrained, str):
+            pretrained = resolve_pretrained(pretrained)
+        super().__init__(pretrained=pretrained, **theirs)
+        if theirs.get("peft"):
+            # Adapters become part of the weights before these are compressed.
+            self._model = self._model.merge_and_unload()
+        self.report = compress(self.model, self.tokenizer, self.recipe, runtime)
+        self._agree_across_ranks()
+        if self.rank == 0:
+            sys.stderr.write(f"lm-calib: {self.report.line()}\n")
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> Calib:
+        """Make the model from a mapping; the way of ``lm_eval`` and of ``simple_evaluate``."""
+        try:
+            return cls(**merge_harness(arg_dict, additional_config or {}))
+        except UserError:
+            install_short_excepthook()
+            raise
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> Calib:
+        """Make the model from ``key=value,...``; nested values stay whole."""
+        return cls.create_from_arg_obj(parse_argument_text(arg_string), additional_config)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Add the compression summary; it goes into the results file.
+
+        Raises
+        ------
+        CalibError
+            When the weights that were evaluated are not those that were reported.
+        """
+        if engine.weights_digest(self.model) != self.report.weights_digest:
+            raise CalibError(
+                "The weights have changed since they were compressed: the evaluation is not of "
+                "the model that the report describes."
+            )
+        return {**super().get_model_info(), "compression": self.report.summary()}
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Refuse a response cache that was written by another recipe."""
+        guard_response_cache(cache_hook.dbdict, self.report.key)
+        super().set_cache_hook(cache_hook)
+
+    def _get_config(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what can not be compressed as soon as the configuration is known."""
+        super()._get_config(*args, **kwargs)
+        engine.check_config(self._config, self._config.__class__.__name__.removesuffix("Config"))
+        sequence_length(self.recipe, self._config)
+
+    def _check_kind(self) -> None:
+        if self.recipe.entry.kind not in self.kinds:
+            right = [name for kind in self.kinds for name in table(kind)]  # type: ignore[arg-type]
+            other = (
+                "calib_quantized" if self.recipe.entry.kind == "quantization" else "calib_pruned"
+            )
+            raise UserError(
+                "method",
+                f"`{self.recipe.method}` is a {self.recipe.entry.kind} method",
+                f"methods of this model class: {listed(right)}",
+                f"use --model {'calib_pruned' if pruned else 'calib_quantized'}",
+            )
+
+    def _agree_across_ranks(self) -> None:
+        """Every process must hold the same weights, else their answers can not be pooled."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        mine = self.report.weights_digest
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, mine)
+        if len(set(everyone)) > 1:
+            raise CalibError(
+                f"{len(set(everyone))} different results on {len(everyone)} processes: "
+                f"{listed(str(d)[:12] for d in everyone)}. Run on one kind of device, with one "
+                "version of every package."
+            )
+
+
+class CalibPruned(Calib):
+    """``--model calib_pruned``: pruning methods only."""
+
+    kinds = ("pruning",)
+
+
+class CalibQuantized(Calib):
+    """``--model calib_quantized``: quantization methods only."""
+
+    kinds = ("quantization",)
+
+
+def _check_device(device: Any) -> None:
+    if device is not None and str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            "device", f"got {device}, but no CUDA device was found", "cpu", "device=cpu"
+        )
