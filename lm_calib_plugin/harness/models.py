@@ -101,9 +101,7 @@ class Calib(HFLM):
     def _check_kind(self) -> None:
         if self.recipe.entry.kind not in self.kinds:
             right = [name for kind in self.kinds for name in table(kind)]  # type: ignore[arg-type]
-            other = (
-                "calib_quantized" if self.recipe.entry.kind == "quantization" else "calib_pruned"
-            )
+            pruned = self.recipe.entry.kind == "pruning"
             raise UserError(
                 "method",
                 f"`{self.recipe.method}` is a {self.recipe.entry.kind} method",
