@@ -227,7 +227,7 @@ def _resolve(
     seqlen: int,
 ) -> ResolvedRecipe:
     used = calibration is not None
-    packs = sorted({str(s["pack"]) for s in calibration.sources}) if calibration else []
+    packs = sorted({str(s.get("pack")) for s in calibration.sources}) if calibration else []
     facts = Facts(
         model=dense_digest,
         layers=storage.digest([layer.name for layer in layers]),

@@ -22,10 +22,7 @@ def weights_digest(model: nn.Module) -> str:
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         hashes = list(pool.map(_tensor_hash, [p.detach() for _, p in named]))
     return digest(
-        [
-            [name, list(p.shape), str(p.dtype), h]
-            for (name, p), h in zip(named, hashes, strict=True)
-        ]
+        [[name, list(p.shape), str(p.dtype), h] for (name, p), h in zip(named, hashes, strict=True)]
     )
 
 

@@ -82,11 +82,19 @@ def run(
     NumericalError
         For NaN or Inf in weights, activations or results; the layer is named. Blocks done before
         stay compressed in memory: load the model again.
+    CalibError
+        When even one sequence at a time does not fit in memory.
     """
     for layer in plan.layers:
         if not bool(layer.stored.isfinite().all()):
             raise NumericalError(layer.name, "weights", "NaN or Inf before compression")
-    return _Walk(model, blocks, chunks, plan, device, progress).run()
+    try:
+        return _Walk(model, blocks, chunks, plan, device, progress).run()
+    except torch.OutOfMemoryError as error:
+        raise CalibError(
+            f"out of memory with one sequence at a time ({error}). Use a smaller seqlen, a model "
+            "dtype of 16 bits, or a device with more memory."
+        ) from error
 
 
 class _Walk:
@@ -281,14 +289,11 @@ class _Walk:
     # --- helpers -------------------------------------------------------------------------
 
     def _halve(self, error: torch.OutOfMemoryError) -> None:
-        """Make every chunk half as large, or say what to change when that is not possible."""
+        """Make every chunk half as large, or give up when that is not possible."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if all(chunk.rows == 1 for chunk in self.chunks):
-            raise CalibError(
-                f"out of memory with one sequence at a time ({error}). Use a smaller seqlen, a "
-                "model dtype of 16 bits, or a device with more memory."
-            ) from error
+            raise error
         size = max(chunk.rows for chunk in self.chunks) // 2
         smaller: list[Chunk] = []
         for chunk in self.chunks:

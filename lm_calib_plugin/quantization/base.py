@@ -40,7 +40,7 @@ class QuantizationMethod(Method):
     def check_layer(self, name: str, shape: tuple[int, int]) -> None:
         """Refuse a layer whose width does not hold whole groups."""
         width = shape[1]
-        if self.group_size != -1 and width % self.group_size:
+        if not self.does_nothing and self.group_size != -1 and width % self.group_size:
             fitting = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if width % g == 0]
             advice = ", ".join(map(str, [*fitting, -1]))
             raise UserError(
