@@ -119,29 +119,8 @@ def make_model(name: str = "llama", seed: int = 0, **changes: Any) -> Any:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer over ``VOCAB`` entries: specials, letters, common words."""
-    words = [
-        "the",
-        "of",
-        "and",
-        "to",
-        "in",
-        "a",
-        "is",
-        "that",
-        "it",
-        "was",
-        "for",
-        "on",
-        "are",
-        "as",
-        "with",
-        "his",
-        "they",
-        "at",
-        "be",
-        "this",
-        "from",
-    ]
+    words = ["the", "of", "and", "to", "in", "a", "is", "that", "it", "was", "for", "on", "are"]
+    words += ["as", "with", "his", "they", "at", "be", "this", "from"]
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     pieces = ["<pad>", "<s>", "</s>", "<unk>", *words, *letters, *"0123456789.,?!:;-()'\"/"]
     pieces += [f"w{i}" for i in range(VOCAB - len(pieces))]

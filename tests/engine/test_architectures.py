@@ -1,4 +1,4 @@
-"""Every architecture: blocks replay exactly, every linear layer is seen, masks match brute force."""
+"""Every architecture: blocks replay exactly, no layer is missed, masks match brute force."""
 
 from __future__ import annotations
 
