@@ -156,7 +156,7 @@ def _convert(source: Path, out: Path, config: dict[str, Any]) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
         )
-        _plain(loaded, config).half().save_pretrained(out)
+        _plain(loaded, config).to(torch.float16).save_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     _split_digits(tokenizer)
     tokenizer.save_pretrained(out)

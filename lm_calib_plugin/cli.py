@@ -23,7 +23,7 @@ class _Verbatim(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.args = list(args)
-        return ctx.args
+        return list(args)
 
 
 class _Listed(str, Enum):
@@ -100,12 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 _SEPARATING_COMMA = re.compile(r",(?=\w+=|$)")
 
 
-def _recipe_arguments(texts: Iterable[str]) -> dict[str, str]:
+def _recipe_arguments(texts: Iterable[str]) -> dict[str, Any]:
     """Return the recipe part of ``KEY=VALUE,...`` texts; a bare file name is ``recipe=FILE``."""
     from lm_calib_plugin.recipe import RUNTIME_ARGUMENTS, Recipe, Runtime, unknown_argument
     from lm_calib_plugin.recipe_file import FILE_ARGUMENT
 
-    given: dict[str, str] = {}
+    given: dict[str, Any] = {}
     for pair in (pair for text in texts for pair in _SEPARATING_COMMA.split(text) if pair):
         name, equals, value = pair.partition("=")
         if not equals and pair.endswith((".yaml", ".yml")):
