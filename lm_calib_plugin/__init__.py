@@ -5,7 +5,9 @@ The package imports nothing heavy: names below are loaded when first used.
 
 from __future__ import annotations
 
-from typing import Any
+TYPE_CHECKING = False  # importing typing takes longer than all else that start-up does
+if TYPE_CHECKING:
+    from typing import Any
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,203 @@
+"""The ``lm-calib`` command. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from lm_calib_plugin.errors import CalibError, UserError, nearest
+
+# Plain help texts: drawing boxes would triple the time that `--help` takes.
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+class _Verbatim(TyperCommand):
+    """A command whose arguments belong to another program: nothing is read, dropped or moved."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.args = list(args)
+        return list(args)
+
+
+class _Listed(str, Enum):
+    methods = "methods"
+    sources = "sources"
+    packings = "packings"
+    options = "options"
+
+
+@app.callback()
+def _root() -> None:
+    """Prune or quantize a causal language model on load, with calibration data of your choice."""
+
+
+@app.command("eval", cls=_Verbatim)
+def evaluate(ctx: typer.Context) -> None:
+    """Run lm_eval with our models known: the same command line, whatever starts Python."""
+    from lm_calib_plugin import _autoload
+
+    _autoload.register()
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm_eval", *ctx.args]
+    cli_evaluate()
+
+
+@app.command("ls")
+def list_parts(what: _Listed) -> None:
+    """List methods, calibration sources, packings, or the options of a recipe."""
+    if what is _Listed.options:
+        _print_table(("option", "default", "meaning"), _option_rows())
+    else:
+        _print_table(("name", "what it is", "paper", "from"), _part_rows(what))
+
+
+@app.command()
+def show(arguments: list[str]) -> None:
+    """Check a recipe, given as KEY=VALUE,... or as a YAML file, and print it in full as YAML."""
+    import yaml
+
+    from lm_calib_plugin.recipe import Recipe
+
+    given = _recipe_arguments(arguments)
+    metadata = Recipe.from_model_args(given).to_metadata()
+    typer.echo(yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True), nl=False)
+
+
+@app.command()
+def doctor(
+    clean: bool = typer.Option(False, "--clean", help="Delete what interrupted writes left."),
+) -> None:
+    """Look at this installation: versions, the bridge to lm_eval, the cache, the devices."""
+    from lm_calib_plugin.doctor import State, examine
+
+    worst = 0
+    for finding in examine(clean=clean):
+        typer.echo(f"{finding.state.value:<8} {finding.what:<20} {finding.detail}")
+        worst = max(worst, int(finding.state is State.PROBLEM))
+    raise typer.Exit(worst)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; what the user can mend ends in one line and exit code 2."""
+    try:
+        app(None if arguments is None else list(arguments), prog_name="lm-calib")
+    except CalibError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
+# --- arguments of a recipe -------------------------------------------------------------------
+
+# A comma inside a list or a quoted text is not followed by NAME=.
+_SEPARATING_COMMA = re.compile(r",(?=\w+=|$)")
+
+
+def _recipe_arguments(texts: Iterable[str]) -> dict[str, Any]:
+    """Return the recipe part of ``KEY=VALUE,...`` texts; a bare file name is ``recipe=FILE``."""
+    from lm_calib_plugin.recipe import RUNTIME_ARGUMENTS, Recipe, Runtime, unknown_argument
+    from lm_calib_plugin.recipe_file import FILE_ARGUMENT
+
+    given: dict[str, Any] = {}
+    for pair in (pair for text in texts for pair in _SEPARATING_COMMA.split(text) if pair):
+        name, equals, value = pair.partition("=")
+        if not equals and pair.endswith((".yaml", ".yml")):
+            name, value = FILE_ARGUMENT, pair
+        elif not equals:
+            raise UserError("recipe", f"got {pair!r}", "KEY=VALUE,... or a .yaml file")
+        if given.setdefault(name, value) != value:
+            raise UserError(name, f"got {given[name]!r} and {value!r}", fix="choose one")
+    Runtime(**{name: given.pop(name) for name in RUNTIME_ARGUMENTS if name in given})
+    # A whole --model_args line may be pasted here. What is no recipe argument nor looks like one
+    # is the model loader's, whose arguments can not be known without importing it.
+    known = {*Recipe.model_fields, FILE_ARGUMENT}
+    foreign = [name for name in given if name not in known]
+    for name in foreign:
+        if "pretrained" not in given or (name != "pretrained" and nearest(name, known)):
+            raise unknown_argument(name, {*known, *RUNTIME_ARGUMENTS})
+    if foreign:
+        typer.echo(f"left to the model loader, not checked: {', '.join(foreign)}", err=True)
+    return {name: value for name, value in given.items() if name in known}
+
+
+# --- tables ----------------------------------------------------------------------------------
+
+
+def _part_rows(what: _Listed) -> Iterator[tuple[str, ...]]:
+    from lm_calib_plugin import registry
+
+    kinds: dict[_Listed, tuple[registry.Kind, ...]] = {
+        _Listed.methods: ("pruning", "quantization"),
+        _Listed.sources: ("calibration",),
+        _Listed.packings: ("packing",),
+    }
+    for kind in kinds[what]:
+        for entry in registry.table(kind).values():
+            yield entry.name, entry.summary, entry.paper, _origin(entry.distribution)
+        for kept, ignored in registry.shadowed(kind):
+            note = f"not used: the name belongs to {kept.distribution}"
+            yield ignored.name, note, "", _origin(ignored.distribution)
+    if what is _Listed.sources:
+        for name, dataset in registry.CORPORA.items():
+            yield name, f"short for hf:{dataset}", "", _origin(registry.OURS)
+
+
+def _origin(distribution: str) -> str:
+    """Return ``name version``: installing a distribution is trusting it, so it is always shown."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"{distribution} {version(distribution)}"
+    except PackageNotFoundError:  # run from a source tree
+        return distribution
+
+
+def _option_rows() -> Iterator[tuple[str, ...]]:
+    from dataclasses import fields
+
+    from lm_calib_plugin.recipe import Recipe, Runtime
+
+    meanings = _documented(Recipe) | _documented(Runtime)
+    defaults = {
+        name: "required" if field.is_required() else field.default
+        for name, field in Recipe.model_fields.items()
+    } | {field.name: field.default for field in fields(Runtime)}
+    for name, default in defaults.items():
+        shown = "" if default is None or default == () else str(default)
+        yield name, shown.lower() if isinstance(default, bool) else shown, meanings.get(name, "")
+
+
+def _documented(cls: type) -> dict[str, str]:
+    """Return what the "Parameters" of a numpy docstring say, by name."""
+    text = inspect.getdoc(cls) or ""
+    _, _, section = text.partition("Parameters\n----------\n")
+    meanings: dict[str, str] = {}
+    names: list[str] = []
+    for line in re.split(r"\n\n\w+\n---", section)[0].splitlines():
+        if line and not line[0].isspace():
+            names = [name.strip() for name in line.split(":")[0].split(",")]
+        for name in names if line[:1].isspace() else ():
+            plain = re.sub(r":\w+:`~?([^`]*)`|``?([^`]*)``?", r"\1\2", line.strip())
+            meanings[name] = f"{meanings.get(name, '')} {plain}".strip()
+    return meanings
+
+
+def _print_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe: keep each row on one line, as grep likes it
+        console = Console(width=400)
+    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
