@@ -1,9 +1,12 @@
 """Prune or quantize a causal language model on load, with a calibration set of your choice.
 
-The package imports nothing heavy: names below are loaded when first used.
+The package imports nothing heavy: names below are loaded when first used. Importing it makes
+``lm_eval`` know our model classes as soon as ``lm_eval`` is imported (see ``_autoload``).
 """
 
 from __future__ import annotations
+
+from lm_calib_plugin._autoload import install as _install
 
 TYPE_CHECKING = False  # importing typing takes longer than all else that start-up does
 if TYPE_CHECKING:
@@ -37,3 +40,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
+
+
+_install()
