@@ -13,19 +13,19 @@ import pytest
 import torch
 import yaml
 from lm_eval.tasks import TaskManager
-from tests.tiny import ARCHITECTURES, make_model, make_tokenizer, saved_model
 
 import lm_calib_plugin  # noqa: F401 - makes the model names known
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.harness import Calib, CalibPruned, CalibQuantized
 from lm_calib_plugin.harness.arguments import merge_harness, parse_argument_text, split_arguments
-
-
+from tests.tiny import ARCHITECTURES, make_model, make_tokenizer, saved_model
 
 COMMON = {"calibration": "random", "nsamples": 10, "seqlen": 16, "progress": False}
 ROWS = [
     {"q": f"the {a} of {b} is", "choices": [c, d], "gold": i % 2}
-    for i, (a, b, c, d) in enumerate(zip("abcdefgh", "ijklmnop", "qrstuvwx", "hgfedcba", strict=True))
+    for i, (a, b, c, d) in enumerate(
+        zip("abcdefgh", "ijklmnop", "qrstuvwx", "hgfedcba", strict=True)
+    )
 ]
 
 
@@ -261,7 +261,9 @@ def test_the_classes_take_only_their_kind() -> None:
 
 
 def test_batch_size_given_twice() -> None:
-    assert merge_harness({"batch_size": 4}, {"batch_size": "4", "device": None})["batch_size"] == "4"
+    assert (
+        merge_harness({"batch_size": 4}, {"batch_size": "4", "device": None})["batch_size"] == "4"
+    )
     with pytest.raises(UserError, match="give batch_size once"):
         merge_harness({"batch_size": 4}, {"batch_size": 8})
 
