@@ -200,9 +200,9 @@ def test_real_weights_and_logits_are_those_of_the_file_and_random_state_is_kept(
         "transformers.AutoModelForCausalLM.from_pretrained",
         lambda *a, **k: (torch.rand(3), folder)[1],
     )
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     builtin_models._convert(source, tmp_path, {"rms_norm_eps": 1e-5})
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
-    assert (np.random.get_state()[1] == before[2]).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == before[2]).all()
     assert torch.get_default_dtype() is torch.float32

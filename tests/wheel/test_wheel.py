@@ -23,6 +23,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny import saved_model
+
 pytestmark = [pytest.mark.wheel, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
@@ -142,38 +144,15 @@ def installed(before: Environment, wheel: Path) -> Iterator[Environment]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a random two-block Llama and a tokenizer of whole words."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = str(tmp_path_factory.mktemp("model"))
-    words = ["<unk>", "<s>", "</s>", *"a b c d the cat dog sat ran on mat .".split()]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    """A folder with a tiny random Llama and its tokenizer."""
+    return saved_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments that name a local task of four questions."""
     folder = tmp_path_factory.mktemp("task")
-    rows = [{"q": f"the cat {w}", "choices": ["on the mat", "dog"], "label": 0} for w in "abcd"]
+    rows = [{"q": f"it was {w}", "choices": ["of the", "that"], "label": 0} for w in "abcd"]
     data = folder / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     (folder / "wheel_choice.yaml").write_text(
