@@ -166,7 +166,7 @@ def _convert(source: Path, out: Path, config: dict[str, Any]) -> None:
     path.write_text(json.dumps(saved | {"dtype": "float32"}, indent=1), encoding="utf-8")
 
 
-def _plain(loaded: PreTrainedModel, config: dict[str, Any]) -> PreTrainedModel:
+def _plain(loaded: PreTrainedModel, config: dict[str, Any]) -> Any:
     """Return an unquantized copy: a model read from GGUF counts as quantized and is not saved."""
     kept = loaded.config.to_dict()
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):

@@ -7,6 +7,8 @@ import os
 import platform
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,29 +87,38 @@ def _versions() -> Iterator[Finding]:
 
 
 def _bridge() -> Iterator[Finding]:
-    waiting = _autoload.is_waiting()  # before lm_eval is imported: the bridge leaves after that
-    opted_out = os.environ.get(_autoload.OPT_OUT, "") not in ("", "0")
     try:
-        import lm_eval.models  # noqa: F401
-        from lm_eval.api import registry
-    except ImportError as error:
+        finds_plugins, names = _seen_by_lm_eval()
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
         yield Finding(State.PROBLEM, "bridge", f"lm_eval can not be imported: {error}")
         return
-    if hasattr(registry, "load_plugins"):
+    unseen = [name for name in _autoload.MODELS if name not in names]
+    if finds_plugins:
         yield Finding(State.OK, "bridge", "not needed: this lm-eval finds plugins itself")
-        return
-    if opted_out:
+    elif not unseen:
+        yield Finding(State.OK, "bridge", f"active: lm_eval knows {', '.join(_autoload.MODELS)}")
+    elif os.environ.get(_autoload.OPT_OUT, "") not in ("", "0"):
         yield Finding(State.NOTE, "bridge", f"off, {_autoload.OPT_OUT} is set; use lm-calib eval")
-        return
-    unseen = [name for name in _autoload.MODELS if name not in registry.model_registry]
-    if waiting and not unseen:
-        names = ", ".join(_autoload.MODELS)
-        yield Finding(State.OK, "bridge", f"active: lm_eval knows {names}")
-    elif waiting:
-        yield Finding(State.PROBLEM, "bridge", f"active, but lm_eval lacks {', '.join(unseen)}")
     else:
         why = "the start-up file did not run (python -S, PYTHONPATH, or a --target install)"
         yield Finding(State.PROBLEM, "bridge", f"{why}; use lm-calib eval, or install with pip")
+
+
+def _seen_by_lm_eval() -> tuple[bool, list[str]]:
+    """Return whether lm-eval finds plugins itself, and the model names that it knows.
+
+    Asked in a new process: in this one our package is imported, which makes the names known.
+    """
+    code = (
+        "import lm_eval.models; from lm_eval.api import registry; "
+        "print(hasattr(registry, 'load_plugins'), *registry.model_registry.keys())"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)  # noqa: S603
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or ["no reason given"])[-1])
+    finds_plugins, *names = done.stdout.split()
+    return finds_plugins == "True", names
 
 
 def _cache(clean: bool) -> Iterator[Finding]:

@@ -14,7 +14,6 @@ from lm_calib_plugin import _autoload, builtin_models, doctor, storage
 from lm_calib_plugin.doctor import State
 
 ROOT = Path(__file__).parents[1]
-START = (ROOT / "startup" / "lm_calib_plugin_autoload.pth").read_text()
 
 
 @pytest.fixture
@@ -77,28 +76,39 @@ def test_other_files_are_never_touched(cache: Path):
     assert doctor.leftovers(cache) == []
 
 
-def test_bridge_is_seen_in_each_state():
-    code = "import sys; from lm_calib_plugin import doctor\n"
-    code += "for f in doctor._bridge(): print(f.state.value, f.detail)"
+NAMES = list(_autoload.MODELS)
 
-    def said(start: str, **environment: str) -> str:
-        plain = {k: v for k, v in os.environ.items() if k != _autoload.OPT_OUT}
-        strip = "import sys; sys.meta_path = [f for f in sys.meta_path"
-        strip += " if type(f).__name__ != '_Finder']\n"
-        return subprocess.run(
-            [sys.executable, "-c", strip + start + code],
-            env=plain | {"PYTHONPATH": str(ROOT)} | environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        ).stdout
 
-    assert said(START).startswith("ok active: lm_eval knows calib, calib_pruned")
-    assert said("").startswith("problem the start-up file did not run")
-    assert said(START, LM_CALIB_NO_AUTOLOAD="1").startswith("note off, LM_CALIB_NO_AUTOLOAD")
-    upstream = "import lm_eval.api.registry as r; r.load_plugins = None\n"
-    assert said(START + upstream).startswith("ok not needed")
+@pytest.mark.parametrize(
+    ("seen", "opted_out", "said"),
+    [
+        ((False, ["hf", *NAMES]), "", "ok active: lm_eval knows calib, calib_pruned"),
+        ((False, ["hf"]), "", "problem the start-up file did not run"),
+        ((False, ["hf"]), "1", "note off, LM_CALIB_NO_AUTOLOAD is set"),
+        ((True, ["hf"]), "", "ok not needed"),
+    ],
+)
+def test_bridge_is_told_in_each_state(
+    seen: tuple[bool, list[str]], opted_out: str, said: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(doctor, "_seen_by_lm_eval", lambda: seen)
+    monkeypatch.setenv(_autoload.OPT_OUT, opted_out)
+    (finding,) = doctor._bridge()
+    assert f"{finding.state.value} {finding.detail}".startswith(said)
+
+
+def test_bridge_is_looked_at_in_a_process_without_our_package():
+    finds_plugins, names = doctor._seen_by_lm_eval()
+    assert not finds_plugins
+    assert "hf" in names
+
+
+def test_broken_lm_eval_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "lm_eval.py").write_text("raise RuntimeError('half installed')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (finding,) = doctor._bridge()
+    assert finding.state is State.PROBLEM
+    assert "half installed" in finding.detail
 
 
 def test_builtin_models_are_examined(cache: Path, monkeypatch: pytest.MonkeyPatch):
