@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -143,11 +142,8 @@ def random_ids(lengths: list[int], seed: int = 1) -> list[torch.Tensor]:
     return [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]
 
 
-def saved_model(folder: Any, name: str = "llama", edit: Callable[[Any], None] | None = None) -> str:
+def saved_model(folder: Any, name: str = "llama", **changes: Any) -> str:
     """Save a tiny model and its tokenizer in a folder; return the folder as text."""
-    model = make_model(name)
-    if edit is not None:
-        edit(model)
-    model.save_pretrained(folder)
+    make_model(name, **changes).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)

