@@ -49,7 +49,8 @@ def compress(
     runtime
         Chunk size, report folder, progress bar.
     calibration
-        A calibration set made before; used instead of the recipe's source.
+        A calibration set made before; used instead of the recipe's source, and recorded as
+        ``calibration: given`` with its own ``calib_id`` and sources.
 
     Returns
     -------
@@ -67,7 +68,8 @@ def compress(
     engine.check_supported(model)
     method = recipe.entry.load().from_options(recipe.method_options())
     seqlen = sequence_length(recipe, model.config)
-    if calibration is None:
+    given = calibration is not None
+    if not given:
         validate_calibration(recipe)
     blocks = engine.find_blocks(model, recipe.blocks)
     layers, left = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
@@ -101,10 +103,10 @@ def compress(
         achieved = measure(model, blocks, layers, method, result.grids)
         final_digest = engine.weights_digest(model)
         seconds["measure"] = time.perf_counter() - start
-    resolved = _resolve(recipe, method, dense_digest, layers, calibration, seqlen)
+    resolved = _resolve(recipe, method, dense_digest, layers, calibration)
     report = Report(
         key=resolved.key(),
-        recipe=resolved.to_metadata(),
+        recipe=resolved.to_metadata() | ({"calibration": "given"} if given else {}),
         calibration=_calibration_summary(calibration, result.pads, chunks),
         layers=result.rows,
         achieved=achieved,
@@ -224,17 +226,16 @@ def _resolve(
     dense_digest: str,
     layers: Sequence[engine.TargetLayer],
     calibration: CalibrationSet | None,
-    seqlen: int,
 ) -> ResolvedRecipe:
-    used = calibration is not None
-    packs = sorted({str(s.get("pack")) for s in calibration.sources}) if calibration else []
+    sources = calibration.sources if calibration else ()
+    packs = sorted({str(s["pack"]) for s in sources if s.get("pack")})
     facts = Facts(
         model=dense_digest,
         layers=storage.digest([layer.name for layer in layers]),
         revision=method.revision,
         options=method.options(),
         calib_id=calibration.calib_id if calibration else None,
-        seqlen=seqlen if used else None,
+        seqlen=calibration.seqlen if calibration else None,
         pack="+".join(packs) or None,
     )
     return recipe.resolve(facts)

@@ -100,7 +100,7 @@ class Report:
         data = "no data"
         if self.calibration:
             c = self.calibration
-            names = "+".join(s["source"] for s in c["sources"])
+            names = "+".join(s["source"] for s in c["sources"]) or "a given set"
             data = f"{names} ({c['nsamples']} x {c['seqlen']} tokens, {c['calib_id'][:12]})"
         parts = [
             f"{self.recipe['method']}: {len(self.layers)} layers, {', '.join(strength)}",

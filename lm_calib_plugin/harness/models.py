@@ -22,6 +22,8 @@ from lm_calib_plugin.harness.cache_guard import guard_response_cache
 from lm_calib_plugin.recipe import RUNTIME_ARGUMENTS, Recipe, Runtime
 from lm_calib_plugin.registry import table
 
+SHOWN_WARNINGS = 5
+
 
 class Calib(HFLM):
     """A Hugging Face causal model that is pruned or quantized right after it is loaded.
@@ -53,6 +55,8 @@ class Calib(HFLM):
         self._agree_across_ranks()
         if self.rank == 0:
             sys.stderr.write(f"lm-calib: {self.report.line()}\n")
+            for note in self.report.warnings[:SHOWN_WARNINGS]:
+                sys.stderr.write(f"lm-calib: warning: {note}\n")
 
     @classmethod
     def create_from_arg_obj(

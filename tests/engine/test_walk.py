@@ -280,3 +280,19 @@ def test_the_side_file_has_one_row_a_layer(tmp_path) -> None:
     assert len(content["layers"]) == 21
     assert digest(content) == report.report_sha256
     assert json.loads(json.dumps(report.summary())) == report.summary()
+
+
+def test_a_dispatched_model_gives_the_same_weights() -> None:
+    """Modules with accelerate hooks (as parallelize=True places them) are replayed like others."""
+    from accelerate import dispatch_model
+
+    recipe = Recipe(method="sparsegpt", sparsity=0.5)
+    expected = flat(compressed(recipe))
+    model = make_model()
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys([*names, *(f"model.layers.{i}" for i in range(3))], "cpu")
+    model = dispatch_model(model, places, force_hooks=True)
+    forwards = [m.__dict__.get("forward") for m in model.modules()]
+    compress(model, None, recipe, QUIET, calibration())
+    assert torch.equal(flat(model), expected)
+    assert [m.__dict__.get("forward") for m in model.modules()] == forwards
