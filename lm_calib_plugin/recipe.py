@@ -316,7 +316,7 @@ class Recipe(BaseModel):
 
     def _check_pruning(self) -> None:
         if self.pattern in (None, UNSTRUCTURED):
-            if self.sparsity is None:
+            if self.sparsity is None and "sparsity" in self.entry.options:
                 raise UserError(
                     "sparsity",
                     "missing",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from lm_calib_plugin.errors import UserError, listed, nearest
@@ -198,7 +198,12 @@ def find_method(name: str) -> Entry:
             if entry.distribution == OURS:
                 return entry
             method = entry.load()
-            return replace(entry, needs_data=method.needs_data, options=tuple(method.options))
+            return replace(
+                entry,
+                paper=method.paper,
+                needs_data=method.statistic != "none",
+                options=tuple(field.name for field in fields(method)),
+            )
     known = [*table("pruning"), *table("quantization")]
     raise UserError(
         "method", f"no method `{name}`", nearest(name, known), f"installed: {listed(known)}"

@@ -78,4 +78,6 @@ def _factor(matrix: Tensor, ridge: Tensor, dtype: torch.dtype) -> Tensor | None:
     root = lower.flip(0, 1)
     eye = torch.eye(root.shape[0], dtype=dtype, device=root.device)
     upper = torch.linalg.solve_triangular(root, eye, upper=True).float()
-    return upper if bool(upper.isfinite().all()) else None
+    # An infinite element of the matrix leaves zeros on the diagonal of the factor.
+    usable = upper.isfinite().all() & (upper.diagonal() > 0).all()
+    return upper if bool(usable) else None

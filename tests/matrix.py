@@ -1,0 +1,117 @@
+"""One row per method and set of options; the row buys all contract tests.
+
+The claims stand here a second time on purpose: they are what the documentation promises, and the
+contract tests hold the classes to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with options, and what is claimed of it.
+
+    ``group`` is the comparison group inside which the count of zeros is exact: ``layer``, ``row``,
+    ``block`` (all rows of 128 columns), ``n:m``, ``at least`` (threshold rule: the count or more)
+    or ``levels`` for quantization. ``budget`` is the fraction removed, or ``(N, M)`` kept.
+    ``stats_scale``: the result does not depend on the scale of the statistic. ``weight_scale``:
+    scaling the weights scales the result. ``keeps_values``: weights that stay are not changed.
+    ``zero`` are options that turn the method into nothing.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    statistic: str
+    group: str
+    budget: Any = None
+    permutation_safe: bool = False
+    stats_scale: bool = True
+    weight_scale: bool = True
+    keeps_values: bool = False
+    zero: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        given = ",".join(f"{k}={v}" for k, v in self.options.items())
+        return f"{self.name}[{given}]"
+
+    @property
+    def prunes(self) -> bool:
+        return self.group != "levels"
+
+
+def _pruning(
+    name: str, statistic: str, group: str, permutation_safe: bool, keeps_values: bool
+) -> list[Row]:
+    def row(options: dict[str, Any], kind: str, budget: Any, safe: bool) -> Row:
+        return Row(
+            name,
+            options,
+            statistic,
+            kind,
+            budget,
+            permutation_safe=safe,
+            keeps_values=keeps_values,
+            zero={"sparsity": 0.0},
+        )
+
+    rows = [row({"sparsity": s}, group, s, permutation_safe) for s in (0.5, 0.29, 0.7, 0.99)]
+    # Whole groups of one row are compared, so N:M never depends on the other rows.
+    rows += [
+        row({"pattern": f"{n}:{m}"}, "n:m", (n, m), permutation_safe)
+        for n, m in ((2, 4), (1, 4), (3, 5), (4, 8))
+    ]
+    reference = "row" if group == "row" else "at least"
+    rows.append(row({"sparsity": 0.5, "compat": "reference"}, reference, 0.5, permutation_safe))
+    return rows
+
+
+def _quantization(name: str, statistic: str, extra: list[dict[str, Any]]) -> list[Row]:
+    variants: list[dict[str, Any]] = [
+        {"bits": 4, "group_size": -1},
+        {"bits": 2, "group_size": 8},
+        {"bits": 3, "group_size": 20, "symmetric": False},
+        {"bits": 4, "group_size": 40, "symmetric": True},
+        {"bits": 8, "group_size": -1, "symmetric": False},
+        *extra,
+    ]
+    return [
+        Row(
+            name,
+            options,
+            statistic,
+            "levels",
+            permutation_safe=True,
+            zero={"bits": 16},
+        )
+        for options in variants
+    ]
+
+
+ROWS: list[Row] = [
+    *_pruning("magnitude", "none", "layer", permutation_safe=False, keeps_values=True),
+    *_pruning("wanda", "moments", "row", permutation_safe=True, keeps_values=True),
+    *_pruning("sparsegpt", "gram", "block", permutation_safe=False, keeps_values=False),
+    Row(
+        "sparsegpt",
+        {"sparsity": 0.6, "damp": 0.1},
+        "gram",
+        "block",
+        0.6,
+        zero={"sparsity": 0.0},
+    ),
+    *_quantization("rtn", "none", []),
+    *_quantization(
+        "gptq",
+        "gram",
+        [
+            {"bits": 4, "group_size": 8, "act_order": False},
+            {"bits": 3, "group_size": -1, "act_order": False, "symmetric": False},
+            {"bits": 4, "group_size": 20, "damp": 0.1, "compat": "reference"},
+        ],
+    ),
+]

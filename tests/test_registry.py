@@ -1,0 +1,154 @@
+"""The table of names says what the classes say, and third parties stand in it like our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+
+from lm_calib_plugin import registry
+from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.method import LayerResult, Method
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.statistics import STATISTICS
+from tests.matrix import ROWS
+
+METHODS = {**registry.table("pruning"), **registry.table("quantization")}
+ours = pytest.mark.parametrize("name", list(METHODS))
+
+
+def test_matrix_has_a_row_for_every_method() -> None:
+    assert {row.name for row in ROWS} == set(METHODS)
+
+
+def test_rows_of_the_matrix_are_distinct() -> None:
+    assert len({row.id for row in ROWS}) == len(ROWS)
+
+
+def test_matrix_uses_every_option_of_every_method() -> None:
+    for name, entry in METHODS.items():
+        used = {option for row in ROWS if row.name == name for option in row.options}
+        assert used == set(entry.options), name
+
+
+def test_no_name_stands_for_two_methods() -> None:
+    assert not registry.table("pruning").keys() & registry.table("quantization").keys()
+
+
+@ours
+def test_row_of_the_registry_equals_its_class(name: str) -> None:
+    entry = METHODS[name]
+    cls = entry.load()
+    assert issubclass(cls, Method)
+    assert entry.kind == cls.kind
+    assert entry.needs_data == (cls.statistic != "none")
+    assert cls.statistic == "none" or cls.statistic in STATISTICS
+    assert entry.paper == cls.paper
+    assert sorted(entry.options) == sorted(f.name for f in fields(cls))
+    assert entry.summary
+
+
+@ours
+def test_every_option_is_a_field_of_the_recipe(name: str) -> None:
+    assert set(METHODS[name].options) <= set(Recipe.model_fields)
+
+
+@ours
+def test_paper_is_named_in_the_documentation_of_the_class(name: str) -> None:
+    entry = METHODS[name]
+    number = entry.paper.rsplit("/", 1)[-1]
+    assert number.replace(".", "").isdigit()
+    assert entry.paper.startswith("https://arxiv.org/abs/")
+
+
+def test_named_corpora_do_not_hide_a_source() -> None:
+    assert not registry.CORPORA.keys() & registry.table("calibration").keys()
+
+
+# --- third parties -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HalfOfEverything(Method):
+    """A complete third-party method."""
+
+    kind: ClassVar[str] = "quantization"
+    statistic: ClassVar[str] = "none"
+    bits: int = 4
+
+    def compress(self, weight: Any, stats: Any, dtype: Any = None) -> LayerResult:
+        return LayerResult(weight / 2)
+
+
+@dataclass(frozen=True)
+class Flat(Method):
+    """A pruning method whose strength is not its user's choice."""
+
+    kind: ClassVar[str] = "pruning"
+    statistic: ClassVar[str] = "gram"
+
+    def compress(self, weight: Any, stats: Any, dtype: Any = None) -> LayerResult:
+        return LayerResult(weight)
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    points = {
+        "lm_calib_plugin.quantization": [("halves", f"{__name__}:HalfOfEverything")],
+        "lm_calib_plugin.pruning": [
+            ("flat", f"{__name__}:Flat"),
+            ("wanda", "somebody.else:Wanda"),
+        ],
+    }
+
+    def entry_points(group: str) -> list[Any]:
+        return [
+            SimpleNamespace(name=name, value=value, dist=SimpleNamespace(name="their-package"))
+            for name, value in points.get(group, [])
+        ]
+
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
+    for cached in (registry.table, registry._installed):
+        cached.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cached in (registry.table, registry._installed):
+        cached.cache_clear()
+
+
+def test_method_of_another_package_is_found_with_what_its_class_says(installed: None) -> None:
+    entry = registry.find_method("halves")
+    assert entry.distribution == "their-package"
+    assert entry.kind == "quantization"
+    assert not entry.needs_data
+    assert entry.options == ("bits",)
+    assert registry.find_method("flat").needs_data
+    assert registry.find_method("flat").options == ()
+
+
+def test_method_of_another_package_makes_a_recipe(installed: None) -> None:
+    recipe = Recipe(method="halves", bits=3)
+    assert recipe.terms == ()
+    assert recipe.entry.load().from_options(recipe.method_options()) == HalfOfEverything(bits=3)
+    with pytest.raises(UserError, match="group_size"):
+        Recipe(method="halves", group_size=8)
+
+
+def test_pruning_without_a_strength_option_needs_none(installed: None) -> None:
+    assert Recipe(method="flat").method_options() == {}
+
+
+def test_built_in_name_is_kept_and_both_distributions_are_known(installed: None) -> None:
+    assert registry.find_method("wanda").distribution == registry.OURS
+    assert registry.table("pruning")["wanda"].distribution == registry.OURS
+    ((kept, ignored),) = registry.shadowed("pruning")
+    assert (kept.distribution, ignored.distribution) == (registry.OURS, "their-package")
+    assert registry.shadowed("quantization") == []
+
+
+def test_unknown_method_names_the_installed_ones(installed: None) -> None:
+    with pytest.raises(UserError, match="halves"):
+        registry.find_method("halfs")
