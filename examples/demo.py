@@ -18,7 +18,7 @@ from rich.table import Table
 
 import lm_calib_plugin
 
-METRICS = ("acc", "acc_norm", "exact_match", "word_perplexity")
+METRICS = ("acc", "acc_norm", "exact_match", "bits_per_byte")
 
 
 def evaluate(model: str, arguments: dict[str, Any], limit: int | None) -> dict[str, Any]:

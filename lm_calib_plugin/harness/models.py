@@ -52,6 +52,10 @@ class Calib(HFLM):
             # Adapters become part of the weights before these are compressed.
             self._model = self._model.merge_and_unload()
         self.report = compress(self.model, self.tokenizer, self.recipe, runtime)
+        if theirs.get("trust_remote_code"):
+            self.report.warnings.append(
+                "code that came with the model was allowed to run (trust_remote_code)"
+            )
         self._agree_across_ranks()
         if self.rank == 0:
             sys.stderr.write(f"lm-calib: {self.report.line()}\n")

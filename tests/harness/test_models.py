@@ -291,3 +291,29 @@ def test_loading_arguments_pass_through() -> None:
     )
     assert ours == {"method": "wanda"}
     assert theirs == {"attn_implementation": "eager", "dtype": "float32", "revision": "x"}
+
+
+def test_remote_code_is_recorded(tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model")
+    options = {"method": "magnitude", "sparsity": 0.5, "device": "cpu"}
+    trusted = CalibPruned(pretrained=folder, trust_remote_code=True, **options)
+    assert any("trust_remote_code" in w for w in trusted.report.summary()["warnings"])
+    assert not CalibPruned(pretrained=folder, **options).report.warnings
+
+
+def test_a_full_disk_is_noticed_before_writing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import shutil
+
+    full = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr("lm_calib_plugin.storage.shutil.disk_usage", lambda _path: full)
+    with pytest.raises(UserError, match=r"report_dir=.*|0 MiB are free"):
+        CalibPruned(
+            pretrained=make_model(),
+            tokenizer=make_tokenizer(),
+            method="magnitude",
+            sparsity=0.5,
+            report_dir=str(tmp_path / "reports"),
+        )
+    assert not (tmp_path / "reports").exists() or not list((tmp_path / "reports").iterdir())
