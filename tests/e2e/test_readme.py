@@ -30,7 +30,7 @@ def test_python_examples_run(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         )
         manager = _manager()
         exec(compile(code, "README.md", "exec"), {"manager": manager})
-    assert "'sparsity': 0.3" in capsys.readouterr().out
+    assert "'sparsity': 0.29" in capsys.readouterr().out
 
 
 def _manager() -> object:
