@@ -1,0 +1,1 @@
+"""Calibration sources: one file each, found through the registry by name."""

@@ -1,0 +1,136 @@
+"""What a calibration source is: documents, and where they come from.
+
+A source says *where text comes from*. How text is cut into sequences is the packer's part
+(:mod:`lm_calib_plugin.calibration.packers`), how many sequences each source gives is the
+recipe's. A third party adds a source by installing a class and an entry point in the group
+``lm_calib_plugin.calibration``.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from torch import Tensor
+
+from lm_calib_plugin.calibration.options import Option, read_options
+from lm_calib_plugin.calibration.state import derive_seed
+from lm_calib_plugin.recipe import Runtime
+
+Order = Literal["stored", "shuffled"]
+
+
+class Document(NamedTuple):
+    """A text and its number in the source."""
+
+    number: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a source may need to know to give its documents.
+
+    Parameters
+    ----------
+    tokenizer
+        The tokenizer of the model.
+    count, seqlen
+        How many sequences are asked of this source, and the most tokens of each.
+    seed
+        Seed of this term's draw.
+    vocab_size
+        Rows of the model's embedding table.
+    order
+        ``stored``: as the source holds them (the packer joins neighbors); ``shuffled``: in an
+        order drawn with the seed, every document once.
+    windows
+        How many sequences the packer would cut from a list of texts, for sources that make text
+        until it is enough.
+    model
+        The dense model, on its device; None when the caller has none.
+    model_id
+        Digest of its weights, the name under which generated text is kept; empty: not kept.
+    runtime
+        Progress bars and the like.
+    pack
+        Name of the packer that will cut the documents.
+    """
+
+    tokenizer: Any
+    count: int
+    seqlen: int
+    seed: int
+    vocab_size: int
+    order: Order = "stored"
+    windows: Callable[[Sequence[str]], int] = field(default=len)
+    model: Any = None
+    model_id: str = ""
+    runtime: Runtime = field(default_factory=Runtime)
+    pack: str = ""
+
+
+class Source(ABC):
+    """Base of every source of texts.
+
+    A subclass names its ``options``, its ``default_pack`` and the ``joiner`` put between two
+    documents that are packed together, and gives :meth:`documents`.
+
+    Parameters
+    ----------
+    argument
+        What stands after ``name:`` in the calibration expression.
+    options
+        Pairs of option name and text, as typed after ``?``.
+    """
+
+    name: ClassVar[str] = ""
+    options: ClassVar[Mapping[str, Option]] = {}
+    default_pack: str = "concat"
+    joiner: str = "\n\n"
+
+    def __init__(self, argument: str = "", options: Iterable[tuple[str, str]] = ()) -> None:
+        self.argument = argument
+        self.settings = read_options(self.name or type(self).__name__, self.options, options)
+
+    def validate(self) -> None:
+        """Raise a UserError for everything wrong that shows without network and model."""
+        return None  # a source without argument and options has nothing to check
+
+    @abstractmethod
+    def documents(self, context: Context) -> Iterator[Document]:
+        """Yield the documents in ``context.order``."""
+
+    def provenance(self) -> dict[str, Any]:
+        """Return plain facts, asked for after the last document was taken.
+
+        Keys used everywhere: ``fingerprint`` (what identifies the content) and ``licence`` (a
+        note or None); others are the source's own.
+        """
+        return {}
+
+
+class IdSource(Source):
+    """Base of a source that gives token ids at once; packing does not apply."""
+
+    default_pack = ""
+
+    def documents(self, context: Context) -> Iterator[Document]:
+        """Yield nothing: there is no text."""
+        return iter(())
+
+    @abstractmethod
+    def sequences(self, context: Context) -> list[Tensor]:
+        """Return ``context.count`` int64 tensors of 1 to ``context.seqlen`` ids."""
+
+
+def visiting_order(total: int, context: Context) -> Sequence[int]:
+    """Return the indices ``0 .. total - 1`` in the order asked for."""
+    if context.order == "stored":
+        return range(total)
+    indices = list(range(total))
+    random.Random(derive_seed(context.seed, "order")).shuffle(indices)  # noqa: S311
+    return indices

@@ -1,0 +1,151 @@
+"""Reaching the hub: which revision, and if it cannot be reached, why and what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lm_calib_plugin.calibration.options import ARGUMENT
+from lm_calib_plugin.errors import UserError
+
+OFFLINE_SOURCES = (
+    "without network: calibration=self, file:PATH, hf:./FOLDER, random, task:NAME with local data"
+)
+SITE = "https://huggingface.co/datasets"
+
+
+def connection_errors() -> tuple[type[BaseException], ...]:
+    """Return the exceptions that mean "no answer", of whichever client the hub library uses."""
+    from huggingface_hub import errors
+
+    found: list[type[BaseException]] = [ConnectionError, TimeoutError]
+    for module, name in (("httpx2", "TransportError"), ("httpx", "TransportError")):
+        with contextlib.suppress(ImportError, AttributeError):
+            found.append(getattr(importlib.import_module(module), name))
+    for name in ("OfflineModeIsEnabled", "LocalEntryNotFoundError"):
+        with contextlib.suppress(AttributeError):
+            found.append(getattr(errors, name))
+    return tuple(found)
+
+
+class HubAnswer(NamedTuple):
+    """Commit of a revision, and the license that the data set card states."""
+
+    revision: str
+    licence: str | None
+
+
+def ask_hub(path: str, revision: str | None) -> HubAnswer:
+    """Look a data set up on the hub (network)."""
+    from huggingface_hub import HfApi
+
+    info = HfApi().dataset_info(path, revision=revision, timeout=30)
+    stated = getattr(info.card_data, "license", None)
+    if isinstance(stated, list):
+        stated = ", ".join(map(str, stated))
+    return HubAnswer(str(info.sha), stated or None)
+
+
+def look_up(path: str, revision: str | None) -> HubAnswer | None:
+    """Return what to load, or None when the hub is away but an earlier download is here.
+
+    Raises
+    ------
+    UserError
+        Says which it is: offline, no such data set (or a private one), gated, no such revision.
+    """
+    from huggingface_hub import errors
+
+    no_answer: tuple[type[BaseException], ...] = (*connection_errors(), errors.HfHubHTTPError)
+    try:
+        return ask_hub(path, revision)
+    except errors.GatedRepoError:
+        raise UserError(
+            ARGUMENT,
+            f"hf:{path} is gated",
+            f"accept its terms at {SITE}/{path}",
+            "then log in: hf auth login",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise UserError(
+            ARGUMENT, f"hf:{path} has no revision `{revision}`", f"see {SITE}/{path}/commits/main"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            ARGUMENT,
+            f"the hub has no data set `{path}` that you may see",
+            "a typing error? A private one needs a login: hf auth login",
+            f"look for it at {SITE}?search={path.rsplit('/', 1)[-1]}",
+        ) from None
+    except no_answer as error:
+        if in_local_cache(path) and revision is None:
+            return None
+        raise _unreachable(path, error) from None
+
+
+def in_local_cache(path: str) -> bool:
+    """Tell whether the data set library keeps an earlier download of this data set."""
+    import datasets
+
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def open_local(folder: Path, config: str | None, split: str) -> Any:
+    """Return a split of a local folder: data files, or what ``save_to_disk`` wrote."""
+    import datasets
+
+    if (folder / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(str(folder))
+        if split not in splits:
+            raise UserError(
+                ARGUMENT,
+                f"hf:{folder} has no split `{split}`",
+                f"splits: {', '.join(splits)}",
+                f"write hf:{folder}::{next(iter(splits))}",
+            )
+        return splits[split]
+    if (folder / "state.json").is_file():
+        return datasets.load_from_disk(str(folder))
+    return datasets.load_dataset(str(folder), config, split=split)
+
+
+@contextlib.contextmanager
+def explained(path: str, config: str | None, split: str) -> Iterator[None]:
+    """Turn what the data set library raises into a short message."""
+    try:
+        yield
+    except UserError:
+        raise
+    except connection_errors() as error:
+        raise _unreachable(path, error) from None
+    except (ValueError, FileNotFoundError) as error:
+        # Unknown or missing config and split arrive as ValueError; their text lists what is there.
+        raise UserError(
+            ARGUMENT,
+            f"hf:{path} (config `{config or 'default'}`, split `{split}`): {one_line(error)}",
+            "hf:ORG/NAME[:config][:split][:column]",
+        ) from None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("datasets", "huggingface_hub"):
+            raise
+        raise UserError(ARGUMENT, f"hf:{path} cannot be read: {one_line(error)}") from None
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """Return the text of an error on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _unreachable(path: str, error: BaseException) -> UserError:
+    return UserError(
+        ARGUMENT,
+        f"hf:{path} cannot be reached (offline? {one_line(error, 120)})",
+        OFFLINE_SOURCES,
+        f"or where there is network: hf download {path} --repo-type dataset --include FILES "
+        "--local-dir FOLDER, then hf:./FOLDER",
+    )
