@@ -374,16 +374,21 @@ class Recipe(BaseModel):
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe from a YAML file of flat ``name: value`` lines."""
-        from lm_calib_plugin.recipe_file import read_recipe_file
-
-        return cls(**read_recipe_file(path))
+        return cls.from_model_args({"recipe": path})
 
     @classmethod
     def from_model_args(cls, arguments: Mapping[str, Any]) -> Recipe:
         """Make a recipe from harness arguments, ``recipe=FILE`` merged with the others."""
         from lm_calib_plugin.recipe_file import merge_recipe_file
 
-        return cls(**merge_recipe_file({k: plain_value(v) for k, v in arguments.items()}))
+        given = {name: plain_value(value) for name, value in arguments.items()}
+        merged, places = merge_recipe_file(given)
+        try:
+            return cls(**merged)
+        except UserError as error:
+            if error.argument in places:
+                raise error.at(places[error.argument]) from None
+            raise
 
     def resolve(self, facts: Facts) -> ResolvedRecipe:
         """Freeze what was left open with the facts of this model and this draw."""
