@@ -18,7 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError, listed, nearest
-from lm_calib_plugin.expression import SourceTerm, expression_text, parse_calibration
+from lm_calib_plugin.expression import (
+    NO_DATA,
+    SourceTerm,
+    expression_text,
+    parse_calibration,
+)
 from lm_calib_plugin.storage import digest
 
 SCHEMA_VERSION = 1
@@ -382,6 +387,9 @@ class Recipe(BaseModel):
         from lm_calib_plugin.recipe_file import merge_recipe_file
 
         given = {name: plain_value(value) for name, value in arguments.items()}
+        if "calibration" in arguments and arguments["calibration"] is None:
+            # The harness turns the text `none` into None before we see it.
+            given["calibration"] = NO_DATA
         merged, places = merge_recipe_file(given)
         try:
             return cls(**merged)
@@ -401,7 +409,7 @@ def _data_free() -> list[str]:
 
 
 def plain_value(value: Any) -> Any:
-    """Undo what argument parsers leave behind: ``"none"`` and ``"null"`` texts become None."""
+    """Undo what argument parsers leave behind: an empty text and ``"null"`` become None."""
     if isinstance(value, str) and value.strip().lower() in ("null", ""):
         return None
     return value
