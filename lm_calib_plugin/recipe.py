@@ -36,11 +36,11 @@ def _number(argument: str, value: Any) -> float:
     """Return a finite float, or raise; booleans and texts that are no numbers are refused."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise UserError(argument, f"got {value!r}", "a number is needed")
-    return number
+    return number + 0.0  # -0.0 becomes 0.0
 
 
 def _whole(argument: str, value: Any, lowest: int | None = None) -> int:
@@ -65,9 +65,8 @@ def _flag(argument: str, value: Any) -> bool:
 
 def _globs(argument: str, value: Any) -> tuple[str, ...]:
     parts = value.split("+") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)) or not all(
-        isinstance(p, str) and p.strip() for p in parts
-    ):
+    texts = isinstance(parts, (list, tuple)) and all(isinstance(p, str) for p in parts)
+    if not texts or not all(p.strip() for p in parts) or (argument == "targets" and not parts):
         raise UserError(
             argument, f"got {value!r}", "name patterns joined by +", "for instance *q_proj+*mlp*"
         )
