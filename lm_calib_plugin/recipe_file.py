@@ -63,7 +63,7 @@ def read_recipe_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         loader = _StrictLoader(file.read_text(encoding="utf-8"))
         try:
             node = loader.get_single_node()
-            content = None if node is None else loader.construct_document(node)
+            content: Any = None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
