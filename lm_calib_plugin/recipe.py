@@ -21,8 +21,8 @@ from lm_calib_plugin.errors import UserError, listed, nearest
 from lm_calib_plugin.expression import (
     NO_DATA,
     SourceTerm,
-    expression_text,
     parse_calibration,
+    plain_form,
 )
 from lm_calib_plugin.storage import digest
 
@@ -366,9 +366,7 @@ class Recipe(BaseModel):
     def to_metadata(self) -> dict[str, Any]:
         """Return the recipe as plain values, as :class:`Recipe` and YAML take them back."""
         plain = {k: v for k, v in self.model_dump().items() if v is not None}
-        plain["calibration"] = expression_text(self.terms)
-        if len(self.terms) > 1 or any(set(t.argument) & set("+*?") for t in self.terms):
-            plain["calibration"] = [{"source": t.text(), "weight": t.weight} for t in self.terms]
+        plain["calibration"] = plain_form(self.terms)
         for name in ("targets", "ignore"):
             plain[name] = list(plain.get(name, ()))
             if not plain[name]:
