@@ -197,7 +197,7 @@ def _checked(name: str, argument: str, options: tuple[tuple[str, str], ...]) -> 
         known = [*sources, *registry.CORPORA, NO_DATA]
         raise UserError(
             "calibration",
-            f"no source `{name}`",
+            f"no source `{name}`" if name else "a source has no name",
             nearest(name, known),
             f"sources: {listed(sources)}; named corpora: {listed(registry.CORPORA)}; {NO_DATA}",
         )

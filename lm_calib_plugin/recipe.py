@@ -32,23 +32,23 @@ UNSTRUCTURED = "unstructured"
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
-def _number(argument: str, value: Any) -> float:
+def _number(argument: str, value: Any, need: str = "a number is needed") -> float:
     """Return a finite float, or raise; booleans and texts that are no numbers are refused."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(argument, f"got {value!r}", "a number is needed")
+        raise UserError(argument, f"got {value!r}", need)
     return number + 0.0  # -0.0 becomes 0.0
 
 
 def _whole(argument: str, value: Any, lowest: int | None = None) -> int:
     """Return an integer; ``1e3`` is 1000, ``1.5`` is refused."""
-    number = _number(argument, value)
+    need = "a whole number" + ("" if lowest is None else f" >= {lowest}") + " is needed"
+    number = _number(argument, value, need)
     if number != int(number) or (lowest is not None and number < lowest):
-        need = "a whole number" + ("" if lowest is None else f" >= {lowest}")
-        raise UserError(argument, f"got {value!r}", f"{need} is needed")
+        raise UserError(argument, f"got {value!r}", need)
     return int(number)
 
 
@@ -182,14 +182,13 @@ class Recipe(BaseModel):
     @field_validator("sparsity", mode="before")
     @classmethod
     def _check_sparsity(cls, value: Any) -> float:
-        number = _number("sparsity", value)
+        allowed = "sparsity is a fraction removed, 0 <= s < 1"
+        number = _number("sparsity", value, allowed)
         if number == 1:
             raise UserError("sparsity", "1.0 would remove every weight", "use a value below 1")
         if not 0 <= number < 1:
             hint = f"for {number:g} % write {number / 100:g}" if 1 < number < 100 else ""
-            raise UserError(
-                "sparsity", f"got {number:g}", "sparsity is a fraction removed, 0 <= s < 1", hint
-            )
+            raise UserError("sparsity", f"got {number:g}", allowed, hint)
         return number
 
     @field_validator("pattern", mode="before")
@@ -237,6 +236,18 @@ class Recipe(BaseModel):
         if number < 0:
             raise UserError("damp", f"got {number:g}", "a ridge >= 0, usually 0.01")
         return number
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _check_blocks(cls, value: Any) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(
+                "blocks",
+                f"got {value!r}",
+                "the path of the list of decoder blocks",
+                "for instance blocks=model.layers",
+            )
+        return value.strip()
 
     @field_validator("compat", "propagate", "pack", mode="before")
     @classmethod
