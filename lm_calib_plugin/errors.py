@@ -37,6 +37,11 @@ class UserError(CalibError, ValueError):
         text = f"{argument}: " + "; ".join(parts)
         super().__init__(text if text.endswith("?") else text + ".")
 
+    def at(self, place: str) -> UserError:
+        """Put the place (file and line) where the value was read in front of the message."""
+        self.args = (f"{place}: {self}",)
+        return self
+
 
 class UnsupportedModelError(UserError):
     """The model is of a kind that cannot be compressed here; the message names the way out."""

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lm_calib_plugin import registry
@@ -81,7 +81,9 @@ def parse_calibration(value: Any) -> tuple[SourceTerm, ...]:
             "for instance calibration=self or calibration=file:my.jsonl",
         )
     total = sum(term.weight for term in terms)
-    return tuple(SourceTerm(t.name, t.argument, t.options, t.weight / total) for t in terms)
+    if math.isclose(total, 1, rel_tol=1e-9):
+        return tuple(terms)  # as written, so that the normal form of a normal form is itself
+    return tuple(replace(term, weight=term.weight / total) for term in terms)
 
 
 def expression_text(terms: Sequence[SourceTerm]) -> str:
@@ -91,6 +93,24 @@ def expression_text(terms: Sequence[SourceTerm]) -> str:
     if len(terms) == 1:
         return terms[0].text()
     return "+".join(f"{term.text()}*{term.weight:.6g}" for term in terms)
+
+
+def plain_form(terms: Sequence[SourceTerm]) -> str | list[dict[str, Any]]:
+    """Return a value that :func:`parse_calibration` reads back as exactly these terms.
+
+    One plain source is a text; a sum, and what the mini-language can not spell, is the list form.
+    """
+    if not terms or (len(terms) == 1 and _spelled(terms[0])):
+        return expression_text(terms)
+    return [
+        {"source": SourceTerm(t.name, t.argument).text(), "weight": t.weight, **dict(t.options)}
+        for t in terms
+    ]
+
+
+def _spelled(term: SourceTerm) -> bool:
+    parts = [term.argument, *(text for option in term.options for text in option)]
+    return not any(set(part) & set("+*?&=") for part in parts)
 
 
 def shares(terms: Sequence[SourceTerm], total: int) -> list[int]:
@@ -104,11 +124,14 @@ def shares(terms: Sequence[SourceTerm], total: int) -> list[int]:
 
 
 def _term(text: str) -> SourceTerm:
-    text = text.strip()
-    weight = 1.0
-    weighted = _WEIGHTED.match(text)
-    if weighted:
-        text, weight = weighted["source"].strip(), _weight(weighted["weight"], text)
+    weighted = _WEIGHTED.match(text.strip())
+    if not weighted:
+        return _source(text.strip())
+    source = _source(weighted["source"].strip())
+    return replace(source, weight=_weight(weighted["weight"], text.strip()))
+
+
+def _source(text: str) -> SourceTerm:
     body, _, query = text.partition("?")
     name, _, argument = body.partition(":")
     options = []
@@ -122,7 +145,7 @@ def _term(text: str) -> SourceTerm:
                 "for instance self?temperature=0.8",
             )
         options.append((key, value))
-    return _checked(name.strip(), argument.strip(), tuple(options), weight)
+    return _checked(name.strip(), argument.strip(), tuple(options))
 
 
 def _from_mapping(value: Any) -> SourceTerm:
@@ -133,10 +156,10 @@ def _from_mapping(value: Any) -> SourceTerm:
             "each entry of the list form needs a `source`",
             "for instance [{source: c4, weight: 0.5}, {source: self, weight: 0.5}]",
         )
-    term = _term(value["source"])
+    term = _source(value["source"].strip())
     extra = tuple((k, str(v)) for k, v in value.items() if k not in ("source", "weight"))
     weight = _weight(value.get("weight", 1.0), value)
-    return SourceTerm(term.name, term.argument, term.options + extra, weight)
+    return replace(term, options=term.options + extra, weight=weight)
 
 
 def _weight(value: Any, where: Any) -> float:
@@ -154,9 +177,7 @@ def _weight(value: Any, where: Any) -> float:
     return number
 
 
-def _checked(
-    name: str, argument: str, options: tuple[tuple[str, str], ...], weight: float
-) -> SourceTerm:
+def _checked(name: str, argument: str, options: tuple[tuple[str, str], ...]) -> SourceTerm:
     sources = registry.table("calibration")
     if name in registry.CORPORA:
         if argument:
@@ -165,11 +186,18 @@ def _checked(
                 f"`{name}` takes no argument, got `{argument}`",
                 fix=f"write `{name}`, or hf:{registry.CORPORA[name]} with your own config",
             )
+    elif "*" in name:
+        raise UserError(
+            "calibration",
+            f"`{name}` has no weight that can be read",
+            "SOURCE*WEIGHT with a positive number, the share of the sequences",
+            "for instance c4*0.5+self*0.5",
+        )
     elif name not in sources:
         known = [*sources, *registry.CORPORA, NO_DATA]
         raise UserError(
             "calibration",
-            f"no source `{name}`",
+            f"no source `{name}`" if name else "a source has no name",
             nearest(name, known),
             f"sources: {listed(sources)}; named corpora: {listed(registry.CORPORA)}; {NO_DATA}",
         )
@@ -179,4 +207,4 @@ def _checked(
             f"`{name}` needs an argument",
             registry.table("calibration")[name].summary,
         )
-    return SourceTerm(name, argument, options, weight)
+    return SourceTerm(name, argument, options)

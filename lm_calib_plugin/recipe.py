@@ -18,7 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, mo
 
 from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError, listed, nearest
-from lm_calib_plugin.expression import SourceTerm, expression_text, parse_calibration
+from lm_calib_plugin.expression import (
+    NO_DATA,
+    SourceTerm,
+    parse_calibration,
+    plain_form,
+)
 from lm_calib_plugin.storage import digest
 
 SCHEMA_VERSION = 1
@@ -27,23 +32,23 @@ UNSTRUCTURED = "unstructured"
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
-def _number(argument: str, value: Any) -> float:
+def _number(argument: str, value: Any, need: str = "a number is needed") -> float:
     """Return a finite float, or raise; booleans and texts that are no numbers are refused."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(argument, f"got {value!r}", "a number is needed")
-    return number
+        raise UserError(argument, f"got {value!r}", need)
+    return number + 0.0  # -0.0 becomes 0.0
 
 
 def _whole(argument: str, value: Any, lowest: int | None = None) -> int:
     """Return an integer; ``1e3`` is 1000, ``1.5`` is refused."""
-    number = _number(argument, value)
+    need = "a whole number" + ("" if lowest is None else f" >= {lowest}") + " is needed"
+    number = _number(argument, value, need)
     if number != int(number) or (lowest is not None and number < lowest):
-        need = "a whole number" + ("" if lowest is None else f" >= {lowest}")
-        raise UserError(argument, f"got {value!r}", f"{need} is needed")
+        raise UserError(argument, f"got {value!r}", need)
     return int(number)
 
 
@@ -60,9 +65,8 @@ def _flag(argument: str, value: Any) -> bool:
 
 def _globs(argument: str, value: Any) -> tuple[str, ...]:
     parts = value.split("+") if isinstance(value, str) else value
-    if not isinstance(parts, (list, tuple)) or not all(
-        isinstance(p, str) and p.strip() for p in parts
-    ):
+    texts = isinstance(parts, (list, tuple)) and all(isinstance(p, str) for p in parts)
+    if not texts or not all(p.strip() for p in parts) or (argument == "targets" and not parts):
         raise UserError(
             argument, f"got {value!r}", "name patterns joined by +", "for instance *q_proj+*mlp*"
         )
@@ -178,14 +182,13 @@ class Recipe(BaseModel):
     @field_validator("sparsity", mode="before")
     @classmethod
     def _check_sparsity(cls, value: Any) -> float:
-        number = _number("sparsity", value)
+        allowed = "sparsity is a fraction removed, 0 <= s < 1"
+        number = _number("sparsity", value, allowed)
         if number == 1:
             raise UserError("sparsity", "1.0 would remove every weight", "use a value below 1")
         if not 0 <= number < 1:
             hint = f"for {number:g} % write {number / 100:g}" if 1 < number < 100 else ""
-            raise UserError(
-                "sparsity", f"got {number:g}", "sparsity is a fraction removed, 0 <= s < 1", hint
-            )
+            raise UserError("sparsity", f"got {number:g}", allowed, hint)
         return number
 
     @field_validator("pattern", mode="before")
@@ -233,6 +236,18 @@ class Recipe(BaseModel):
         if number < 0:
             raise UserError("damp", f"got {number:g}", "a ridge >= 0, usually 0.01")
         return number
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _check_blocks(cls, value: Any) -> str:
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(
+                "blocks",
+                f"got {value!r}",
+                "the path of the list of decoder blocks",
+                "for instance blocks=model.layers",
+            )
+        return value.strip()
 
     @field_validator("compat", "propagate", "pack", mode="before")
     @classmethod
@@ -362,9 +377,7 @@ class Recipe(BaseModel):
     def to_metadata(self) -> dict[str, Any]:
         """Return the recipe as plain values, as :class:`Recipe` and YAML take them back."""
         plain = {k: v for k, v in self.model_dump().items() if v is not None}
-        plain["calibration"] = expression_text(self.terms)
-        if len(self.terms) > 1 or any(set(t.argument) & set("+*?") for t in self.terms):
-            plain["calibration"] = [{"source": t.text(), "weight": t.weight} for t in self.terms]
+        plain["calibration"] = plain_form(self.terms)
         for name in ("targets", "ignore"):
             plain[name] = list(plain.get(name, ()))
             if not plain[name]:
@@ -374,16 +387,24 @@ class Recipe(BaseModel):
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe from a YAML file of flat ``name: value`` lines."""
-        from lm_calib_plugin.recipe_file import read_recipe_file
-
-        return cls(**read_recipe_file(path))
+        return cls.from_model_args({"recipe": path})
 
     @classmethod
     def from_model_args(cls, arguments: Mapping[str, Any]) -> Recipe:
         """Make a recipe from harness arguments, ``recipe=FILE`` merged with the others."""
         from lm_calib_plugin.recipe_file import merge_recipe_file
 
-        return cls(**merge_recipe_file({k: plain_value(v) for k, v in arguments.items()}))
+        given = {name: plain_value(value) for name, value in arguments.items()}
+        if "calibration" in arguments and arguments["calibration"] is None:
+            # The harness turns the text `none` into None before we see it.
+            given["calibration"] = NO_DATA
+        merged, places = merge_recipe_file(given)
+        try:
+            return cls(**merged)
+        except UserError as error:
+            if error.argument in places:
+                raise error.at(places[error.argument]) from None
+            raise
 
     def resolve(self, facts: Facts) -> ResolvedRecipe:
         """Freeze what was left open with the facts of this model and this draw."""
@@ -396,7 +417,7 @@ def _data_free() -> list[str]:
 
 
 def plain_value(value: Any) -> Any:
-    """Undo what argument parsers leave behind: ``"none"`` and ``"null"`` texts become None."""
+    """Undo what argument parsers leave behind: an empty text and ``"null"`` become None."""
     if isinstance(value, str) and value.strip().lower() in ("null", ""):
         return None
     return value

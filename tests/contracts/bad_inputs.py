@@ -1,0 +1,434 @@
+"""What users get wrong, and what each message has to teach them.
+
+``must`` holds the words of the lesson: what was given, what is allowed, what to type instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm_calib_plugin.recipe import Recipe, Runtime
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something a user may do, the argument at fault, and words the message must hold."""
+
+    name: str
+    do: Callable[[], Any]
+    argument: str
+    must: tuple[str, ...]
+
+
+def recipe(**given: Any) -> Callable[[], Any]:
+    """Arguments as the harness hands them over."""
+    return lambda: Recipe.from_model_args(given)
+
+
+def wanda(**given: Any) -> Callable[[], Any]:
+    return recipe(**{"method": "wanda", "sparsity": 0.5, **given})
+
+
+def gptq(**given: Any) -> Callable[[], Any]:
+    return recipe(**{"method": "gptq", **given})
+
+
+def yaml_file(text: str | bytes, **typed: Any) -> Callable[[], Any]:
+    """A recipe file of this content in the current folder, and arguments typed beside it."""
+
+    def do() -> Any:
+        Path("recipe.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return Recipe.from_model_args({"recipe": "recipe.yaml", **typed})
+
+    return do
+
+
+def layer(shape: tuple[int, int], **given: Any) -> Callable[[], Any]:
+    """Check a layer against a recipe, as the engine does before it reads any data."""
+
+    def do() -> Any:
+        made = Recipe(**given)
+        method = made.entry.load().from_options(made.method_options())
+        method.check_layer("model.layers.0.mlp.down_proj", shape)
+
+    return do
+
+
+CASES = [
+    # --- names
+    Case(
+        "unknown_argument", wanda(nsample=8), "nsample", ("did you mean `nsamples`?", "ls options")
+    ),
+    Case("unknown_argument_far_off", wanda(xyzzy=8), "xyzzy", ("unknown", "lm-calib ls options")),
+    Case(
+        "method_missing",
+        recipe(sparsity=0.5),
+        "method",
+        ("missing", "wanda", "gptq", "method=wanda"),
+    ),
+    Case(
+        "method_typo",
+        recipe(method="wnada", sparsity=0.5),
+        "method",
+        (
+            "no method `wnada`",
+            "did you mean `wanda`?",
+            "installed: magnitude, wanda, sparsegpt, rtn, gptq",
+        ),
+    ),
+    Case("method_far_off", recipe(method="awq"), "method", ("no method `awq`", "installed: ")),
+    Case(
+        "option_of_another_method",
+        wanda(bits=4),
+        "bits",
+        ("not an option of method `wanda`", "sparsity, pattern, compat", "drop `bits`"),
+    ),
+    Case("damp_of_a_method_without", wanda(damp=0.1), "damp", ("`wanda`", "drop `damp`")),
+    Case(
+        "sparsity_of_a_quantizer",
+        gptq(sparsity=0.5),
+        "sparsity",
+        ("`gptq`", "bits", "drop `sparsity`"),
+    ),
+    # --- strength of pruning
+    Case(
+        "sparsity_missing",
+        recipe(method="wanda"),
+        "sparsity",
+        ("0 <= s < 1", "sparsity=0.5", "pattern=2:4"),
+    ),
+    Case(
+        "sparsity_percent",
+        wanda(sparsity=50),
+        "sparsity",
+        ("got 50", "fraction removed, 0 <= s < 1", "for 50 % write 0.5"),
+    ),
+    Case("sparsity_one", wanda(sparsity=1.0), "sparsity", ("remove every weight", "below 1")),
+    Case("sparsity_negative", wanda(sparsity=-0.1), "sparsity", ("got -0.1", "0 <= s < 1")),
+    Case("sparsity_beyond_percent", wanda(sparsity=500), "sparsity", ("got 500", "0 <= s < 1")),
+    Case("sparsity_text", wanda(sparsity="half"), "sparsity", ("'half'", "0 <= s < 1")),
+    Case("sparsity_percent_sign", wanda(sparsity="50%"), "sparsity", ("'50%'", "0 <= s < 1")),
+    Case("sparsity_boolean", wanda(sparsity=True), "sparsity", ("True", "0 <= s < 1")),
+    Case("sparsity_nan", wanda(sparsity=float("nan")), "sparsity", ("nan", "0 <= s < 1")),
+    Case("sparsity_infinite", wanda(sparsity=float("inf")), "sparsity", ("inf", "0 <= s < 1")),
+    Case(
+        "pattern_turned_around",
+        recipe(method="wanda", pattern="4:2"),
+        "pattern",
+        ("got 4:2", "keeps N of every M", "did you mean 2:4?"),
+    ),
+    Case(
+        "pattern_keeps_all",
+        recipe(method="wanda", pattern="4:4"),
+        "pattern",
+        ("got 4:4", "0 < N < M", "2:4"),
+    ),
+    Case(
+        "pattern_keeps_none",
+        recipe(method="wanda", pattern="0:4"),
+        "pattern",
+        ("got 0:4", "0 < N < M", "2:4"),
+    ),
+    Case(
+        "pattern_text",
+        recipe(method="wanda", pattern="two-four"),
+        "pattern",
+        ("'two-four'", "unstructured", "2:4"),
+    ),
+    Case(
+        "pattern_against_sparsity",
+        recipe(method="wanda", pattern="2:4", sparsity=0.7),
+        "pattern",
+        ("2:4 fixes sparsity at 0.5", "0.7", "drop `sparsity`"),
+    ),
+    Case(
+        "pattern_on_a_layer",
+        layer((8, 50), method="wanda", pattern="2:4"),
+        "pattern",
+        (
+            "model.layers.0.mlp.down_proj has 50 inputs",
+            "not divisible by 4",
+            "ignore=",
+            "unstructured",
+        ),
+    ),
+    Case(
+        "compat_unknown",
+        wanda(compat="refrence"),
+        "compat",
+        ("did you mean `reference`?", "allowed: reference"),
+    ),
+    # --- strength of quantization
+    Case("bits_one", gptq(bits=1), "bits", ("got 1", "2-8", "16")),
+    Case("bits_nine", gptq(bits=9), "bits", ("got 9", "2-8")),
+    Case("bits_fraction", gptq(bits=1.58), "bits", ("1.58", "whole number")),
+    Case("bits_boolean", gptq(bits=True), "bits", ("True", "number")),
+    Case("group_size_zero", gptq(group_size=0), "group_size", ("got 0", "-1")),
+    Case(
+        "group_size_on_a_layer",
+        layer((64, 4096), method="gptq", group_size=100),
+        "group_size",
+        ("100 does not divide the 4096 inputs", "down_proj", "64", "128", "-1", "group_size="),
+    ),
+    Case(
+        "group_size_on_an_odd_layer",
+        layer((64, 50), method="rtn"),
+        "group_size",
+        ("128 does not divide the 50 inputs", "group_size=-1"),
+    ),
+    Case("damp_negative", gptq(damp=-1), "damp", ("got -1", ">= 0", "0.01")),
+    Case("symmetric_text", gptq(symmetric="maybe"), "symmetric", ("'maybe'", "true or false")),
+    Case("act_order_number", gptq(act_order=2), "act_order", ("got 2", "true or false")),
+    # --- amount of data
+    Case("nsamples_zero", wanda(nsamples=0), "nsamples", ("got 0", "whole number >= 1")),
+    Case("nsamples_negative", wanda(nsamples=-3), "nsamples", ("got -3", "whole number >= 1")),
+    Case("nsamples_fraction", wanda(nsamples=1.5), "nsamples", ("got 1.5", "whole number >= 1")),
+    Case("nsamples_boolean", wanda(nsamples=True), "nsamples", ("True", "whole number >= 1")),
+    Case("nsamples_text", wanda(nsamples="many"), "nsamples", ("'many'", "whole number >= 1")),
+    Case("nsamples_list", wanda(nsamples=[1, 2]), "nsamples", ("[1, 2]", "whole number >= 1")),
+    Case("seqlen_zero", wanda(seqlen=0), "seqlen", ("got 0", "whole number >= 1")),
+    Case("calib_seed_fraction", wanda(calib_seed=0.5), "calib_seed", ("0.5", "whole number")),
+    Case("heldout_too_large", wanda(heldout=0.9), "heldout", ("got 0.9", "0 to 0.5")),
+    Case("heldout_nan", wanda(heldout=float("nan")), "heldout", ("nan", "number")),
+    Case(
+        "pack_unknown", wanda(pack="conact"), "pack", ("did you mean `concat`?", "longdoc", "pad")
+    ),
+    Case(
+        "propagate_unknown",
+        wanda(propagate="pruned"),
+        "propagate",
+        ("'pruned'", "compressed, dense"),
+    ),
+    # --- source of data
+    Case(
+        "no_data_for_a_method_that_needs_it",
+        wanda(calibration="none"),
+        "calibration",
+        ("`wanda` needs calibration data", "magnitude, rtn", "calibration=self"),
+    ),
+    Case(
+        "source_typo",
+        wanda(calibration="wikitxt2"),
+        "calibration",
+        ("no source `wikitxt2`", "did you mean `wikitext2`?", "self", "file", "none"),
+    ),
+    Case(
+        "source_far_off",
+        wanda(calibration="mybooks"),
+        "calibration",
+        ("no source `mybooks`", "file", "c4"),
+    ),
+    Case(
+        "source_without_argument",
+        wanda(calibration="file"),
+        "calibration",
+        ("`file` needs", "file:PATH"),
+    ),
+    Case(
+        "task_without_name", wanda(calibration="task"), "calibration", ("`task` needs", "task:NAME")
+    ),
+    Case(
+        "hub_without_name", wanda(calibration="hf:"), "calibration", ("`hf` needs", "hf:ORG/NAME")
+    ),
+    Case(
+        "corpus_with_argument",
+        wanda(calibration="c4:de"),
+        "calibration",
+        ("`c4` takes no argument", "`de`", "hf:allenai/c4"),
+    ),
+    Case(
+        "weight_zero",
+        wanda(calibration="c4*0+self*1"),
+        "calibration",
+        ("'0'", "positive", "c4*0.5+self*0.5"),
+    ),
+    Case(
+        "weight_negative",
+        wanda(calibration="c4*-1+self"),
+        "calibration",
+        ("`c4*-1`", "positive", "c4*0.5+self*0.5"),
+    ),
+    Case(
+        "weight_text",
+        wanda(calibration="c4*half"),
+        "calibration",
+        ("`c4*half`", "positive", "c4*0.5"),
+    ),
+    Case(
+        "weight_first",
+        wanda(calibration="0.5*c4+0.5*self"),
+        "calibration",
+        ("`0.5*c4`", "SOURCE*WEIGHT"),
+    ),
+    Case(
+        "weight_with_two_points",
+        wanda(calibration="c4*1.2.3"),
+        "calibration",
+        ("'1.2.3'", "positive"),
+    ),
+    Case(
+        "weight_in_a_list",
+        wanda(calibration=[{"source": "c4", "weight": "much"}]),
+        "calibration",
+        ("'much'", "positive"),
+    ),
+    Case(
+        "weight_boolean",
+        wanda(calibration=[{"source": "c4", "weight": True}]),
+        "calibration",
+        ("True", "positive"),
+    ),
+    Case("term_empty", wanda(calibration="c4+"), "calibration", ("no name", "c4")),
+    Case(
+        "source_option_without_value",
+        wanda(calibration="self?temperature"),
+        "calibration",
+        ("`temperature`", "no value", "key=value", "self?temperature=0.8"),
+    ),
+    Case(
+        "list_entry_without_source",
+        wanda(calibration=[{"weight": 1}]),
+        "calibration",
+        ("needs a `source`", "{source: c4"),
+    ),
+    Case("list_empty", wanda(calibration=[]), "calibration", ("got []", "calibration=self")),
+    Case("calibration_number", wanda(calibration=4), "calibration", ("got 4", "calibration=self")),
+    Case(
+        "calibration_boolean",
+        wanda(calibration=False),
+        "calibration",
+        ("False", "calibration=self"),
+    ),
+    Case(
+        "calibration_broken_json",
+        wanda(calibration='[{"source": "c4"'),
+        "calibration",
+        ("not JSON", '[{"source": "c4"'),
+    ),
+    # --- layers
+    Case(
+        "targets_empty",
+        recipe(method="wanda", sparsity=0.5, targets=[]),
+        "targets",
+        ("got []", "*q_proj"),
+    ),
+    Case(
+        "targets_blank_part",
+        wanda(targets="*q_proj++*mlp*"),
+        "targets",
+        ("*q_proj++*mlp*", "joined by +"),
+    ),
+    Case("targets_number", wanda(targets=3), "targets", ("got 3", "name patterns")),
+    Case("ignore_blank_part", wanda(ignore=["*q_proj", ""]), "ignore", ("''", "name patterns")),
+    Case("blocks_number", wanda(blocks=3), "blocks", ("got 3", "blocks=model.layers")),
+    Case("untie_text", wanda(untie="perhaps"), "untie", ("'perhaps'", "true or false")),
+    Case(
+        "schema_version_newer",
+        wanda(schema_version=2),
+        "schema_version",
+        ("got 2", "reads version 1"),
+    ),
+    # --- recipe files
+    Case(
+        "file_missing", recipe(recipe="nowhere.yaml"), "recipe", ("no file 'nowhere.yaml'", "YAML")
+    ),
+    Case("file_not_a_path", recipe(recipe=7), "recipe", ("got 7", "path", "YAML")),
+    Case("file_empty", yaml_file(""), "recipe", ("recipe.yaml", "name: value", "method: wanda")),
+    Case(
+        "file_with_a_list", yaml_file("- method: wanda\n"), "recipe", ("recipe.yaml", "name: value")
+    ),
+    Case(
+        "file_not_text", yaml_file(b"\x80\x04\x95\xff\xfe"), "recipe", ("recipe.yaml", "not text")
+    ),
+    Case(
+        "file_with_a_null_byte",
+        yaml_file(b"method: wan\x00da\n"),
+        "recipe",
+        ("recipe.yaml", "not text"),
+    ),
+    Case(
+        "file_with_a_tab",
+        yaml_file("method: wanda\nsparsity:\t0.5\n\tpattern: 2:4\n"),
+        "recipe",
+        ("recipe.yaml, line 2", "spaces"),
+    ),
+    Case(
+        "file_with_a_key_twice",
+        yaml_file("method: wanda\nsparsity: 0.5\n\nsparsity: 0.6\n"),
+        "recipe",
+        ("recipe.yaml, line 4", "`sparsity` stands twice"),
+    ),
+    Case(
+        "file_with_an_unclosed_bracket",
+        yaml_file("method: wanda\nignore: [a, b\n"),
+        "recipe",
+        ("recipe.yaml, line 3", "name: value"),
+    ),
+    Case(
+        "file_with_a_template",
+        yaml_file("method: wanda\nsparsity: {{ s }}\n"),
+        "recipe",
+        ("recipe.yaml, line 2", "plain text"),
+    ),
+    Case(
+        "file_with_code",
+        yaml_file("method: !!python/object/apply:os.getcwd []\n"),
+        "recipe",
+        ("recipe.yaml, line 1", "python/object"),
+    ),
+    Case(
+        "file_with_two_documents",
+        yaml_file("method: wanda\n---\nmethod: rtn\n"),
+        "recipe",
+        ("recipe.yaml, line 2", "document"),
+    ),
+    Case(
+        "file_with_an_unknown_name",
+        yaml_file("method: wanda\nsparsity: 0.5\nnsample: 8\n"),
+        "nsample",
+        ("recipe.yaml, line 3", "did you mean `nsamples`?", "lm-calib ls options"),
+    ),
+    Case(
+        "file_with_a_bad_value",
+        yaml_file("method: wanda\nsparsity: 50\n"),
+        "sparsity",
+        ("recipe.yaml, line 2", "for 50 % write 0.5"),
+    ),
+    Case(
+        "file_of_a_newer_schema",
+        yaml_file("schema_version: 2\nmethod: wanda\nsparsity: 0.5\n"),
+        "schema_version",
+        ("recipe.yaml, line 1", "got 2", "reads version 1"),
+    ),
+    Case(
+        "file_without_data",
+        yaml_file("method: wanda\nsparsity: 0.5\ncalibration: none\n"),
+        "calibration",
+        ("recipe.yaml, line 3", "`wanda` needs calibration data"),
+    ),
+    Case(
+        "file_against_argument",
+        yaml_file("method: wanda\nsparsity: 0.5\n", sparsity=0.6),
+        "sparsity",
+        ("0.6", "0.5 in recipe.yaml", "choose one"),
+    ),
+    # --- run time
+    Case(
+        "batch_size_zero",
+        lambda: Runtime(calib_batch_size=0),
+        "calib_batch_size",
+        ("got 0", ">= 1"),
+    ),
+    Case(
+        "batch_size_text",
+        lambda: Runtime(calib_batch_size="large"),
+        "calib_batch_size",
+        ("'large'", "whole number >= 1"),
+    ),
+    Case(
+        "progress_text", lambda: Runtime(progress="fancy"), "progress", ("'fancy'", "true or false")
+    ),  # type: ignore[arg-type]
+]
