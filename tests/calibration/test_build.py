@@ -152,7 +152,7 @@ class Disturbing(Source):
 
     def documents(self, context):
         random.random()
-        np.random.rand()  # noqa: NPY002
+        np.random.rand()
         torch.rand(3)
         if context.seed and self.argument == "fail":
             raise RuntimeError("on purpose")
@@ -187,7 +187,7 @@ def _methods(kind):
 
 
 def states():
-    numpy = np.random.get_state()[1].tolist()  # noqa: NPY002
+    numpy = np.random.get_state()[1].tolist()
     return random.getstate(), numpy, torch.get_rng_state().tolist()
 
 
