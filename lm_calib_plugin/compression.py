@@ -257,7 +257,8 @@ def _calibration_summary(
 def _data_warnings(
     recipe: Recipe, calibration: CalibrationSet | None, left: Sequence[tuple[str, str]]
 ) -> list[str]:
-    notes = []
+    sources = calibration.sources if calibration else ()
+    notes = [f"{s['source']}: {note}" for s in sources for note in s.get("warnings", ())]
     if (
         calibration is not None
         and recipe.heldout
@@ -269,6 +270,8 @@ def _data_warnings(
         )
     reasons: dict[str, int] = {}
     for _, why in left:
+        if why in engine.CHOSEN:
+            continue
         reasons[why] = reasons.get(why, 0) + 1
     notes += [f"{count} matrices left dense: {why}" for why, count in reasons.items()]
     return notes

@@ -10,10 +10,11 @@ from lm_calib_plugin.engine.discovery import (
 )
 from lm_calib_plugin.engine.fingerprint import weights_digest
 from lm_calib_plugin.engine.guard import left_as_found
-from lm_calib_plugin.engine.layers import TargetLayer, find_layers, select_layers
+from lm_calib_plugin.engine.layers import CHOSEN, TargetLayer, find_layers, select_layers
 from lm_calib_plugin.engine.walk import Plan, WalkResult, run
 
 __all__ = [
+    "CHOSEN",
     "Blocks",
     "Plan",
     "TargetLayer",

@@ -16,6 +16,9 @@ from lm_calib_plugin.errors import UnsupportedModelError, UserError, listed, nea
 
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 HEAD = -1
+# Reasons of the user's own choosing; any other reason is worth a warning.
+NOT_TARGETED, IGNORED = "not in targets", "in ignore"
+CHOSEN = (NOT_TARGETED, IGNORED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +98,7 @@ def find_layers(
                 layers.append(TargetLayer(name, module, module.weight, index, transposed))
             elif _is_experts(module) and not _known_experts(module) and _any(name, ignore):
                 claimed |= {id(p) for p in module.parameters()}
-                left.append((name, "in ignore"))
+                left.append((name, IGNORED))
             elif _is_experts(module):
                 found = _expert_layers(name, module, index)
                 claimed |= {id(layer.parameter) for layer in found}
@@ -180,10 +183,10 @@ def select_layers(
         named = [r for r in routers if _any(r.name, targets)]
         left = [entry for entry in left if entry[0] not in {r.name for r in named}]
         outside = [x for x in layers if not _any(x.name, targets)]
-        left += [(x.name, "not in targets") for x in outside]
+        left += [(x.name, NOT_TARGETED) for x in outside]
         layers = sorted([x for x in layers if x not in outside] + named, key=_order)
     ignored = [x for x in layers if _any(x.name, ignore)]
-    left += [(x.name, "in ignore") for x in ignored]
+    left += [(x.name, IGNORED) for x in ignored]
     layers = [x for x in layers if x not in ignored]
     if not layers:
         raise UserError(
