@@ -133,6 +133,7 @@ def test_a_stream_that_breaks_says_where(words, answers, monkeypatch):
     [
         (ValueError("Config name is missing.\nPick one among: a, b"), "Pick one among: a, b"),
         (FileNotFoundError("no files"), "no files"),
+        (FileNotFoundError("'x' is a gated dataset"), "is gated; accept its terms"),
     ],
 )
 def test_what_the_library_says_is_passed_on_short(words, answers, monkeypatch, error, message):
@@ -146,7 +147,7 @@ def test_what_the_library_says_is_passed_on_short(words, answers, monkeypatch, e
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match=message) as caught:
         draw("hf:org/data", words)
-    assert "config `default`, split `train`" in str(caught.value)
+    assert "gated" in message or "config `default`, split `train`" in str(caught.value)
 
 
 def test_other_errors_are_not_hidden(words, answers, monkeypatch):

@@ -63,12 +63,7 @@ def look_up(path: str, revision: str | None) -> HubAnswer | None:
     try:
         return ask_hub(path, revision)
     except errors.GatedRepoError:
-        raise UserError(
-            ARGUMENT,
-            f"hf:{path} is gated",
-            f"accept its terms at {SITE}/{path}",
-            "then log in: hf auth login",
-        ) from None
+        raise _gated(path) from None
     except errors.RevisionNotFoundError:
         raise UserError(
             ARGUMENT, f"hf:{path} has no revision `{revision}`", f"see {SITE}/{path}/commits/main"
@@ -123,6 +118,9 @@ def explained(path: str, config: str | None, split: str) -> Iterator[None]:
     except connection_errors() as error:
         raise _unreachable(path, error) from None
     except (ValueError, FileNotFoundError) as error:
+        # The hub describes a gated data set to everyone and refuses its files only.
+        if "gated" in str(error).lower():
+            raise _gated(path) from None
         # Unknown or missing config and split arrive as ValueError; their text lists what is there.
         raise UserError(
             ARGUMENT,
@@ -139,6 +137,15 @@ def one_line(error: BaseException, length: int = 300) -> str:
     """Return the text of an error on one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _gated(path: str) -> UserError:
+    return UserError(
+        ARGUMENT,
+        f"hf:{path} is gated",
+        f"accept its terms at {SITE}/{path}",
+        "then log in: hf auth login",
+    )
 
 
 def _unreachable(path: str, error: BaseException) -> UserError:
