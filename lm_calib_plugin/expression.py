@@ -20,7 +20,7 @@ from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError, listed, nearest
 
 NO_DATA = "none"
-_WEIGHTED = re.compile(r"^(?P<source>.*?)\*(?P<weight>[0-9.]+(?:[eE]-?[0-9]+)?)$")
+_WEIGHTED = re.compile(r"^(?P<source>.*?)\*\s*(?P<weight>[0-9.]+(?:[eE]-?[0-9]+)?)$")
 
 
 @dataclass(frozen=True)

@@ -108,10 +108,18 @@ def merge_recipe_file(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dic
     else:
         raise UserError(FILE_ARGUMENT, f"got {path!r}", "the path of a YAML file is needed")
     for name in typed.keys() & from_file.keys():
-        if typed[name] is not None and str(typed[name]) != str(from_file[name]):
+        if typed[name] is not None and not _same(typed[name], from_file[name]):
             raise UserError(
                 name,
                 f"got {typed[name]!r} as an argument and {from_file[name]!r} in {origin}",
                 fix="choose one",
             )
     return from_file | {k: v for k, v in typed.items() if v is not None}, places
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether two values say the same: 0.5 and "0.50" do."""
+    try:
+        return float(one) == float(other)
+    except (TypeError, ValueError):
+        return str(one) == str(other)

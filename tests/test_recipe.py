@@ -1,0 +1,426 @@
+"""The recipe: normal forms, identity, and every way in and out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+import lm_calib_plugin
+from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.expression import SourceTerm, parse_calibration
+from lm_calib_plugin.recipe import RUNTIME_ARGUMENTS, Facts, Recipe, Runtime
+
+# --- recipes at random -------------------------------------------------------------------
+
+_names = st.text("abcdefghij/_-.", min_size=1, max_size=12).filter(lambda s: s.strip() == s)
+_wild = st.text("ab+*&=? :'\"#0.5", min_size=1, max_size=8).map(str.strip).filter(bool)
+_terms = st.one_of(
+    st.fixed_dictionaries({"source": st.sampled_from(["self", "c4", "wikitext2", "random"])}),
+    st.fixed_dictionaries({"source": _names.map(lambda s: f"file:{s}.txt")}),
+    st.fixed_dictionaries({"source": st.just("file:a+b*2.jsonl"), "column": _wild}),
+    st.fixed_dictionaries({"source": st.just("self"), "temperature": st.floats(0, 2)}),
+)
+_weighted = st.builds(
+    lambda term, weight: {**term, "weight": weight},
+    _terms,
+    st.floats(1e-3, 1e3),
+)
+_common = {
+    "calibration": st.one_of(st.just("self"), st.lists(_weighted, min_size=1, max_size=4)),
+    "nsamples": st.integers(1, 10**6),
+    "seqlen": st.integers(1, 10**6),
+    "calib_seed": st.integers(-5, 10**9),
+    "pack": st.sampled_from(["longdoc", "concat", "pad"]),
+    "heldout": st.floats(0, 0.5),
+    "propagate": st.sampled_from(["compressed", "dense"]),
+    "targets": st.lists(_names, min_size=1, max_size=3),
+    "ignore": st.lists(_names, max_size=3),
+    "blocks": _names,
+    "untie": st.booleans(),
+}
+_pruning = st.fixed_dictionaries(
+    {"method": st.sampled_from(["magnitude", "wanda", "sparsegpt"])},
+    optional={"compat": st.just("reference"), **_common},
+)
+_strength = st.one_of(
+    st.fixed_dictionaries({"sparsity": st.floats(0, 0.999)}),
+    st.fixed_dictionaries(
+        {
+            "pattern": st.tuples(st.integers(1, 8), st.integers(1, 8)).map(
+                lambda p: f"{p[0]}:{sum(p)}"
+            )
+        }
+    ),
+)
+_quantization = st.fixed_dictionaries(
+    {"method": st.just("gptq")},
+    optional={
+        "bits": st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16]),
+        "group_size": st.sampled_from([-1, 1, 64, 128]),
+        "symmetric": st.booleans(),
+        "act_order": st.booleans(),
+        "damp": st.floats(0, 10),
+        **_common,
+    },
+)
+_given = st.one_of(st.builds(lambda a, b: {**a, **b}, _pruning, _strength), _quantization)
+
+
+def method_of(recipe: Recipe) -> Any:
+    return recipe.entry.load().from_options(recipe.method_options())
+
+
+def facts_of(recipe: Recipe, **changes: Any) -> Facts:
+    method = method_of(recipe)
+    found: dict[str, Any] = {
+        "model": "m" * 64,
+        "layers": "l" * 64,
+        "revision": method.revision,
+        "options": method.options(),
+        "calib_id": "c" * 64 if recipe.terms else None,
+        "seqlen": 2048 if recipe.terms else None,
+        "pack": "concat" if recipe.terms else None,
+    }
+    return Facts(**{**found, **changes})
+
+
+def key(recipe: Recipe, **changes: Any) -> str:
+    return recipe.resolve(facts_of(recipe, **changes)).key()
+
+
+def wanda(**changes: Any) -> Recipe:
+    return Recipe(**{"method": "wanda", "sparsity": 0.5, **changes})
+
+
+few = settings(max_examples=30)
+
+# --- ways in and out ---------------------------------------------------------------------
+
+
+@few
+@given(_given)
+def test_metadata_is_read_back_as_the_same_recipe(given: dict[str, Any]) -> None:
+    recipe = Recipe(**given)
+    metadata = recipe.to_metadata()
+    again = Recipe(**metadata)
+    assert again.to_metadata() == metadata
+    assert again.terms == recipe.terms
+    # Nothing else may differ: only what was left open may have been filled in.
+    same = {**recipe.model_dump(), "calibration": None}
+    assert {**again.model_dump(), "calibration": None} == same
+    assert method_of(again) == method_of(recipe)
+    assert key(again) == key(recipe)
+
+
+@few
+@given(_given)
+def test_metadata_survives_json_and_yaml(given: dict[str, Any]) -> None:
+    recipe = Recipe(**given)
+    metadata = recipe.to_metadata()
+    assert json.loads(json.dumps(metadata)) == metadata
+    assert yaml.safe_load(yaml.safe_dump(metadata)) == metadata
+
+
+def test_written_yaml_is_read_back(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    for recipe in (
+        wanda(
+            calibration="c4*0.3+self?temperature=0.8&prefix_tokens=4*0.7", targets="*q_proj+*mlp*"
+        ),
+        Recipe(method="sparsegpt", pattern="2:4", damp=1e-3, calibration="file:my text.jsonl"),
+        Recipe(method="gptq", bits=3, group_size=-1, symmetric=False, untie=True),
+        Recipe(method="magnitude", sparsity=1e-3, ignore=["*down_proj"]),
+    ):
+        file.write_text(yaml.safe_dump(recipe.to_metadata()), encoding="utf-8")
+        assert Recipe.from_yaml(file).to_metadata() == recipe.to_metadata()
+
+
+def test_hand_written_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        """\
+# a comment
+method: sparsegpt
+pattern: 2:4          # not the number 124
+nsamples: 1e3
+calibration:
+  - {source: c4, weight: 3}
+  - source: self
+    weight: 1
+    temperature: 0.8
+ignore: ["*down_proj"]
+""",
+        encoding="utf-8",
+    )
+    recipe = Recipe.from_yaml(file)
+    assert recipe.kept == (2, 4)
+    assert recipe.nsamples == 1000
+    assert recipe.terms == (
+        SourceTerm("c4", weight=0.75),
+        SourceTerm("self", options=(("temperature", "0.8"),), weight=0.25),
+    )
+    assert recipe.ignore == ("*down_proj",)
+    assert Recipe.from_model_args({"recipe": str(file)}) == recipe
+    typed = {"recipe": str(file), "nsamples": 1000.0, "damp": 0.1}
+    assert Recipe.from_model_args(typed).damp == 0.1
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "2:4", "4:8", "3:5", "16:32"])
+def test_patterns_need_no_quotes_in_yaml(tmp_path: Path, pattern: str) -> None:
+    file = tmp_path / "recipe.yaml"
+    for written in (pattern, f'"{pattern}"', f"'{pattern}'"):
+        file.write_text(f"method: wanda\npattern: {written}\n", encoding="utf-8")
+        assert Recipe.from_yaml(file).pattern == pattern
+
+
+def test_recipe_file_and_arguments_are_merged(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: wanda\nsparsity: 0.5\nnsamples: 16\n", encoding="utf-8")
+    merged = Recipe.from_model_args(
+        {"recipe": str(file), "sparsity": 0.5, "seqlen": 64, "nsamples": None}
+    )
+    assert merged == wanda(nsamples=16, seqlen=64)
+    assert Recipe.from_model_args({"recipe": {"method": "wanda"}, "sparsity": 0.5}) == wanda()
+
+
+def test_code_in_a_recipe_file_is_not_run(tmp_path: Path) -> None:
+    file, trace = tmp_path / "recipe.yaml", tmp_path / "trace"
+    file.write_text(f"method: !!python/object/apply:os.mkdir ['{trace}']\n", encoding="utf-8")
+    with pytest.raises(UserError):
+        Recipe.from_yaml(file)
+    assert not trace.exists()
+
+
+def test_recipe_is_frozen_and_refuses_more() -> None:
+    recipe = wanda()
+    with pytest.raises(ValidationError):
+        recipe.sparsity = 0.6
+    with pytest.raises(UserError, match="did you mean `nsamples`"):
+        wanda(nsample=3)
+
+
+# --- normal forms ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"sparsity": "0.50"}, {"sparsity": 0.5}),
+        ({"sparsity": "5e-1"}, {"sparsity": 0.5}),
+        ({"sparsity": -0.0}, {"sparsity": 0}),
+        ({"nsamples": "1e3"}, {"nsamples": 1000}),
+        ({"nsamples": 128.0}, {}),
+        ({"calib_seed": "7"}, {"calib_seed": 7}),
+        ({"targets": "*q_proj+*mlp*"}, {"targets": ["*q_proj", "*mlp*"]}),
+        ({"targets": " *q_proj + *mlp* "}, {"targets": ("*q_proj", "*mlp*")}),
+        ({"untie": "False"}, {"untie": 0}),
+        ({"untie": "yes"}, {"untie": True}),
+        ({"schema_version": 1}, {}),
+        ({"seqlen": None}, {}),
+        ({"pattern": " 02:4 ", "sparsity": None}, {"pattern": "2:4", "sparsity": None}),
+        ({"calibration": "c4*2+self*2"}, {"calibration": "c4*0.5 + self*0.5"}),
+        ({"calibration": "c4*3"}, {"calibration": [{"source": "c4"}]}),
+    ],
+    ids=str,
+)
+def test_one_meaning_has_one_form(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert wanda(**one) == wanda(**other)
+    assert hash(str(wanda(**one).to_metadata())) == hash(str(wanda(**other).to_metadata()))
+
+
+def test_defaults_depend_on_the_need_for_data() -> None:
+    assert [term.name for term in wanda().terms] == ["self"]
+    assert Recipe(method="gptq").terms == parse_calibration("self")
+    assert Recipe(method="magnitude", sparsity=0.5).terms == ()
+    assert Recipe(method="rtn").terms == ()
+    assert Recipe(method="rtn", calibration="self").terms == parse_calibration("self")
+
+
+def test_method_options_are_those_given_only() -> None:
+    assert wanda().method_options() == {"sparsity": 0.5}
+    assert Recipe(method="gptq").method_options() == {}
+    given = {"bits": 3, "act_order": False, "damp": 0.0}
+    assert Recipe(method="gptq", **given).method_options() == given
+
+
+# --- identity ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sparsity": "0.50"},
+        {"pattern": "unstructured"},
+        {"calibration": "self"},
+        {"calibration": "c4*0.2+self*0.8"},
+        {"nsamples": 7},
+        {"seqlen": 99},
+        {"calib_seed": 5},
+        {"pack": "pad"},
+        {"targets": "*"},
+        {"ignore": "*nothing*"},
+        {"blocks": "model.layers"},
+        {"schema_version": 1},
+        {"propagate": "compressed"},
+    ],
+    ids=str,
+)
+def test_key_stays_when_model_layers_and_tokens_are_the_same(changes: dict[str, Any]) -> None:
+    """What text, how much of it and which names are all in the identities of the facts."""
+    assert key(wanda(**changes)) == key(wanda())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sparsity": 0.5000001},
+        {"sparsity": None, "pattern": "2:4"},
+        {"compat": "reference"},
+        {"heldout": 0.2},
+        {"propagate": "dense"},
+        {"untie": True},
+    ],
+    ids=str,
+)
+def test_key_changes_when_the_recipe_may_change_the_weights(changes: dict[str, Any]) -> None:
+    assert key(wanda(**changes)) != key(wanda())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bits": 3},
+        {"group_size": 64},
+        {"symmetric": False},
+        {"act_order": False},
+        {"damp": 0.02},
+        {"compat": "reference"},
+    ],
+    ids=str,
+)
+def test_key_changes_with_every_option_of_a_quantizer(changes: dict[str, Any]) -> None:
+    assert key(Recipe(method="gptq", **changes)) != key(Recipe(method="gptq"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": "n" * 64}, {"layers": "k" * 64}, {"revision": 2}, {"calib_id": "d" * 64}],
+    ids=str,
+)
+def test_key_changes_with_model_layers_code_and_data(changes: dict[str, Any]) -> None:
+    assert key(wanda(), **changes) != key(wanda())
+
+
+def test_methods_have_keys_of_their_own() -> None:
+    keys = {key(Recipe(method=name, sparsity=0.5)) for name in ("magnitude", "wanda", "sparsegpt")}
+    keys |= {key(Recipe(method=name)) for name in ("rtn", "gptq")}
+    assert len(keys) == 5
+
+
+def test_defaults_written_out_do_not_change_the_key() -> None:
+    given = {"bits": 4, "group_size": 128, "symmetric": True, "act_order": True, "damp": 0.01}
+    assert key(Recipe(method="gptq", **given)) == key(Recipe(method="gptq"))
+    fixed = Recipe(method="wanda", pattern="1:4", sparsity=0.75)
+    assert key(fixed) == key(Recipe(method="wanda", pattern="1:4"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"heldout": 0.3}, {"propagate": "dense"}, {"calibration": "c4"}, {"nsamples": 3}],
+    ids=str,
+)
+def test_key_of_a_method_without_data_ignores_calibration(changes: dict[str, Any]) -> None:
+    """Calibration text given to such a method only measures errors; the weights are the same."""
+    plain = Recipe(method="magnitude", sparsity=0.5)
+    assert key(Recipe(method="magnitude", sparsity=0.5, **changes)) == key(plain)
+    assert key(plain, calib_id="e" * 64) == key(plain)
+
+
+def test_key_is_a_sha256_and_does_not_depend_on_the_process() -> None:
+    code = (
+        "from lm_calib_plugin.recipe import Facts, Recipe;"
+        "r = Recipe(method='wanda', sparsity=0.5);"
+        "f = Facts(model='m', layers='l', revision=1, options={'sparsity': .5, 'a': None});"
+        "print(r.resolve(f).key())"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert len(seen) == 1
+    assert len(seen.pop()) == 64
+
+
+def test_runtime_is_no_part_of_a_recipe() -> None:
+    assert not set(RUNTIME_ARGUMENTS) & set(Recipe.model_fields)
+    for name in RUNTIME_ARGUMENTS:
+        with pytest.raises(UserError):
+            wanda(**{name: 1})
+    assert Runtime(calib_batch_size="4").calib_batch_size == 4
+    assert Runtime().calib_batch_size == "auto"
+    assert Runtime(progress="false").progress is False  # type: ignore[arg-type]
+
+
+@few
+@given(_given)
+def test_record_of_a_result_leads_to_the_same_key(given: dict[str, Any]) -> None:
+    """What stands in a results file, given as a recipe, names the same result."""
+    recipe = Recipe(**given)
+    resolved = recipe.resolve(facts_of(recipe))
+    record = json.loads(json.dumps(resolved.to_metadata()))
+    again = Recipe(**record)
+    assert again.resolve(facts_of(again)).key() == resolved.key()
+    assert again.resolve(facts_of(again)).to_metadata() == resolved.to_metadata()
+    if recipe.terms:
+        assert (record["seqlen"], record["pack"]) == (2048, "concat")
+
+
+# --- light imports -----------------------------------------------------------------------
+
+
+def test_nothing_heavy_is_imported_by_names_validation_and_identity() -> None:
+    code = """
+import sys
+import lm_calib_plugin
+from lm_calib_plugin import errors, expression, recipe, recipe_file, registry, storage
+assert lm_calib_plugin.Recipe is recipe.Recipe
+assert lm_calib_plugin.UserError is errors.UserError
+r = recipe.Recipe(method="sparsegpt", pattern="2:4", calibration="c4*0.5+self*0.5")
+r.to_metadata(), r.method_options(), r.entry
+dir(lm_calib_plugin)
+try:
+    recipe.Recipe(method="sparsgpt")
+except errors.UserError:
+    pass
+heavy = {"torch", "transformers", "lm_eval", "datasets", "accelerate", "optimum", "numpy", "pandas"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_listed_and_others_are_refused() -> None:
+    assert set(lm_calib_plugin.__all__) <= set(dir(lm_calib_plugin))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lm_calib_plugin.nothing
