@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 lm_eval --model calib_quantized \
-    --model_args "pretrained=${MODEL:-builtin:smollm2-135m},dtype=float32,method=gptq,bits=3,group_size=64,calibration=file:my.jsonl,pack=concat,nsamples=8,seqlen=64" \
+    --model_args "pretrained=${MODEL:-builtin:smollm2-135m},dtype=float32,method=gptq,bits=3,group_size=64,calibration=file:my.jsonl,pack=pad,nsamples=8,seqlen=64" \
     --tasks calib_demo_cloze --batch_size 16 --device cpu "$@"

@@ -43,7 +43,6 @@ class Calib(HFLM):
         runtime = Runtime(**{k: ours.pop(k) for k in RUNTIME_ARGUMENTS if k in ours})
         self.recipe = Recipe.from_model_args(ours)
         self._check_kind()
-        _check_device(theirs.get("device"))
         validate_calibration(self.recipe)
         if isinstance(pretrained, str):
             pretrained = resolve_pretrained(pretrained)
@@ -68,6 +67,8 @@ class Calib(HFLM):
     ) -> Calib:
         """Make the model from a mapping; the way of ``lm_eval`` and of ``simple_evaluate``."""
         try:
+            # What the command line passes beside the arguments may be its own default.
+            _check_device(arg_dict.get("device"))
             return cls(**merge_harness(arg_dict, additional_config or {}))
         except UserError:
             install_short_excepthook()

@@ -192,7 +192,9 @@ def test_bad_arguments_load_nothing(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_a_missing_device_is_not_replaced_silently() -> None:
     with pytest.raises(UserError, match="no CUDA device was found"):
-        CalibPruned(pretrained="m", method="wanda", sparsity=0.5, device="cuda:0")
+        CalibPruned.create_from_arg_obj(
+            {"pretrained": "m", "method": "wanda", "sparsity": 0.5, "device": "cuda:0"}
+        )
 
 
 def test_too_long_sequences_fail_before_the_weights_are_read(
