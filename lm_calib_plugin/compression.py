@@ -236,7 +236,8 @@ def _resolve(
         options=method.options(),
         calib_id=calibration.calib_id if calibration else None,
         seqlen=calibration.seqlen if calibration else None,
-        pack="+".join(packs) or None,
+        # Packed in several ways: each source is left its own way again.
+        pack=packs[0] if len(packs) == 1 else None,
     )
     return recipe.resolve(facts)
 

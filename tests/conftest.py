@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from typing import Any
@@ -20,6 +21,7 @@ settings.register_profile(
 settings.register_profile("nightly", max_examples=1000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+_numbers = itertools.count()
 LOOPBACK = ("127.0.0.1", "::1", "localhost", "")
 
 
@@ -33,8 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """An empty cache folder of our own for every test."""
-    folder = tmp_path_factory.mktemp("cache")
+    """An empty cache folder of our own for every test, made when something is put there."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_numbers)}"
     monkeypatch.setenv("LM_CALIB_CACHE", str(folder))
     return folder
 

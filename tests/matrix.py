@@ -59,7 +59,7 @@ def _pruning(
             zero={"sparsity": 0.0},
         )
 
-    rows = [row({"sparsity": s}, group, s, permutation_safe) for s in (0.5, 0.29, 0.7, 0.99)]
+    rows = [row({"sparsity": s}, group, s, permutation_safe) for s in (0.5, 0.29, 0.99)]
     # Whole groups of one row are compared, so N:M never depends on the other rows.
     rows += [
         row({"pattern": f"{n}:{m}"}, "n:m", (n, m), permutation_safe)

@@ -170,6 +170,8 @@ def test_shares_that_come_out_even_are_even(weights: list[int], times: int) -> N
         ("c4+self+random", 128, [43, 43, 42]),
         ("c4*0.1+self*0.2+random*0.7", 10, [1, 2, 7]),
         ("c4*0.9+self*0.1", 4, [4, 0]),
+        ("c4*0.21+self*0.79", 10, [2, 8]),  # the larger remainder wins, not the earlier term
+        ("c4*0.26+self*0.37+random*0.37", 10, [2, 4, 4]),
         ("c4*0.29+self*0.71", 100, [29, 71]),
         ("c4", 5, [5]),
         ("c4+self", 0, [0, 0]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -14,13 +15,14 @@ import yaml
 from torch import Tensor
 
 from lm_calib_plugin import registry
+from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.method import LayerResult, Method
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.statistics import STATISTICS, LayerStats
 from tests.matrix import ROWS, Row
 
 NARROW = (24, 40)  # one block of columns
-BLOCKS = (8, 280)  # two whole blocks of 128 columns and a rest of 24
+BLOCKS = (8, 160)  # a whole block of 128 columns and a rest
 BLOCK = 128
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
@@ -52,8 +54,13 @@ def weights(shape: tuple[int, int], seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def tokens(width: int, count: int = 600, seed: int = 1) -> Tensor:
+def tokens(width: int, count: int = 400, seed: int = 1) -> Tensor:
     """Correlated input rows, with channels of unequal energy."""
+    return _tokens(width, count, seed).clone()
+
+
+@functools.cache
+def _tokens(width: int, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mix = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator) / width**0.5
     scale = torch.logspace(-0.5, 0.5, width)[torch.randperm(width, generator=generator)]
@@ -177,25 +184,27 @@ def test_zero_strength_says_so(row: Row) -> None:
     assert not make(row).does_nothing
 
 
-@pruning_rows
+@pytest.mark.parametrize(
+    "row",
+    # The threshold rule removes one weight even then; the engine leaves such a layer alone.
+    [r for r in ROWS if r.prunes and not r.options.get("compat")],
+    ids=lambda row: row.id,
+)
 def test_zero_strength_is_the_identity(row: Row) -> None:
-    if row.options.get("compat"):
-        pytest.skip("the threshold rule removes one weight even then; the engine skips the layer")
     weight, x = weights(BLOCKS), tokens(BLOCKS[1])
     result = zero_strength(row).compress(weight, remember(row, x))
     assert torch.equal(result.weight, weight)
 
 
 @pruning_rows
-@pytest.mark.parametrize("levels", [1, 2, 3], ids=lambda n: f"{n}-levels")
-def test_budget_is_exact_when_scores_tie(row: Row, levels: int) -> None:
-    generator = torch.Generator().manual_seed(levels)
-    weight = torch.randint(1, levels + 1, BLOCKS, generator=generator).float()
-    weight *= torch.randint(0, 2, BLOCKS, generator=generator) * 2 - 1
+def test_budget_is_exact_when_scores_tie(row: Row) -> None:
     # Inputs without correlation and of equal energy: nothing breaks a tie.
     x = torch.eye(BLOCKS[1])
-    result = run(row, weight, x)
-    assert_budget(row, result.weight)
+    for levels in (1, 2, 3):
+        generator = torch.Generator().manual_seed(levels)
+        weight = torch.randint(1, levels + 1, BLOCKS, generator=generator).float()
+        weight *= torch.randint(0, 2, BLOCKS, generator=generator) * 2 - 1
+        assert_budget(row, run(row, weight, x).weight)
 
 
 @pruning_rows
@@ -206,10 +215,9 @@ def test_weights_that_stay_keep_their_value_where_claimed(row: Row) -> None:
     assert torch.equal(result[kept], weight[kept]) == row.keeps_values
 
 
-@pruning_rows
-def test_more_sparsity_never_removes_less(row: Row) -> None:
-    if "sparsity" not in row.options:
-        pytest.skip("N:M")
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_more_sparsity_always_removes_more(method: str) -> None:
+    row = next(r for r in ROWS if r.name == method)
     weight, x = weights(NARROW), tokens(NARROW[1])
     counts = [
         int((make(row, sparsity=s).compress(weight, remember(row, x)).weight == 0).sum())
@@ -250,21 +258,23 @@ def test_rows_do_not_see_each_other_where_claimed(row: Row) -> None:
 
 
 @data_rows
-@pytest.mark.parametrize("power", [-18, -3, 1, 12])
-def test_scale_of_the_inputs_does_not_matter(row: Row, power: int) -> None:
+def test_scale_of_the_inputs_does_not_matter(row: Row) -> None:
     assert row.stats_scale
     weight, x = weights(BLOCKS), tokens(BLOCKS[1])
+    expected = run(row, weight, x).weight
     # A power of two scales every intermediate result exactly.
-    assert torch.equal(run(row, weight, x * 2.0**power).weight, run(row, weight, x).weight)
+    for power in (-18, 1, 12):
+        assert torch.equal(run(row, weight, x * 2.0**power).weight, expected)
 
 
 @every_row
-@pytest.mark.parametrize("power", [-12, 5])
-def test_scale_of_the_weights_passes_through(row: Row, power: int) -> None:
+def test_scale_of_the_weights_passes_through(row: Row) -> None:
     assert row.weight_scale
     weight, x = weights(BLOCKS), tokens(BLOCKS[1])
-    scaled = run(row, weight * 2.0**power, x).weight
-    assert torch.equal(scaled, run(row, weight, x).weight * 2.0**power)
+    expected = run(row, weight, x).weight
+    for power in (-12, 5):
+        scaled = run(row, weight * 2.0**power, x).weight
+        assert torch.equal(scaled, expected * 2.0**power)
 
 
 @pruning_rows
@@ -319,13 +329,13 @@ def expected_mask(row: Row, scores: Tensor) -> Tensor:
 
 
 @pruning_rows
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_sixteen_bit_weights_give_the_mask_of_float32(row: Row, dtype: torch.dtype) -> None:
+def test_sixteen_bit_weights_give_the_mask_of_float32(row: Row) -> None:
     weight, x, scores = separated(row)
-    stored = weight.to(dtype)
-    result = run(row, stored.float(), x, dtype).weight
-    assert torch.equal(result != 0, expected_mask(row, scores))
-    assert torch.equal(result.to(dtype) == 0, result == 0)  # the cast makes no zero and loses none
+    expected = expected_mask(row, scores)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        result = run(row, weight.to(dtype).float(), x, dtype).weight
+        assert torch.equal(result != 0, expected)
+        assert torch.equal(result.to(dtype) != 0, expected)  # the cast makes and loses no zero
 
 
 @level_rows
@@ -352,27 +362,24 @@ def fitting(row: Row, width: int) -> Row | None:
 
 
 @every_row
-@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (24, 1), (3, 5), (2, 129)], ids=str)
-def test_small_layers(row: Row, shape: tuple[int, int]) -> None:
-    fitted = fitting(row, shape[1])
-    if fitted is None:
-        pytest.skip("refused by check_layer")
-    weight, x = weights(shape), tokens(shape[1])
-    make(fitted).check_layer("layer", shape)
-    assert_sound(fitted, weight, run(fitted, weight, x))
+def test_small_layers(row: Row) -> None:
+    for shape in ((1, 1), (1, 40), (24, 1), (3, 5), (2, 129)):
+        fitted, weight, x = fitting(row, shape[1]), weights(shape), tokens(shape[1])
+        if fitted is None:
+            with pytest.raises(UserError, match="layer has"):
+                make(row).check_layer("layer", shape)
+            continue
+        make(fitted).check_layer("layer", shape)
+        assert_sound(fitted, weight, run(fitted, weight, x))
 
 
 @every_row
-@both_shapes
-@pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 1e-6, 1e4], ids=str)
-def test_constant_weights(row: Row, value: float, shape: tuple[int, int]) -> None:
-    weight = torch.full(shape, value)
-    result = run(row, weight, tokens(shape[1]))
-    assert result.weight.isfinite().all()
-    if value == 0:
-        assert (result.weight == 0).all()
-    else:
-        assert_sound(row, weight, result)
+def test_constant_weights(row: Row) -> None:
+    x = tokens(BLOCKS[1])
+    for value in (1.0, -3.0, 1e-6, 1e4):
+        weight = torch.full(BLOCKS, value)
+        assert_sound(row, weight, run(row, weight, x))
+    assert (run(row, torch.zeros(BLOCKS), x).weight == 0).all()
 
 
 @every_row
@@ -388,7 +395,7 @@ def test_rows_of_zeros_stay_zero(row: Row) -> None:
 def test_inputs_that_are_never_active(row: Row) -> None:
     weight, x = weights(BLOCKS), tokens(BLOCKS[1])
     dead = torch.zeros(BLOCKS[1], dtype=torch.bool)
-    dead[[0, 5, 6, 7, 127, 128, 200, 279]] = True
+    dead[[0, 5, 6, 7, 127, 128, 150, 159]] = True
     x[:, dead] = 0.0
     result = run(row, weight, x)
     assert_sound(row, weight, result)
@@ -419,21 +426,19 @@ def test_without_tokens_the_statistic_is_the_identity(row: Row) -> None:
 
 
 @data_rows
-@both_shapes
-@pytest.mark.parametrize("count", [1, 3, 20])
-def test_fewer_tokens_than_inputs(row: Row, shape: tuple[int, int], count: int) -> None:
-    weight, x = weights(shape), tokens(shape[1], count)
-    result = run(row, weight, x)
-    assert_sound(row, weight, result)
-    if row.statistic == "gram":
-        assert result.damp is not None
-        assert result.damp >= make(row).options()["damp"]
+def test_fewer_tokens_than_inputs(row: Row) -> None:
+    weight = weights(BLOCKS)
+    for count in (1, 3, 20):
+        result = run(row, weight, tokens(BLOCKS[1], count))
+        assert_sound(row, weight, result)
+        if row.statistic == "gram":
+            assert result.damp is not None
+            assert result.damp >= make(row).options()["damp"]
 
 
 @data_rows
-@both_shapes
-def test_one_huge_channel(row: Row, shape: tuple[int, int]) -> None:
-    weight, x = weights(shape), tokens(shape[1])
+def test_one_huge_channel(row: Row) -> None:
+    weight, x = weights(BLOCKS), tokens(BLOCKS[1])
     x[:, 2] *= 1e4
     result = run(row, weight, x)
     assert_sound(row, weight, result)

@@ -66,9 +66,16 @@ def test_silent_channels_are_marked_and_decoupled() -> None:
 def test_singular_matrix_without_ridge_raises_the_ridge_and_says_so() -> None:
     matrix = torch.full((2, 2), 4.0)  # the second pivot is exactly zero in any precision
     found = inverse_factor(matrix, 0.0)
-    # Ten times per step, from the smallest ridge tried.
-    assert found.damp in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    assert found.damp == 1e-4
     assert_inverts(found.upper, matrix, found.damp * 4.0)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(0.05, 0.5), (0.004, 0.4), (0.2, 1.0), (0.4, 0.4)])
+def test_ridge_grows_tenfold_up_to_one(asked: float, used: float) -> None:
+    matrix = torch.tensor([[1.0, 1.3], [1.3, 1.0]])  # needs a ridge above 0.3
+    found = inverse_factor(matrix, asked)
+    assert found.damp == pytest.approx(used)
+    assert_inverts(found.upper, matrix, used)
 
 
 def test_asked_ridge_is_kept_when_float64_can_do_it() -> None:

@@ -49,8 +49,9 @@ def test_nothing_seen_is_none() -> None:
     assert sample.rows() is None
 
 
-def test_rows_are_copies_in_float32() -> None:
-    x = numbered(4).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_copies_in_float32(dtype: torch.dtype) -> None:
+    x = numbered(4).to(dtype)
     sample = TokenSample(4)
     sample.update(x)
     x.zero_()
