@@ -19,7 +19,7 @@ _LAZY = {
     "CalibrationSet": "lm_calib_plugin.calibration",
     "Recipe": "lm_calib_plugin.recipe",
     "Report": "lm_calib_plugin.report",
-    "Runtime": "lm_calib_plugin.recipe",
+    "Runtime": "lm_calib_plugin.runtime",
     "UserError": "lm_calib_plugin.errors",
     "builtin_model": "lm_calib_plugin.builtin_models",
     "compress": "lm_calib_plugin.compression",

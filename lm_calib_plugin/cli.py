@@ -102,8 +102,9 @@ _SEPARATING_COMMA = re.compile(r",(?=\w+=|$)")
 
 def _recipe_arguments(texts: Iterable[str]) -> dict[str, Any]:
     """Return the recipe part of ``KEY=VALUE,...`` texts; a bare file name is ``recipe=FILE``."""
-    from lm_calib_plugin.recipe import RUNTIME_ARGUMENTS, Recipe, Runtime, unknown_argument
+    from lm_calib_plugin.recipe import Recipe, unknown_argument
     from lm_calib_plugin.recipe_file import FILE_ARGUMENT
+    from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
 
     given: dict[str, Any] = {}
     for pair in (pair for text in texts for pair in _SEPARATING_COMMA.split(text) if pair):
@@ -162,7 +163,8 @@ def _origin(distribution: str) -> str:
 def _option_rows() -> Iterator[tuple[str, ...]]:
     from dataclasses import fields
 
-    from lm_calib_plugin.recipe import Recipe, Runtime
+    from lm_calib_plugin.recipe import Recipe
+    from lm_calib_plugin.runtime import Runtime
 
     meanings = _documented(Recipe) | _documented(Runtime)
     defaults = {

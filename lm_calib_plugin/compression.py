@@ -22,8 +22,10 @@ from lm_calib_plugin.calibration import CalibrationSet, build_calibration, valid
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
 from lm_calib_plugin.errors import NumericalError, UserError
 from lm_calib_plugin.method import Method
-from lm_calib_plugin.recipe import Facts, Recipe, ResolvedRecipe, Runtime
+from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import Report
+from lm_calib_plugin.resolved import Facts, ResolvedRecipe
+from lm_calib_plugin.runtime import Runtime
 
 DEFAULT_SEQLEN = 2048
 PACKAGES = ("lm-calib-plugin", "torch", "transformers", "lm-eval", "datasets", "accelerate")
@@ -75,11 +77,19 @@ def compress(
     layers, left = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
     for layer in layers:
         method.check_layer(layer.name, layer.shape)
+    if tokenizer is None and recipe.terms and not given:
+        raise UserError(
+            "tokenizer",
+            "got None",
+            "a tokenizer turns calibration text into ids",
+            "give the model's tokenizer, or a calibration set made before",
+        )
+    layers = engine.untied(model, layers)
     seconds: dict[str, float] = {}
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     with engine.left_as_found(model):
         start = time.perf_counter()
-        dense_digest = engine.weights_digest(model)
+        dense_digest = engine.model_digest(model)
         seconds["digest"] = time.perf_counter() - start
         start = time.perf_counter()
         if calibration is None and recipe.terms:
@@ -94,8 +104,8 @@ def compress(
             )
         seconds["calibration"] = time.perf_counter() - start
         chunks = _chunks(calibration, recipe, runtime, model, tokenizer, device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        for place in _cuda_devices(model):
+            torch.cuda.reset_peak_memory_stats(place)
         plan = engine.Plan(method, layers, recipe.propagate)
         result = engine.run(model, blocks, chunks, plan, device, runtime.progress)
         seconds |= result.seconds
@@ -103,24 +113,32 @@ def compress(
         achieved = measure(model, blocks, layers, method, result.grids)
         final_digest = engine.weights_digest(model)
         seconds["measure"] = time.perf_counter() - start
-    resolved = _resolve(recipe, method, dense_digest, layers, calibration)
+    held = sum(chunk.rows for chunk in chunks if chunk.heldout)
+    resolved = _resolve(recipe, method, dense_digest, layers, calibration, held)
     report = Report(
         key=resolved.key(),
-        recipe=resolved.to_metadata() | ({"calibration": "given"} if given else {}),
-        calibration=_calibration_summary(calibration, result.pads, chunks),
+        recipe=resolved.to_metadata() | (_given(calibration) if given else {}),
+        calibration=_calibration_summary(calibration, result.pads, held),
         layers=result.rows,
         achieved=achieved,
         left_dense=left,
         seconds=seconds,
-        peak_memory_gib=_peak_memory(device),
+        peak_memory_gib=_peak_memory(model),
         warnings=result.warnings + _data_warnings(recipe, calibration, left),
         versions=_versions(),
         weights_digest=final_digest,
         model_digest=dense_digest,
     )
-    folder = runtime.report_dir
-    report.write(Path(folder) if folder else storage.cache_dir() / "reports")
+    if is_main_process():
+        folder = runtime.report_dir
+        report.write(Path(folder) if folder else storage.cache_dir() / "reports")
     return report
+
+
+def is_main_process() -> bool:
+    """Tell whether this process speaks for all: the only one, or rank 0."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == 0
 
 
 def measure(
@@ -226,6 +244,7 @@ def _resolve(
     dense_digest: str,
     layers: Sequence[engine.TargetLayer],
     calibration: CalibrationSet | None,
+    held: int,
 ) -> ResolvedRecipe:
     sources = calibration.sources if calibration else ()
     packs = sorted({str(s["pack"]) for s in sources if s.get("pack")})
@@ -234,6 +253,9 @@ def _resolve(
         layers=storage.digest([layer.name for layer in layers]),
         revision=method.revision,
         options=method.options(),
+        inert=method.inert,
+        unchanged=method.does_nothing,
+        heldout=held,
         calib_id=calibration.calib_id if calibration else None,
         seqlen=calibration.seqlen if calibration else None,
         # Packed in several ways: each source is left its own way again.
@@ -243,11 +265,10 @@ def _resolve(
 
 
 def _calibration_summary(
-    calibration: CalibrationSet | None, pads: int, chunks: Sequence[Chunk]
+    calibration: CalibrationSet | None, pads: int, held: int
 ) -> dict[str, Any] | None:
     if calibration is None:
         return None
-    held = sum(c.rows for c in chunks if c.heldout)
     return {
         **calibration.summary(),
         "heldout_sequences": held,
@@ -278,10 +299,20 @@ def _data_warnings(
     return notes
 
 
-def _peak_memory(device: torch.device) -> float:
-    """Return the peak in GiB: of the device on CUDA, else of this process since it started."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+def _given(calibration: CalibrationSet | None) -> dict[str, Any]:
+    return {"calibration": "given", "nsamples": calibration.nsamples} if calibration else {}
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def _peak_memory(model: nn.Module) -> float:
+    """Return the peak in GiB: summed over the model's CUDA devices during the work, or without
+    any, of this process since it started."""
+    devices = _cuda_devices(model)
+    if devices:
+        return round(sum(torch.cuda.max_memory_allocated(d) for d in devices) / 2**30, 3)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
 

@@ -51,7 +51,7 @@ class NumericalError(CalibError):
     """NaN, Inf or a singular matrix, with the layer and the stage where it was first seen."""
 
     def __init__(self, layer: str, stage: str, what: str, fix: str = "") -> None:
-        self.layer, self.stage = layer, stage
+        self.layer, self.stage, self.what, self.fix = layer, stage, what, fix
         super().__init__(f"{layer}, {stage}: {what}" + (f"; {fix}" if fix else "") + ".")
 
 

@@ -42,6 +42,8 @@ class Method(ABC):
         ``none``, ``moments`` or ``gram``: what has to be known of the inputs.
     permutation_safe
         Whether permuting output rows permutes the result the same way.
+    inert
+        Options taken for the sake of uniform commands, without any effect on this method.
     revision
         Raised whenever the method's results change; part of the recipe key.
     paper
@@ -51,6 +53,7 @@ class Method(ABC):
     kind: ClassVar[str]
     statistic: ClassVar[str] = "none"
     permutation_safe: ClassVar[bool] = False
+    inert: ClassVar[tuple[str, ...]] = ()
     revision: ClassVar[int] = 1
     paper: ClassVar[str] = ""
 

@@ -1,16 +1,14 @@
 """The recipe: everything that can change the compressed weights, validated and named.
 
 One class serves ``--model_args``, YAML files, Python, the identity of a run and its record.
-:class:`Runtime` holds what can not change the result (device, chunk size, folders); it is never
-part of the identity.
+:class:`~lm_calib_plugin.runtime.Runtime` holds what can not change the result (chunk size,
+folders); it is never part of the identity.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,53 +22,14 @@ from lm_calib_plugin.expression import (
     parse_calibration,
     plain_form,
 )
-from lm_calib_plugin.storage import digest
+from lm_calib_plugin.resolved import Facts, ResolvedRecipe
+from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
+from lm_calib_plugin.values import flag, number, patterns, plain_value, whole
 
 SCHEMA_VERSION = 1
 DEFAULT_CALIBRATION = "self"
 UNSTRUCTURED = "unstructured"
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
-
-
-def _number(argument: str, value: Any, need: str = "a number is needed") -> float:
-    """Return a finite float, or raise; booleans and texts that are no numbers are refused."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(argument, f"got {value!r}", need)
-    return number + 0.0  # -0.0 becomes 0.0
-
-
-def _whole(argument: str, value: Any, lowest: int | None = None) -> int:
-    """Return an integer; ``1e3`` is 1000, ``1.5`` is refused."""
-    need = "a whole number" + ("" if lowest is None else f" >= {lowest}") + " is needed"
-    number = _number(argument, value, need)
-    if number != int(number) or (lowest is not None and number < lowest):
-        raise UserError(argument, f"got {value!r}", need)
-    return int(number)
-
-
-def _flag(argument: str, value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = str(value).strip().lower()
-    if text in ("true", "1", "yes"):
-        return True
-    if text in ("false", "0", "no"):
-        return False
-    raise UserError(argument, f"got {value!r}", "true or false is needed")
-
-
-def _globs(argument: str, value: Any) -> tuple[str, ...]:
-    parts = value.split("+") if isinstance(value, str) else value
-    texts = isinstance(parts, (list, tuple)) and all(isinstance(p, str) for p in parts)
-    if not texts or not all(p.strip() for p in parts) or (argument == "targets" and not parts):
-        raise UserError(
-            argument, f"got {value!r}", "name patterns joined by +", "for instance *q_proj+*mlp*"
-        )
-    return tuple(p.strip() for p in parts)
 
 
 class Recipe(BaseModel):
@@ -183,13 +142,13 @@ class Recipe(BaseModel):
     @classmethod
     def _check_sparsity(cls, value: Any) -> float:
         allowed = "sparsity is a fraction removed, 0 <= s < 1"
-        number = _number("sparsity", value, allowed)
-        if number == 1:
+        found = number("sparsity", value, allowed)
+        if found == 1:
             raise UserError("sparsity", "1.0 would remove every weight", "use a value below 1")
-        if not 0 <= number < 1:
-            hint = f"for {number:g} % write {number / 100:g}" if 1 < number < 100 else ""
-            raise UserError("sparsity", f"got {number:g}", allowed, hint)
-        return number
+        if not 0 <= found < 1:
+            hint = f"for {found:g} % write {found / 100:g}" if 1 < found < 100 else ""
+            raise UserError("sparsity", f"got {found:g}", allowed, hint)
+        return found
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -209,33 +168,33 @@ class Recipe(BaseModel):
     @field_validator("bits", mode="before")
     @classmethod
     def _check_bits(cls, value: Any) -> int:
-        number = _whole("bits", value)
-        if number not in BITS:
+        found = whole("bits", value)
+        if found not in BITS:
             raise UserError(
-                "bits", f"got {number}", "allowed: 2-8 bits, or 16 for no quantization at all"
+                "bits", f"got {found}", "allowed: 2-8 bits, or 16 for no quantization at all"
             )
-        return number
+        return found
 
     @field_validator("group_size", mode="before")
     @classmethod
     def _check_group_size(cls, value: Any) -> int:
-        number = _whole("group_size", value)
-        if number != -1 and number < 1:
+        found = whole("group_size", value)
+        if found != -1 and found < 1:
             raise UserError("group_size", f"got {number}", "a positive number of inputs, or -1")
-        return number
+        return found
 
     @field_validator("symmetric", "act_order", "untie", mode="before")
     @classmethod
     def _check_flags(cls, value: Any, info: Any) -> bool:
-        return _flag(info.field_name, value)
+        return flag(info.field_name, value)
 
     @field_validator("damp", mode="before")
     @classmethod
     def _check_damp(cls, value: Any) -> float:
-        number = _number("damp", value)
-        if number < 0:
-            raise UserError("damp", f"got {number:g}", "a ridge >= 0, usually 0.01")
-        return number
+        found = number("damp", value)
+        if found < 0:
+            raise UserError("damp", f"got {found:g}", "a ridge >= 0, usually 0.01")
+        return found
 
     @field_validator("blocks", mode="before")
     @classmethod
@@ -276,25 +235,25 @@ class Recipe(BaseModel):
     @field_validator("nsamples", "seqlen", mode="before")
     @classmethod
     def _check_counts(cls, value: Any, info: Any) -> int:
-        return _whole(info.field_name, value, lowest=1)
+        return whole(info.field_name, value, lowest=1)
 
     @field_validator("calib_seed", mode="before")
     @classmethod
     def _check_seed(cls, value: Any) -> int:
-        return _whole("calib_seed", value)
+        return whole("calib_seed", value)
 
     @field_validator("heldout", mode="before")
     @classmethod
     def _check_heldout(cls, value: Any) -> float:
-        number = _number("heldout", value)
-        if not 0 <= number <= 0.5:
-            raise UserError("heldout", f"got {number:g}", "a fraction of the sequences, 0 to 0.5")
-        return number
+        found = number("heldout", value)
+        if not 0 <= found <= 0.5:
+            raise UserError("heldout", f"got {found:g}", "a fraction of the sequences, 0 to 0.5")
+        return found
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
-    def _check_globs(cls, value: Any, info: Any) -> tuple[str, ...]:
-        return _globs(info.field_name, value)
+    def _checkpatterns(cls, value: Any, info: Any) -> tuple[str, ...]:
+        return patterns(info.field_name, value)
 
     # --- fields together -----------------------------------------------------------------
 
@@ -392,35 +351,40 @@ class Recipe(BaseModel):
     @classmethod
     def from_model_args(cls, arguments: Mapping[str, Any]) -> Recipe:
         """Make a recipe from harness arguments, ``recipe=FILE`` merged with the others."""
-        from lm_calib_plugin.recipe_file import merge_recipe_file
-
-        given = {name: plain_value(value) for name, value in arguments.items()}
-        if "calibration" in arguments and arguments["calibration"] is None:
-            # The harness turns the text `none` into None before we see it.
-            given["calibration"] = NO_DATA
-        merged, places = merge_recipe_file(given)
-        try:
-            return cls(**merged)
-        except UserError as error:
-            if error.argument in places:
-                raise error.at(places[error.argument]) from None
-            raise
+        return read_arguments(arguments)[0]
 
     def resolve(self, facts: Facts) -> ResolvedRecipe:
         """Freeze what was left open with the facts of this model and this draw."""
         return ResolvedRecipe(self, facts)
 
 
+def read_arguments(arguments: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
+    """Make recipe and runtime from harness arguments; ``recipe=FILE`` may hold any of both.
+
+    Raises
+    ------
+    UserError
+        For a value that can not be used; file and line are named when it stands in a file.
+    """
+    from lm_calib_plugin.recipe_file import merge_recipe_file
+
+    given = {name: plain_value(value) for name, value in arguments.items()}
+    if "calibration" in arguments and arguments["calibration"] is None:
+        # The harness turns the text `none` into None before we see it.
+        given["calibration"] = NO_DATA
+    merged, places = merge_recipe_file(given)
+    try:
+        runtime = Runtime(**{name: merged.pop(name) for name in RUNTIME_ARGUMENTS & merged.keys()})
+        return Recipe(**merged), runtime
+    except UserError as error:
+        if error.argument in places:
+            raise error.at(places[error.argument]) from None
+        raise
+
+
 def _data_free() -> list[str]:
     rows = [*registry.table("pruning").values(), *registry.table("quantization").values()]
     return [row.name for row in rows if not row.needs_data]
-
-
-def plain_value(value: Any) -> Any:
-    """Undo what argument parsers leave behind: an empty text and ``"null"`` become None."""
-    if isinstance(value, str) and value.strip().lower() in ("null", ""):
-        return None
-    return value
 
 
 def unknown_argument(name: str, known: Any) -> UserError:
@@ -431,84 +395,3 @@ def unknown_argument(name: str, known: Any) -> UserError:
         nearest(name, known),
         "all options: lm-calib ls options",
     )
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the run found: identity of the model, of the calibration set and of the layers.
-
-    ``model`` is a digest of the dense weights, ``calib_id`` the identity of the calibration set
-    (None without data), ``layers`` a digest of the targeted layer names, ``revision`` the
-    revision of the method's code, ``options`` the method's options with defaults filled in.
-    """
-
-    model: str
-    layers: str
-    revision: int
-    options: Mapping[str, Any]
-    calib_id: str | None = None
-    seqlen: int | None = None
-    pack: str | None = None
-
-
-@dataclass(frozen=True)
-class ResolvedRecipe:
-    """A recipe with nothing left open. Its key names the result."""
-
-    recipe: Recipe
-    facts: Facts
-
-    def key(self) -> str:
-        """Return the sha256 of everything that may change the weights, and of nothing else."""
-        recipe, facts = self.recipe, self.facts
-        identity: dict[str, Any] = {
-            "schema_version": SCHEMA_VERSION,
-            "method": recipe.method,
-            "revision": facts.revision,
-            "options": dict(facts.options),
-            "model": facts.model,
-            "layers": facts.layers,
-            "untie": recipe.untie,
-        }
-        if recipe.entry.needs_data:
-            identity |= {
-                "calib_id": facts.calib_id,
-                "heldout": recipe.heldout,
-                "propagate": recipe.propagate,
-            }
-        return digest(identity)
-
-    def to_metadata(self) -> dict[str, Any]:
-        """Return plain values for a results file: the recipe, with what was left open filled in."""
-        filled = {"seqlen": self.facts.seqlen, "pack": self.facts.pack, **self.facts.options}
-        return self.recipe.to_metadata() | {k: v for k, v in filled.items() if v is not None}
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """Where and how the work is done; never part of a recipe's identity.
-
-    Parameters
-    ----------
-    calib_batch_size
-        Sequences per forward pass; ``auto`` takes about 4,096 tokens on a CPU and 16,384 on a GPU.
-    report_dir
-        Folder of the per-layer report; default: ``reports`` in our cache.
-    progress
-        Show progress bars.
-    """
-
-    calib_batch_size: int | str = "auto"
-    report_dir: str | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.calib_batch_size != "auto":
-            size = _whole("calib_batch_size", self.calib_batch_size, lowest=1)
-            object.__setattr__(self, "calib_batch_size", size)
-        object.__setattr__(self, "progress", _flag("progress", self.progress))
-        if self.report_dir is not None:
-            object.__setattr__(self, "report_dir", str(self.report_dir))
-
-
-RUNTIME_ARGUMENTS = ("calib_batch_size", "report_dir", "progress")

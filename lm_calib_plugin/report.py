@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm_calib_plugin.storage import canonical_json, digest, write_text
+from lm_calib_plugin.storage import canonical_json, digest, file_digest, write_text
 
 
 @dataclass
@@ -116,19 +116,26 @@ class Report:
         return "; ".join(parts)
 
     def table(self) -> dict[str, Any]:
-        """Return the content of the side file: the key, every layer, every matrix left dense."""
+        """Return the content of the side file: the key, every layer, every matrix left dense.
+
+        Nothing in it depends on when or how fast it was made: a repeated run writes the same.
+        """
         return {
             "key": self.key,
-            "layers": [asdict(row) for row in self.layers],
+            "layers": [
+                {k: v for k, v in asdict(row).items() if k != "seconds"} for row in self.layers
+            ],
             "left_dense": [{"name": name, "why": why} for name, why in self.left_dense],
         }
 
     def write(self, folder: Path) -> Path:
         """Write the side file atomically; its name holds the key, its hash goes in the summary."""
         content = self.table()
-        path = folder / f"layers-{self.key[:16]}.json"
+        # A part of the content's own digest: runs that differ (other hardware, errors measured on
+        # other data) never overwrite each other.
+        path = folder / f"layers-{self.key[:16]}-{digest(content)[:8]}.json"
         write_text(path, canonical_json(content) + "\n")
-        self.report_file, self.report_sha256 = str(path), digest(content)
+        self.report_file, self.report_sha256 = str(path), file_digest(path)
         return path
 
 

@@ -14,7 +14,8 @@ import yaml
 
 from lm_calib_plugin import cli, registry
 from lm_calib_plugin.errors import UserError
-from lm_calib_plugin.recipe import Recipe, Runtime
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.runtime import Runtime
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "lm_eval", "datasets")

@@ -17,7 +17,9 @@ from pydantic import ValidationError
 import lm_calib_plugin
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.expression import SourceTerm, parse_calibration
-from lm_calib_plugin.recipe import RUNTIME_ARGUMENTS, Facts, Recipe, Runtime
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.resolved import Facts
+from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
 
 # --- recipes at random -------------------------------------------------------------------
 
@@ -347,7 +349,7 @@ def test_key_of_a_method_without_data_ignores_calibration(changes: dict[str, Any
 
 def test_key_is_a_sha256_and_does_not_depend_on_the_process() -> None:
     code = (
-        "from lm_calib_plugin.recipe import Facts, Recipe;"
+        "from lm_calib_plugin.recipe import Recipe; from lm_calib_plugin.resolved import Facts;"
         "r = Recipe(method='wanda', sparsity=0.5);"
         "f = Facts(model='m', layers='l', revision=1, options={'sparsity': .5, 'a': None});"
         "print(r.resolve(f).key())"

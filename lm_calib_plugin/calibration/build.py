@@ -19,7 +19,8 @@ from lm_calib_plugin.calibration.state import derive_seed, random_state_untouche
 from lm_calib_plugin.calibration.tokens import check_ids, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.expression import SourceTerm, shares
-from lm_calib_plugin.recipe import Recipe, Runtime
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.runtime import Runtime
 
 
 def make_source(term: SourceTerm) -> Source:

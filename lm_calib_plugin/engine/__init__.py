@@ -8,9 +8,15 @@ from lm_calib_plugin.engine.discovery import (
     find_blocks,
     text_config,
 )
-from lm_calib_plugin.engine.fingerprint import weights_digest
+from lm_calib_plugin.engine.fingerprint import model_digest, weights_digest
 from lm_calib_plugin.engine.guard import left_as_found
-from lm_calib_plugin.engine.layers import CHOSEN, TargetLayer, find_layers, select_layers
+from lm_calib_plugin.engine.layers import (
+    CHOSEN,
+    TargetLayer,
+    find_layers,
+    select_layers,
+    untied,
+)
 from lm_calib_plugin.engine.walk import Plan, WalkResult, run
 
 __all__ = [
@@ -25,8 +31,10 @@ __all__ = [
     "find_layers",
     "heldout_indices",
     "left_as_found",
+    "model_digest",
     "run",
     "select_layers",
     "text_config",
+    "untied",
     "weights_digest",
 ]

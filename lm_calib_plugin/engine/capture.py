@@ -121,6 +121,10 @@ class Recorder:
         self._run_stubbed(chunk, visit)
         chunk.calls = calls
 
+    def forget(self) -> None:
+        """Let go of shared arguments; those still in use stay with their calls."""
+        self._seen.clear()
+
     def after_blocks(self, chunk: Chunk, module: nn.Module) -> Tensor:
         """Return what ``module`` (the output head) receives when the blocks end with
         ``chunk.hidden``; shape ``[batch, length, in]``."""

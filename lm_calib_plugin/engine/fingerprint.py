@@ -1,10 +1,12 @@
-"""A digest of the weights of a model: the identity of what was compressed and of the result."""
+"""Digests of a model: the identity of what was compressed, and of the result."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,40 @@ def weights_digest(model: nn.Module) -> str:
     return digest(
         [[name, list(p.shape), str(p.dtype), h] for (name, p), h in zip(named, hashes, strict=True)]
     )
+
+
+def model_digest(model: nn.Module) -> str:
+    """Return a digest of everything that decides what a model computes.
+
+    Weights, persistent buffers (routing biases, for instance) and the configuration as far as it
+    differs from the defaults of its class, with the attention implementation. Names, versions and
+    output switches are left out.
+    """
+    buffers = {name: _tensor_hash(tensor) for name, tensor in _persistent_buffers(model)}
+    config: Any = getattr(model, "config", None)
+    settings = config.to_diff_dict() if config is not None else {}
+    settings = {k: v for k, v in settings.items() if k not in _NOT_IDENTITY}
+    attention = str(getattr(config, "_attn_implementation", None))
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return digest([weights_digest(model), buffers, text, attention])
+
+
+_NOT_IDENTITY = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    stored = model.state_dict(keep_vars=True).keys()
+    return sorted((name, b) for name, b in model.named_buffers() if name in stored)
 
 
 def _tensor_hash(tensor: Tensor) -> str:

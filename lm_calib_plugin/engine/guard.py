@@ -16,20 +16,24 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     """Put the model in inference mode and restore every global state at the end.
 
     Restored, also after an exception: random state of Python, NumPy and torch (all devices),
-    default dtype, grad mode, TF32 switches, and the training flag of every module.
+    default dtype, grad and inference mode, matmul precision, and the training flag of every module.
     """
     training = {module: module.training for module in model.modules()}
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     dtype = torch.get_default_dtype()
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    precision = torch.get_float32_matmul_precision()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            torch.backends.cuda.matmul.allow_tf32 = False
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):
+            torch.set_float32_matmul_precision("highest")
             model.eval()
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_float32_matmul_precision(precision)
         torch.set_default_dtype(dtype)
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -103,32 +103,45 @@ def find_layers(
                 found = _expert_layers(name, module, index)
                 claimed |= {id(layer.parameter) for layer in found}
                 layers += found
-        left += _unclaimed(prefix, block, claimed)
+        left += _unclaimed(prefix, block, claimed, ignore)
     _refuse_shared(layers)
     return layers, left
 
 
-def head_layer(model: nn.Module, blocks: Blocks, untie: bool) -> TargetLayer | None:
-    """Return the output head as a layer, given its own weight first when ``untie`` is set."""
+def head_layer(model: nn.Module, untie: bool) -> TargetLayer | None:
+    """Return the output head as a layer; a tied one is refused unless ``untie`` is set."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if getter else None
     if not isinstance(head, nn.Linear):
         return None
     name = next(n for n, m in model.named_modules() if m is head)
-    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    if embeddings is not None and head.weight is embeddings.weight:
-        if not untie:
-            raise UserError(
-                "targets",
-                f"{name} and the input embeddings share one tensor",
-                "compressing it changes both",
-                f"untie=true, or drop {name}",
-            )
-        head.weight = nn.Parameter(
-            head.weight.detach().clone(), requires_grad=head.weight.requires_grad
+    if _is_tied(model, head) and not untie:
+        raise UserError(
+            "targets",
+            f"{name} and the input embeddings share one tensor",
+            "compressing it changes both",
+            f"untie=true, or drop {name}",
         )
-        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
     return TargetLayer(name, head, head.weight, HEAD)
+
+
+def _is_tied(model: Any, head: nn.Linear) -> bool:
+    embeddings = model.get_input_embeddings()
+    return embeddings is not None and head.weight is embeddings.weight
+
+
+def untied(model: Any, layers: Sequence[TargetLayer]) -> list[TargetLayer]:
+    """Give a tied head that is among the layers a weight of its own; return the layers anew."""
+    result = []
+    for layer in layers:
+        if layer.block == HEAD and _is_tied(model, layer.module):
+            old = layer.parameter
+            own = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+            layer.module.weight = own
+            model.config.tie_word_embeddings = False
+            layer = replace(layer, parameter=own)
+        result.append(layer)
+    return result
 
 
 def select_layers(
@@ -159,13 +172,14 @@ def select_layers(
         When a pattern matches nothing or nothing is left.
     """
     layers, left = find_layers(blocks, ignore)
+    everything = layers
     if not layers:
         raise UnsupportedModelError(
             "model", f"no linear layer in the blocks `{blocks.path}` of {type(model).__name__}"
         )
     wants_head = targets is not None and _names_head(model, targets)
     if wants_head:
-        head = head_layer(model, blocks, untie)
+        head = head_layer(model, untie)
         if head is not None:
             layers = [*layers, head]
     elif untie:
@@ -182,12 +196,19 @@ def select_layers(
     if targets is not None:
         named = [r for r in routers if _any(r.name, targets)]
         left = [entry for entry in left if entry[0] not in {r.name for r in named}]
-        outside = [x for x in layers if not _any(x.name, targets)]
-        left += [(x.name, NOT_TARGETED) for x in outside]
-        layers = sorted([x for x in layers if x not in outside] + named, key=_order)
+        left += [(x.name, NOT_TARGETED) for x in layers if not _any(x.name, targets)]
+        layers = sorted([x for x in layers if _any(x.name, targets)] + named, key=_order)
     ignored = [x for x in layers if _any(x.name, ignore)]
     left += [(x.name, IGNORED) for x in ignored]
-    layers = [x for x in layers if x not in ignored]
+    dropped = {id(x) for x in ignored}
+    layers = [x for x in layers if id(x) not in dropped]
+    if not layers and not ignored:
+        raise UserError(
+            "targets",
+            f"`{'+'.join(targets or ())}` names only matrices that are not linear layers",
+            f"what they are: {listed(sorted({why for _, why in left if why not in CHOSEN}))}",
+            f"linear layers: {listed(_tails(everything))}",
+        )
     if not layers:
         raise UserError(
             "ignore", "the patterns exclude every layer", fix="drop a pattern of `ignore`"
@@ -226,10 +247,14 @@ def _routers(blocks: Blocks) -> list[TargetLayer]:
     ]
 
 
+def _tails(layers: Sequence[TargetLayer]) -> list[str]:
+    return list(dict.fromkeys(layer.name.rsplit(".", 1)[-1] for layer in layers))
+
+
 def _matched_nothing(
     model: nn.Module, pattern: str, layers: Sequence[TargetLayer], ignoring: bool
 ) -> UserError:
-    tails = list(dict.fromkeys(layer.name.rsplit(".", 1)[-1] for layer in layers))
+    tails = _tails(layers)
     argument = "ignore" if ignoring else "targets"
     tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
     if any(matches(n, pattern) for n in tables):
@@ -290,13 +315,24 @@ def _expert_layers(name: str, module: Any, block: int) -> list[TargetLayer]:
     ]
 
 
-def _unclaimed(prefix: str, block: nn.Module, claimed: set[int]) -> list[tuple[str, str]]:
+def _unclaimed(
+    prefix: str, block: nn.Module, claimed: set[int], ignore: Sequence[str]
+) -> list[tuple[str, str]]:
     left = []
     for local, parameter in block.named_parameters():
         if parameter.dim() < 2 or id(parameter) in claimed:
             continue
         owner = type(block.get_submodule(local.rpartition(".")[0])).__name__
-        left.append((f"{prefix}.{local}", f"{owner}, not a linear layer"))
+        name = f"{prefix}.{local}"
+        if parameter.dim() > 2 and not _any(name, ignore):
+            raise UnsupportedModelError(
+                "model",
+                f"{name} ({owner}) has {parameter.dim()} dimensions",
+                "linear layers, and experts with the common interface of transformers 5",
+                f"leave it dense with ignore=*{local}",
+            )
+        reason = f"{owner}, not a linear layer" if parameter.dim() == 2 else IGNORED
+        left.append((name, reason))
     return left
 
 

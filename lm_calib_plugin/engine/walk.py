@@ -92,8 +92,9 @@ def run(
         return _Walk(model, blocks, chunks, plan, device, progress).run()
     except torch.OutOfMemoryError as error:
         raise CalibError(
-            f"out of memory with one sequence at a time ({error}). Use a smaller seqlen, a model "
-            "dtype of 16 bits, or a device with more memory."
+            f"out of memory outside the forward passes ({error}): the statistics or the solve of "
+            "one layer do not fit. Use a device with more memory, or leave the widest layers out "
+            "(ignore=...)."
         ) from error
 
 
@@ -129,11 +130,11 @@ class _Walk:
         for index in bar:
             layers = by_block.get(index, [])
             if not self.chunks:
-                self._compress(layers, {})
+                self._timed("compress", lambda layers=layers: self._compress(layers, {}))
             elif index <= last:
                 self._block(index, layers, more=index < last)
         if HEAD in by_block:
-            self._head(by_block[HEAD][0])
+            self._timed("compress", lambda: self._head(by_block[HEAD][0]))
         return self.result
 
     # --- stages --------------------------------------------------------------------------
@@ -143,14 +144,11 @@ class _Walk:
         length = min(16, first.tokens // first.rows)
         self.probe = Chunk(first.ids[:1, :length], None, heldout=True)
         self.recorder.probe(self.probe)
-        for number in range(len(self.chunks)):
-            while True:
-                try:
-                    self.recorder.record(self.chunks[number])
-                    break
-                except torch.OutOfMemoryError as error:
-                    self._halve(error)
-                    return self._capture()
+        self._until_it_fits(self._record_all)
+
+    def _record_all(self) -> None:
+        for chunk in self.chunks:
+            self.recorder.record(chunk)
 
     def _block(self, index: int, layers: Sequence[TargetLayer], more: bool) -> None:
         block = self.blocks.modules[index]
@@ -167,17 +165,17 @@ class _Walk:
 
     def _observe(self, index: int, groups: InputGroups, keep: bool) -> dict[int, _Watched]:
         """Collect statistics of every distinct input; by ``id(layer)`` of the layers."""
-        while True:
+
+        def once() -> tuple[list[_Watched], list[Tensor | None]]:
+            # Partial sums of a pass that failed are thrown away: nothing is ever counted twice.
             watched = [self._empty(group[0]) for group in groups.groups]
-            outputs: list[Tensor | None] = []
-            try:
-                for chunk in self.chunks:
-                    listen = _listener(watched, chunk.heldout)
-                    outputs.append(groups.watch(chunk, index, listen, whole=keep))
-                break
-            except torch.OutOfMemoryError as error:
-                # Partial sums are thrown away: nothing is ever counted twice.
-                self._halve(error)
+            outputs = [
+                groups.watch(chunk, index, _listener(watched, chunk.heldout), whole=keep)
+                for chunk in self.chunks
+            ]
+            return watched, outputs
+
+        watched, outputs = self._until_it_fits(once)
         if keep:
             for chunk, hidden in zip(self.chunks, outputs, strict=True):
                 chunk.hidden = hidden
@@ -199,19 +197,23 @@ class _Walk:
         stats = STATISTICS[kind].empty(width, device) if kind != "none" else None
         used = sum(c.tokens for c in self.chunks if not c.heldout)
         out = sum(c.tokens for c in self.chunks if c.heldout)
+        if layer.expert is not None:
+            # Two experts a token is usual; a busier expert keeps more rows than the limit.
+            share = max(1, layer.parameter.shape[0] // 2)
+            used, out = -(-used // share), -(-out // share)
         return _Watched(stats, TokenSample(used, ERROR_TOKENS), TokenSample(out, ERROR_TOKENS))
 
     def _propagate(self, index: int, block: nn.Module) -> None:
         for chunk in self.chunks:
             chunk.done = False
-        while waiting := [c for c in self.chunks if not c.done]:
-            try:
-                for chunk in waiting:
-                    assert chunk.hidden is not None
-                    chunk.hidden = replay(block, chunk.calls[index], chunk.hidden)
-                    chunk.done = True
-            except torch.OutOfMemoryError as error:
-                self._halve(error)
+
+        def rest() -> None:
+            for chunk in [c for c in self.chunks if not c.done]:
+                assert chunk.hidden is not None
+                chunk.hidden = replay(block, chunk.calls[index], chunk.hidden)
+                chunk.done = True
+
+        self._until_it_fits(rest)
 
     def _compress(self, layers: Sequence[TargetLayer], watched: dict[int, _Watched]) -> None:
         for layer in layers:
@@ -239,7 +241,7 @@ class _Walk:
         try:
             result = method.compress(before, stats, layer.parameter.dtype)
         except NumericalError as error:
-            raise NumericalError(layer.name, error.stage, str(error)) from error
+            raise NumericalError(layer.name, error.stage, error.what, error.fix) from None
         if not bool(result.weight.to(layer.parameter.dtype).isfinite().all()):
             raise NumericalError(layer.name, "result", "NaN or Inf after compression", "raise damp")
         asked = getattr(method, "damp", None)
@@ -288,12 +290,26 @@ class _Walk:
 
     # --- helpers -------------------------------------------------------------------------
 
-    def _halve(self, error: torch.OutOfMemoryError) -> None:
-        """Make every chunk half as large, or give up when that is not possible."""
+    def _until_it_fits(self, work: Callable[[], Any]) -> Any:
+        """Repeat ``work`` with smaller chunks until it does not run out of memory."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            # Outside the handler: there the traceback would keep the activations alive.
+            self._halve(reason)
+
+    def _halve(self, reason: str) -> None:
+        """Make every chunk half as large, or say what to change when that is not possible."""
+        self.recorder.forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if all(chunk.rows == 1 for chunk in self.chunks):
-            raise error
+            raise CalibError(
+                f"out of memory with one sequence at a time ({reason}). Use a smaller seqlen, a "
+                "model dtype of 16 bits, or a device with more memory."
+            )
         size = max(chunk.rows for chunk in self.chunks) // 2
         smaller: list[Chunk] = []
         for chunk in self.chunks:
@@ -315,20 +331,20 @@ class _Walk:
             self.result.seconds[stage] = self.result.seconds.get(stage, 0.0) + spent
 
     def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        for device in {p.device for p in self.model.parameters() if p.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
 
 
 def _listener(watched: Sequence[_Watched], heldout: bool) -> Callable[[int, Tensor], None]:
     def listen(number: int, rows: Tensor) -> None:
         seen = watched[number]
+        if heldout or seen.stats is None:
+            seen.finite = seen.finite and bool(rows.isfinite().all())
         if heldout:
             seen.heldout.update(rows)
             return
         seen.used.update(rows)
         if seen.stats is not None:
             seen.stats.update(rows)
-        else:
-            seen.finite = seen.finite and bool(rows.isfinite().all())
 
     return listen

@@ -11,8 +11,9 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 from lm_calib_plugin.errors import UserError
-from lm_calib_plugin.recipe import RUNTIME_ARGUMENTS, Recipe, unknown_argument
+from lm_calib_plugin.recipe import Recipe, unknown_argument
 from lm_calib_plugin.recipe_file import FILE_ARGUMENT
+from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS
 
 OURS = (*(name for name in Recipe.model_fields), *RUNTIME_ARGUMENTS, FILE_ARGUMENT)
 HFLM_ARGUMENTS = tuple(
@@ -26,6 +27,8 @@ LOADING_ARGUMENTS = (
     "force_download", "local_files_only", "low_cpu_mem_usage", "proxies", "token",
     "use_safetensors", "variant",
 )  # fmt: skip
+TEXTS = ("pretrained", "tokenizer", "revision", "peft", "delta")  # 007 and 1e5 are names there
+HARNESS_DEFAULTS = {"batch_size": "1", "device": "cuda:0"}
 REFUSED = {
     "autogptq": "a checkpoint that is already quantized",
     "gptqmodel": "a checkpoint that is already quantized",
@@ -60,10 +63,14 @@ def split_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
 
 
 def merge_harness(arguments: Mapping[str, Any], harness: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge ``model_args`` with what the harness passes beside them (batch size, device)."""
+    """Merge ``model_args`` with what the harness passes beside them (batch size, device).
+
+    What stands in ``model_args`` wins over the harness' own defaults.
+    """
     merged = dict(arguments)
     for name, value in harness.items():
-        if value is None:
+        default = str(value) == HARNESS_DEFAULTS.get(name)
+        if value is None or (default and merged.get(name) is not None):
             continue
         if merged.get(name) is not None and str(merged[name]) != str(value):
             raise UserError(
@@ -94,7 +101,8 @@ def parse_argument_text(text: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not equals:
             raise UserError("model_args", f"got {part!r}", "key=value pairs joined by commas")
-        found[name.strip()] = _value(value.strip())
+        name, value = name.strip(), value.strip()
+        found[name] = value if name in TEXTS else _value(value)
     return found
 
 
@@ -103,7 +111,8 @@ def _split(text: str) -> list[str]:
     for char in text:
         if quote:
             quote = "" if char == quote else quote
-        elif char in "'\"":
+        elif char in "'\"" and (depth or current.endswith("=")):
+            # Elsewhere it is an apostrophe.
             quote = char
         elif char in "[{(":
             depth += 1

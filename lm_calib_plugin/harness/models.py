@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_calib_plugin import engine
 from lm_calib_plugin.builtin_models import resolve_pretrained
 from lm_calib_plugin.calibration import validate_calibration
-from lm_calib_plugin.compression import compress, sequence_length
+from lm_calib_plugin.compression import compress, is_main_process, sequence_length
 from lm_calib_plugin.errors import CalibError, UserError, install_short_excepthook, listed
 from lm_calib_plugin.harness.arguments import (
     merge_harness,
@@ -19,7 +19,7 @@ from lm_calib_plugin.harness.arguments import (
     split_arguments,
 )
 from lm_calib_plugin.harness.cache_guard import guard_response_cache
-from lm_calib_plugin.recipe import RUNTIME_ARGUMENTS, Recipe, Runtime
+from lm_calib_plugin.recipe import read_arguments
 from lm_calib_plugin.registry import table
 
 SHOWN_WARNINGS = 5
@@ -40,8 +40,7 @@ class Calib(HFLM):
         if pretrained is None:
             raise UserError("pretrained", "missing", "a hub name, a folder or builtin:smollm2-135m")
         ours, theirs = split_arguments(arguments)
-        runtime = Runtime(**{k: ours.pop(k) for k in RUNTIME_ARGUMENTS if k in ours})
-        self.recipe = Recipe.from_model_args(ours)
+        self.recipe, runtime = read_arguments(ours)
         self._check_kind()
         validate_calibration(self.recipe)
         if isinstance(pretrained, str):
@@ -56,7 +55,7 @@ class Calib(HFLM):
                 "code that came with the model was allowed to run (trust_remote_code)"
             )
         self._agree_across_ranks()
-        if self.rank == 0:
+        if is_main_process():
             sys.stderr.write(f"lm-calib: {self.report.line()}\n")
             for note in self.report.warnings[:SHOWN_WARNINGS]:
                 sys.stderr.write(f"lm-calib: warning: {note}\n")
@@ -98,7 +97,11 @@ class Calib(HFLM):
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Refuse a response cache that was written by another recipe."""
-        guard_response_cache(cache_hook.dbdict, self.report.key)
+        try:
+            guard_response_cache(cache_hook.dbdict, self.report.key)
+        except UserError:
+            install_short_excepthook()
+            raise
         super().set_cache_hook(cache_hook)
 
     def _get_config(self, *args: Any, **kwargs: Any) -> None:

@@ -22,6 +22,7 @@ class Wanda(ScorePruning):
     permutation_safe: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.11695"
     group: ClassVar[str] = "row"
+    inert: ClassVar[tuple[str, ...]] = ("compat",)
 
     def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
         """Return ``|W_ij| * ||x_j||``, ``[out, in]``."""

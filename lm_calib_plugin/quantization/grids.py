@@ -49,8 +49,10 @@ class IntegerGrid:
         else:
             low = groups.amin(dim=-1).clamp(max=0)
             scale = (groups.amax(dim=-1).clamp(min=0) - low) / (2**bits - 1)
-        scale = scale.to(dtype).float()
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        # A scale below what the dtype can hold would turn a whole group into zeros.
+        info = torch.finfo(dtype)
+        stored = scale.to(dtype).float().clamp(min=info.smallest_normal * info.eps)
+        scale = torch.where(scale > 0, stored, torch.ones_like(scale))
         zero = torch.zeros_like(scale)
         if not symmetric:
             zero = (-low / scale).round().clamp(0, 2**bits - 1)

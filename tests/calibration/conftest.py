@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from lm_calib_plugin.calibration import CalibrationSet, Context, build_calibration
-from lm_calib_plugin.recipe import Recipe, Runtime
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.runtime import Runtime
 
 STORIES = Path(__file__).parents[2] / ".." / "shared" / "models" / "stories260K"
 WORDS = [f"w{i}" for i in range(60)]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm_calib_plugin.recipe import Recipe, Runtime
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.runtime import Runtime
 
 
 @dataclass(frozen=True)

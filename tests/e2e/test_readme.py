@@ -9,7 +9,8 @@ import pytest
 
 from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError
-from lm_calib_plugin.recipe import RUNTIME_ARGUMENTS, Recipe
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS
 from tests.tiny import saved_model
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lm_calib_plugin.calibration.options import Option, read_options
 from lm_calib_plugin.calibration.state import derive_seed
-from lm_calib_plugin.recipe import Runtime
+from lm_calib_plugin.runtime import Runtime
 
 Order = Literal["stored", "shuffled"]
 

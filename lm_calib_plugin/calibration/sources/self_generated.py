@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lm_calib_plugin.calibration.generation import input_device, position_limit
+from lm_calib_plugin.calibration.generation import end_ids, input_device, position_limit
 from lm_calib_plugin.calibration.openings import openings_file, read_openings
 from lm_calib_plugin.calibration.options import ARGUMENT, Option
 from lm_calib_plugin.calibration.sampling import Decoding
@@ -123,6 +123,7 @@ class SelfGenerated(Source):
             "model": context.model_id,
             "tokenizer": tokenizer_digest(context.tokenizer),
             "openings": digest(openings),
+            "ends": sorted(end_ids(context.model, context.tokenizer)),
             "device": input_device(context.model).type,
             "dtype": str(context.model.dtype),
             "vocab_size": context.vocab_size,

@@ -1,0 +1,51 @@
+"""Where and how the work is done: everything that can not change the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.values import flag, whole
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Device-side and file-side choices; never part of a recipe's identity.
+
+    Parameters
+    ----------
+    calib_batch_size
+        Sequences per forward pass; ``auto`` takes about 4,096 tokens on a CPU and 16,384 on a GPU.
+    report_dir
+        Folder of the per-layer report; default: ``reports`` in our cache.
+    progress
+        Show progress bars.
+
+    Raises
+    ------
+    UserError
+        For a value that can not be used, such as a ``report_dir`` that is a file.
+    """
+
+    calib_batch_size: int | str = "auto"
+    report_dir: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.calib_batch_size != "auto":
+            size = whole("calib_batch_size", self.calib_batch_size, lowest=1)
+            object.__setattr__(self, "calib_batch_size", size)
+        object.__setattr__(self, "progress", flag("progress", self.progress))
+        if self.report_dir is not None:
+            object.__setattr__(self, "report_dir", str(self.report_dir))
+            taken = [
+                p
+                for p in (Path(self.report_dir), *Path(self.report_dir).parents)
+                if p.exists() and not p.is_dir()
+            ]
+            if taken:
+                raise UserError("report_dir", f"{taken[0]} is a file", "name a folder")
+
+
+RUNTIME_ARGUMENTS = {field.name: field for field in fields(Runtime)}.keys()
