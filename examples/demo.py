@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--method", default="wanda")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--calibration", default="self")
+    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--limit", type=int, default=None, help="items of each task")
     options = parser.parse_args()
     start = time.time()
@@ -58,8 +60,8 @@ def main() -> None:
         "method": options.method,
         "sparsity": options.sparsity,
         "calibration": options.calibration,
-        "nsamples": 16,
-        "seqlen": 256,
+        "nsamples": options.nsamples,
+        "seqlen": options.seqlen,
     }
     dense = evaluate("hf", base, options.limit)
     compressed = evaluate("calib_pruned", base | recipe, options.limit)

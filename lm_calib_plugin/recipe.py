@@ -180,7 +180,7 @@ class Recipe(BaseModel):
     def _check_group_size(cls, value: Any) -> int:
         found = whole("group_size", value)
         if found != -1 and found < 1:
-            raise UserError("group_size", f"got {number}", "a positive number of inputs, or -1")
+            raise UserError("group_size", f"got {found}", "a positive number of inputs, or -1")
         return found
 
     @field_validator("symmetric", "act_order", "untie", mode="before")

@@ -88,6 +88,8 @@ def facts_of(recipe: Recipe, **changes: Any) -> Facts:
         "layers": "l" * 64,
         "revision": method.revision,
         "options": method.options(),
+        "inert": method.inert,
+        "unchanged": method.does_nothing,
         "calib_id": "c" * 64 if recipe.terms else None,
         "seqlen": 2048 if recipe.terms else None,
         "pack": "concat" if recipe.terms else None,
@@ -273,6 +275,8 @@ def test_method_options_are_those_given_only() -> None:
         {"blocks": "model.layers"},
         {"schema_version": 1},
         {"propagate": "compressed"},
+        {"heldout": 0.2},  # how many sequences that means is in the facts
+        {"compat": "reference"},  # makes no difference to wanda
     ],
     ids=str,
 )
@@ -286,8 +290,6 @@ def test_key_stays_when_model_layers_and_tokens_are_the_same(changes: dict[str, 
     [
         {"sparsity": 0.5000001},
         {"sparsity": None, "pattern": "2:4"},
-        {"compat": "reference"},
-        {"heldout": 0.2},
         {"propagate": "dense"},
         {"untie": True},
     ],
@@ -315,11 +317,24 @@ def test_key_changes_with_every_option_of_a_quantizer(changes: dict[str, Any]) -
 
 @pytest.mark.parametrize(
     "changes",
-    [{"model": "n" * 64}, {"layers": "k" * 64}, {"revision": 2}, {"calib_id": "d" * 64}],
+    [
+        {"model": "n" * 64},
+        {"layers": "k" * 64},
+        {"revision": 2},
+        {"calib_id": "d" * 64},
+        {"heldout": 3},
+    ],
     ids=str,
 )
 def test_key_changes_with_model_layers_code_and_data(changes: dict[str, Any]) -> None:
     assert key(wanda(), **changes) != key(wanda())
+
+
+def test_recipes_that_change_nothing_share_a_key() -> None:
+    nothing = key(wanda(sparsity=0))
+    assert key(wanda(sparsity=0), calib_id="e" * 64, heldout=2) == nothing
+    assert key(Recipe(method="gptq", bits=16, group_size=64)) == nothing
+    assert key(wanda(sparsity=0), model="n" * 64) != nothing
 
 
 def test_methods_have_keys_of_their_own() -> None:

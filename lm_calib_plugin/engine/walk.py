@@ -142,8 +142,8 @@ class _Walk:
     def _capture(self) -> None:
         first = self.chunks[0]
         length = min(16, first.tokens // first.rows)
-        self.probe = Chunk(first.ids[:1, :length], None, heldout=True)
-        self.recorder.probe(self.probe)
+        probe = self.probe = Chunk(first.ids[:1, :length], None, heldout=True)
+        self._until_it_fits(lambda: self.recorder.probe(probe))
         self._until_it_fits(self._record_all)
 
     def _record_all(self) -> None:
@@ -157,7 +157,8 @@ class _Walk:
         if layers:
             assert self.probe is not None
             assert self.probe.hidden is not None
-            groups = InputGroups(block, layers, self.probe.calls[index], self.probe.hidden)
+            probe = block, layers, self.probe.calls[index], self.probe.hidden
+            groups = self._until_it_fits(lambda: InputGroups(*probe))
             watched = self._timed("observe", lambda: self._observe(index, groups, dense and more))
             self._timed("compress", lambda: self._compress(layers, watched))
         if more and not (dense and layers):

@@ -69,6 +69,10 @@ def test_a_tied_head_is_refused_unless_untied() -> None:
         names(model, targets="lm_head")
     recipe = Recipe(method="magnitude", sparsity=0.5, targets="lm_head+*proj", untie=True)
     before = model.model.embed_tokens.weight.detach().clone()
+    refused = Recipe(method="rtn", group_size=100, targets="lm_head", untie=True)
+    with pytest.raises(UserError, match="group_size"):
+        compress(model, None, refused, QUIET)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
     report = compress(model, None, recipe, QUIET)
     assert len(report.layers) == 22
     assert torch.equal(model.model.embed_tokens.weight, before)
@@ -83,6 +87,23 @@ def test_routers_stay_dense_unless_named() -> None:
         "gate" in n.rsplit(".", 1)[-1].split("_") for n in names(model) if "gate_" not in n
     )
     assert len(names(model, targets="shared_expert_gate")) == 3
+
+
+def test_experts_stored_in_another_way_are_refused_by_name() -> None:
+    config = transformers.JetMoeConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=8,
+        num_local_experts=4,
+    )
+    model = transformers.JetMoeForCausalLM(config)
+    with pytest.raises(UnsupportedModelError, match="has 3 dimensions.*ignore="):
+        names(model)
+    with pytest.raises(UserError, match="names only matrices that are not linear"):
+        names(make_model("mixtral"), targets="gate.weight")
 
 
 def test_an_unsuitable_width_is_refused_by_name() -> None:

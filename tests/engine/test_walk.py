@@ -105,6 +105,35 @@ def test_zero_strength_changes_no_bit(recipe: Recipe) -> None:
     assert torch.equal(flat(compressed(recipe)), flat(make_model()))
 
 
+def test_the_key_knows_more_of_the_model_than_its_weights() -> None:
+    """Equal weights under another rotary base are another model, and give other masks."""
+    keys = set()
+    for theta in (10000.0, 100.0):
+        model = make_model("llama", rope_parameters={"rope_type": "default", "rope_theta": theta})
+        recipe = Recipe(method="wanda", sparsity=0.5)
+        keys.add(compress(model, None, recipe, QUIET, calibration()).key)
+    assert len(keys) == 2
+
+
+def test_not_a_number_in_held_out_activations_is_found() -> None:
+    ids = random_ids([16] * 10)
+    held = engine.heldout_indices(10, 0.1)[0]
+    ids[held] = torch.tensor([5] * 16)
+    model = make_model()
+    model.model.embed_tokens.weight.data[5] = float("nan")
+    for i, sequence in enumerate(ids):
+        if i != held:
+            sequence[sequence == 5] = 6
+    with pytest.raises(NumericalError, match="calibration input"):
+        compress(
+            model,
+            None,
+            Recipe(method="wanda", sparsity=0.5),
+            QUIET,
+            CalibrationSet.of(ids, seqlen=16),
+        )
+
+
 @pytest.mark.parametrize("stage", ["observe", "propagate", "capture"])
 def test_out_of_memory_halves_the_chunk(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(method="wanda", sparsity=0.5)
@@ -178,6 +207,7 @@ def test_everything_is_left_as_found(fails: bool) -> None:
     training = [m.training for m in model.modules()]
     gradients = [p.requires_grad for p in model.parameters()]
     hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
+    torch.set_float32_matmul_precision("medium")
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     recipe = Recipe(method="sparsegpt", sparsity=0.5)
     try:
@@ -194,6 +224,8 @@ def test_everything_is_left_as_found(fails: bool) -> None:
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() == torch.float32
     assert model.config.use_cache
+    assert torch.get_float32_matmul_precision() == "medium"
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_held_out_sequences_stay_out_of_the_statistics() -> None:

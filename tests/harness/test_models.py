@@ -169,6 +169,7 @@ BAD = [
     ({"backend": "seq2seq"}, "decoder-only"),
     ({"calib_batch_size": 0}, "calib_batch_size"),
     ({"recipe": "/nowhere.yaml"}, "no file"),
+    ({"report_dir": "/dev/null"}, "is a file"),
     ({"pretrained": None}, "pretrained: missing"),
     ({"pretrained": "builtin:smolm2"}, "builtin"),
 ]
@@ -270,6 +271,21 @@ def test_batch_size_given_twice() -> None:
         merge_harness({"batch_size": 4}, {"batch_size": 8})
 
 
+def test_arguments_win_over_the_defaults_of_the_harness() -> None:
+    """The command line always passes a batch size and a device."""
+    merged = merge_harness(
+        {"batch_size": 8, "device": "cpu"}, {"batch_size": 1, "device": "cuda:0"}
+    )
+    assert merged == {"batch_size": 8, "device": "cpu"}
+
+
+def test_a_recipe_file_may_hold_runtime_arguments(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("method: magnitude\nsparsity: 0.5\nprogress: false\ncalib_batch_size: 2\n")
+    lm = CalibPruned(pretrained=make_model(), tokenizer=make_tokenizer(), recipe=str(recipe))
+    assert lm.report.achieved["sparsity"] == 0.5
+
+
 def test_argument_text() -> None:
     text = 'pretrained=m,sparsity=0.5,modules=["a","b"],x=none,flag=True,name="a,b",n=-1'
     assert parse_argument_text(text) == {
@@ -280,6 +296,11 @@ def test_argument_text() -> None:
         "flag": True,
         "name": "a,b",
         "n": -1,
+    }
+    assert parse_argument_text("calibration=file:it's.jsonl,revision=1e5,sparsity=0.5") == {
+        "calibration": "file:it's.jsonl",
+        "revision": "1e5",
+        "sparsity": 0.5,
     }
     assert parse_argument_text('{"pretrained": "m", "calibration": [{"source": "self"}]}') == {
         "pretrained": "m",
