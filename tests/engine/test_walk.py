@@ -197,6 +197,24 @@ def test_infinite_activations_name_the_layer(method: str) -> None:
     hook.remove()
 
 
+def test_a_result_that_is_no_number_is_never_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_calib_plugin.pruning.wanda import Wanda
+
+    honest = Wanda.compress
+
+    def broken(self, weight, stats, dtype=torch.float32):  # noqa: ANN001, ANN202
+        result = honest(self, weight, stats, dtype)
+        result.weight[0, 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(Wanda, "compress", broken)
+    model = make_model()
+    before = flat(model)
+    with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj, result"):
+        compress(model, None, Recipe(method="wanda", sparsity=0.5), QUIET, calibration())
+    assert torch.equal(flat(model), before)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_everything_is_left_as_found(fails: bool) -> None:
     model = make_model().train()
