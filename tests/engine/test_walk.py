@@ -202,7 +202,7 @@ def test_a_result_that_is_no_number_is_never_stored(monkeypatch: pytest.MonkeyPa
 
     honest = Wanda.compress
 
-    def broken(self, weight, stats, dtype=torch.float32):  # noqa: ANN001, ANN202
+    def broken(self, weight, stats, dtype=torch.float32):
         result = honest(self, weight, stats, dtype)
         result.weight[0, 0] = float("inf")
         return result
