@@ -97,7 +97,7 @@ def test_forbidden_tokens_are_never_written():
 
 
 def test_perplexity_is_exp_of_the_mean_nll(stories, monkeypatch):
-    ids = [1, *range(10, 90)]
+    ids = [1, *range(10, 60)]
     with torch.no_grad():
         logits = stories.model(torch.tensor([ids])).logits[0, :-1]
     wanted = math.exp(functional.cross_entropy(logits, torch.tensor(ids[1:])).item())
