@@ -21,6 +21,7 @@ from lm_calib_plugin import engine, storage
 from lm_calib_plugin.calibration import CalibrationSet, build_calibration, validate_calibration
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
 from lm_calib_plugin.errors import NumericalError, UserError
+from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import Report
@@ -87,7 +88,7 @@ def compress(
     layers = engine.untied(model, layers)
     seconds: dict[str, float] = {}
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    with engine.left_as_found(model):
+    with left_as_found(model):
         start = time.perf_counter()
         dense_digest = engine.model_digest(model)
         seconds["digest"] = time.perf_counter() - start

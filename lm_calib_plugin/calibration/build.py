@@ -14,11 +14,12 @@ from lm_calib_plugin import registry
 from lm_calib_plugin.calibration.calibration_set import CalibrationSet
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.packers import Packed, Packer
+from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.calibration.sources.base import Context, IdSource, Source
-from lm_calib_plugin.calibration.state import derive_seed, random_state_untouched
 from lm_calib_plugin.calibration.tokens import check_ids, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.expression import SourceTerm, shares
+from lm_calib_plugin.guard import random_state_untouched
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
 

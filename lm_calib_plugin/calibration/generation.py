@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lm_calib_plugin.calibration.sampling import Decoding, candidates, pick
-from lm_calib_plugin.calibration.state import evaluation_mode
 from lm_calib_plugin.errors import NumericalError
+from lm_calib_plugin.guard import evaluation_mode
 
 _NLL_SLICE = 256  # positions whose float32 log-probabilities are held at once
 _SHRINK_AT = 0.75  # ended texts leave the batch when this share or less is still being written

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.calibration.sources.base import Context, Document, Order
-from lm_calib_plugin.calibration.state import derive_seed
 from lm_calib_plugin.calibration.tokens import encode, encode_joined
 from lm_calib_plugin.errors import UserError
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm_calib_plugin.calibration.state import derive_seed
+from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.errors import NumericalError
 
 

@@ -21,7 +21,7 @@ from lm_calib_plugin.calibration.generation import (
 )
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.sampling import Decoding, uniform_numbers
-from lm_calib_plugin.calibration.state import derive_seed
+from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.calibration.text_cache import Written
 from lm_calib_plugin.calibration.tokens import check_ids, encode, text_ids
 from lm_calib_plugin.errors import CalibError, UserError

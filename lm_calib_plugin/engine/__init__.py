@@ -9,14 +9,8 @@ from lm_calib_plugin.engine.discovery import (
     text_config,
 )
 from lm_calib_plugin.engine.fingerprint import model_digest, weights_digest
-from lm_calib_plugin.engine.guard import left_as_found
-from lm_calib_plugin.engine.layers import (
-    CHOSEN,
-    TargetLayer,
-    find_layers,
-    select_layers,
-    untied,
-)
+from lm_calib_plugin.engine.layers import CHOSEN, TargetLayer, find_layers, untied
+from lm_calib_plugin.engine.selection import select_layers
 from lm_calib_plugin.engine.walk import Plan, WalkResult, run
 
 __all__ = [
@@ -30,7 +24,6 @@ __all__ = [
     "find_blocks",
     "find_layers",
     "heldout_indices",
-    "left_as_found",
     "model_digest",
     "run",
     "select_layers",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lm_calib_plugin.engine.discovery import Blocks
-from lm_calib_plugin.errors import UnsupportedModelError, UserError, listed, nearest
+from lm_calib_plugin.errors import UnsupportedModelError, UserError
 
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 HEAD = -1
@@ -67,6 +67,16 @@ class TargetLayer:
         self.stored.copy_(value.t() if self.transposed else value)
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Tell whether a pattern matches a layer name or a dotted tail of it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def matches_any(name: str, patterns: Sequence[str]) -> bool:
+    """Tell whether any of the patterns matches a layer name."""
+    return any(matches(name, pattern) for pattern in patterns)
+
+
 def find_layers(
     blocks: Blocks, ignore: Sequence[str] = ()
 ) -> tuple[list[TargetLayer], list[tuple[str, str]]]:
@@ -85,7 +95,7 @@ def find_layers(
     left: list[tuple[str, str]] = []
     for index, block in enumerate(blocks.modules):
         prefix = f"{blocks.path}.{index}"
-        has_experts = any(_is_experts(m) for m in block.modules())
+        has_experts = any(is_experts(m) for m in block.modules())
         claimed: set[int] = set()
         for local, module in block.named_modules():
             name = f"{prefix}.{local}" if local else prefix
@@ -96,10 +106,10 @@ def find_layers(
                     continue
                 transposed = isinstance(module, Conv1D)
                 layers.append(TargetLayer(name, module, module.weight, index, transposed))
-            elif _is_experts(module) and not _known_experts(module) and _any(name, ignore):
+            elif is_experts(module) and not _known_experts(module) and matches_any(name, ignore):
                 claimed |= {id(p) for p in module.parameters()}
                 left.append((name, IGNORED))
-            elif _is_experts(module):
+            elif is_experts(module):
                 found = _expert_layers(name, module, index)
                 claimed |= {id(layer.parameter) for layer in found}
                 layers += found
@@ -144,142 +154,8 @@ def untied(model: Any, layers: Sequence[TargetLayer]) -> list[TargetLayer]:
     return result
 
 
-def select_layers(
-    model: nn.Module,
-    blocks: Blocks,
-    targets: Sequence[str] | None,
-    ignore: Sequence[str],
-    untie: bool = False,
-) -> tuple[list[TargetLayer], list[tuple[str, str]]]:
-    """Pick the layers to compress.
-
-    Parameters
-    ----------
-    targets
-        Name patterns (``*`` and ``?``), matched against the whole name or its last parts; None
-        means every linear layer of the blocks.
-    ignore
-        Patterns of layers to leave as they are.
-
-    Returns
-    -------
-    layers, left_dense
-        What is compressed, and ``(name, why)`` of every matrix in the blocks that is not.
-
-    Raises
-    ------
-    UserError
-        When a pattern matches nothing or nothing is left.
-    """
-    layers, left = find_layers(blocks, ignore)
-    everything = layers
-    if not layers:
-        raise UnsupportedModelError(
-            "model", f"no linear layer in the blocks `{blocks.path}` of {type(model).__name__}"
-        )
-    wants_head = targets is not None and _names_head(model, targets)
-    if wants_head:
-        head = head_layer(model, untie)
-        if head is not None:
-            layers = [*layers, head]
-    elif untie:
-        raise UserError(
-            "untie",
-            "the output head is not among the targets",
-            fix="add it, for instance targets=*proj+lm_head, or drop untie",
-        )
-    routers = _routers(blocks) if targets is not None else []
-    for pattern in [*(targets or ()), *ignore]:
-        names = [layer.name for layer in [*layers, *routers]] + [name for name, _ in left]
-        if not any(matches(name, pattern) for name in names):
-            raise _matched_nothing(model, pattern, layers, pattern in ignore)
-    if targets is not None:
-        named = [r for r in routers if _any(r.name, targets)]
-        left = [entry for entry in left if entry[0] not in {r.name for r in named}]
-        left += [(x.name, NOT_TARGETED) for x in layers if not _any(x.name, targets)]
-        layers = sorted([x for x in layers if _any(x.name, targets)] + named, key=_order)
-    ignored = [x for x in layers if _any(x.name, ignore)]
-    left += [(x.name, IGNORED) for x in ignored]
-    dropped = {id(x) for x in ignored}
-    layers = [x for x in layers if id(x) not in dropped]
-    if not layers and not ignored:
-        raise UserError(
-            "targets",
-            f"`{'+'.join(targets or ())}` names only matrices that are not linear layers",
-            f"what they are: {listed(sorted({why for _, why in left if why not in CHOSEN}))}",
-            f"linear layers: {listed(_tails(everything))}",
-        )
-    if not layers:
-        raise UserError(
-            "ignore", "the patterns exclude every layer", fix="drop a pattern of `ignore`"
-        )
-    return layers, left
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Tell whether a pattern matches a layer name or a dotted tail of it."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-
-
-def _any(name: str, patterns: Sequence[str]) -> bool:
-    return any(matches(name, pattern) for pattern in patterns)
-
-
-def _order(layer: TargetLayer) -> int:
-    return layer.block if layer.block != HEAD else 1 << 30
-
-
-def _names_head(model: nn.Module, targets: Sequence[str]) -> bool:
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter else None
-    names = [n for n, m in model.named_modules() if m is head]
-    # A bare star stands for the layers of the blocks; the head has to be named.
-    return any(matches(n, p) for n in names for p in targets if p.strip("*.?"))
-
-
-def _routers(blocks: Blocks) -> list[TargetLayer]:
-    return [
-        TargetLayer(f"{blocks.path}.{i}.{local}", module, module.weight, i)
-        for i, block in enumerate(blocks.modules)
-        if any(_is_experts(m) for m in block.modules())
-        for local, module in block.named_modules()
-        if isinstance(module, nn.Linear) and local.rsplit(".", 1)[-1] in ROUTER_NAMES
-    ]
-
-
-def _tails(layers: Sequence[TargetLayer]) -> list[str]:
-    return list(dict.fromkeys(layer.name.rsplit(".", 1)[-1] for layer in layers))
-
-
-def _matched_nothing(
-    model: nn.Module, pattern: str, layers: Sequence[TargetLayer], ignoring: bool
-) -> UserError:
-    tails = _tails(layers)
-    argument = "ignore" if ignoring else "targets"
-    tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    if any(matches(n, pattern) for n in tables):
-        return UserError(
-            argument,
-            f"`{pattern}` is an embedding table",
-            "only linear layers are compressed",
-            "the output head can be named instead, with untie=true when it is tied",
-        )
-    linear = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    if any(matches(n, pattern) for n in linear):
-        return UserError(
-            argument,
-            f"`{pattern}` names a linear layer outside the decoder blocks",
-            "layers of the blocks, and the output head",
-        )
-    return UserError(
-        argument,
-        f"pattern `{pattern}` matched 0 of {len(layers)} linear layers",
-        nearest(pattern.strip("*."), tails),
-        f"names: {listed(tails)}",
-    )
-
-
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
+    """Tell whether a module holds the weights of several experts in one tensor."""
     down = getattr(module, "down_proj", None)
     return isinstance(down, nn.Parameter) and down.dim() == 3
 
@@ -324,7 +200,7 @@ def _unclaimed(
             continue
         owner = type(block.get_submodule(local.rpartition(".")[0])).__name__
         name = f"{prefix}.{local}"
-        if parameter.dim() > 2 and not _any(name, ignore):
+        if parameter.dim() > 2 and not matches_any(name, ignore):
             raise UnsupportedModelError(
                 "model",
                 f"{name} ({owner}) has {parameter.dim()} dimensions",

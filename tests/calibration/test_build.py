@@ -17,13 +17,10 @@ from lm_calib_plugin.calibration import (
     validate_calibration,
 )
 from lm_calib_plugin.calibration.build import interleaved
-from lm_calib_plugin.calibration.state import (
-    derive_seed,
-    evaluation_mode,
-    random_state_untouched,
-)
+from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.expression import parse_calibration
+from lm_calib_plugin.guard import evaluation_mode, random_state_untouched
 from lm_calib_plugin.recipe import Recipe
 
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from lm_calib_plugin.calibration.options import Option, read_options
-from lm_calib_plugin.calibration.state import derive_seed
+from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.runtime import Runtime
 
 Order = Literal["stored", "shuffled"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.calibration.sources.base import Context, IdSource
-from lm_calib_plugin.calibration.state import derive_seed
 from lm_calib_plugin.calibration.tokens import text_ids
 from lm_calib_plugin.errors import UserError
 

@@ -1,9 +1,8 @@
-"""Leave things as found: random generators of the process, and the modes of a model."""
+"""Everything of the process and the model that a run borrows is given back as it was."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import random
 from collections.abc import Iterator
 
@@ -11,18 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from lm_calib_plugin.storage import canonical_json
-
-
-def derive_seed(*parts: int | str) -> int:
-    """Return a seed of 63 bits made of the parts; equal parts give an equal seed everywhere."""
-    hashed = hashlib.sha256(canonical_json(list(parts)).encode()).digest()
-    return int.from_bytes(hashed[:8], "big") >> 1
-
 
 @contextlib.contextmanager
 def random_state_untouched() -> Iterator[None]:
-    """Put the global generators of python, numpy and torch back, also after an exception.
+    """Put the global generators of Python, NumPy and torch back, also after an exception.
 
     Our own code draws from its own generators; this guards against libraries called on the way
     (data sets, harness tasks, custom model code).
@@ -45,8 +36,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextlib.contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, with exact float32 products, and restore every global
+    state at the end: random generators, default dtype, grad and inference mode, matmul precision
+    and the training flag of every module. Also after an exception.
+    """
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    try:
+        with random_state_untouched(), evaluation_mode(model):
+            torch.set_float32_matmul_precision("highest")
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_default_dtype(dtype)
