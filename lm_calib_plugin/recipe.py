@@ -37,16 +37,21 @@ class Recipe(BaseModel):
 
     Parameters
     ----------
+    schema_version
+        Version of this list of fields.
     method
         A name of ``lm-calib ls methods``.
     sparsity
         Fraction of the weights *removed*, 0 <= s < 1 (pruning).
     pattern
         ``unstructured`` or ``N:M``: N weights *kept* in every M consecutive inputs (pruning).
-    bits, group_size, symmetric
-        Width of the integer grid (2-8; 16 leaves the weights as they are), inputs per scale
-        (-1: one scale per output channel), and whether the grid is symmetric (quantization).
-        Defaults: 4, 128, true.
+    bits
+        Width of the integer grid, 2-8; 16 leaves the weights as they are (quantization).
+        Default: 4.
+    group_size
+        Consecutive inputs that share a scale; -1: one scale per output channel. Default: 128.
+    symmetric
+        Whether the grid is symmetric around zero. Default: true.
     act_order
         Visit columns by falling input energy, scales fixed before (``gptq``). Default: true.
     damp
@@ -59,12 +64,21 @@ class Recipe(BaseModel):
     calibration
         Where the text comes from; see :mod:`lm_calib_plugin.expression`. Default ``self`` for
         methods that need data and ``none`` for the others.
-    nsamples, seqlen, calib_seed, pack
-        Number of sequences, tokens in each, seed of the draw, and how text is cut.
+    nsamples
+        Number of calibration sequences.
+    seqlen
+        Tokens in each. Default: 2048, or what the model accepts if that is less.
+    calib_seed
+        Seed of the draw.
+    pack
+        How text is cut: ``longdoc``, ``concat`` or ``pad``. Default: what suits the source.
     heldout
         Fraction of the sequences kept out of the statistics to measure the error on.
-    targets, ignore
-        Name patterns joined by ``+``. Default: every linear layer of the decoder blocks.
+    targets
+        Layers to compress, name patterns joined by ``+``. Default: every linear layer of the
+        decoder blocks.
+    ignore
+        Layers to leave as they are, name patterns joined by ``+``.
     blocks
         Path of the list of decoder blocks, when it is not found by itself.
     untie
