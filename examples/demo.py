@@ -83,8 +83,9 @@ def main() -> None:
         f"({found['calibration']['tokens']} tokens)",
         "removed": f"{found['achieved']['sparsity']:.4%} of the targeted layers, "
         f"{found['achieved']['sparsity_model']:.2%} of the model",
-        "layer error, median": f"{error['calibration']['median']:.4f} on calibration tokens, "
-        f"{error['heldout']['median']:.4f} held out",
+        "layer error, median": ", ".join(
+            f"{values['median']:.4f} on {kind} tokens" for kind, values in error.items() if values
+        ),
         "seconds": ", ".join(f"{k} {v:.1f}" for k, v in found["seconds"].items()),
         "peak memory": f"{found['peak_memory_gib']} GiB",
         "layers": found["report_file"],
