@@ -28,7 +28,7 @@ class Visitor(Protocol):
         ...
 
     def listen(self, state: Any, chunk: Chunk, number: int, rows: Tensor, owners: Tensor) -> None:
-        """Take input rows ``[tokens, in]`` of group ``number``; ``owners`` are rows of the chunk."""
+        """Take input rows ``[tokens, in]`` of group ``number``; ``owners``: rows of the chunk."""
         ...
 
     def finish(self, index: int, groups: Sequence[Sequence[TargetLayer]], state: Any) -> None:
