@@ -133,6 +133,14 @@ _BUILTIN: tuple[Entry, ...] = (
         "calibration", "random", _SOURCES + "random_ids:RandomIds", "uniform token ids; a control"
     ),
     Entry(
+        "calibration",
+        "null",
+        _SOURCES + "nulls:Null",
+        "null:KIND, controls: random, ascii, ellipsis, shuffle(SOURCE), unigram(SOURCE)",
+        "https://arxiv.org/abs/2405.20835",
+        nested="varies",
+    ),
+    Entry(
         "packing",
         "longdoc",
         _PACKERS + "LongDocument",
