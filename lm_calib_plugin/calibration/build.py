@@ -43,6 +43,8 @@ def make_source(term: SourceTerm) -> Source:
             f"calibration source `{name}` of {entry.distribution}: {entry.target} is not a "
             f"subclass of {Source.__module__}.Source."
         )
+    if term.inner:
+        return made(argument, term.options, term.inner)
     return made(argument, term.options)
 
 
@@ -55,8 +57,14 @@ def validate_calibration(recipe: Recipe) -> None:
         For an option, file, folder or task that cannot be used.
     """
     with random_state_untouched():
-        for term in recipe.terms:
+        _validate(recipe.terms)
+
+
+def _validate(terms: Sequence[SourceTerm]) -> None:
+    for term in terms:
+        if term.name not in registry.table("mixture"):
             make_source(term).validate()
+        _validate(term.inner)
 
 
 def build_calibration(
@@ -102,32 +110,65 @@ def build_calibration(
     if not recipe.terms:
         raise UserError(ARGUMENT, "no source", "this recipe uses no data", "calibration=self")
     with random_state_untouched():
-        drawn = []
-        counts = shares(recipe.terms, recipe.nsamples)
-        for position, (term, count) in enumerate(zip(recipe.terms, counts, strict=True)):
-            context = Context(
-                tokenizer=tokenizer,
-                count=count,
-                seqlen=seqlen,
-                seed=derive_seed(recipe.calib_seed, position),
-                vocab_size=vocab_size,
-                model=model,
-                model_id=model_id,
-                runtime=runtime,
-            )
-            drawn.append(_draw(term, recipe.pack, context))
-    order = interleaved([len(part.sequences) for part in drawn])
-    sources = []
-    for number, part in enumerate(drawn):
-        rows = [row for row, (owner, _) in enumerate(order) if owner == number]
-        sources.append(part.record | {"rows": rows})
+        base = Context(
+            tokenizer=tokenizer,
+            count=recipe.nsamples,
+            seqlen=seqlen,
+            seed=recipe.calib_seed,
+            vocab_size=vocab_size,
+            model=model,
+            model_id=model_id,
+            runtime=runtime,
+        )
+        sequences, sources = draw_terms(recipe.terms, recipe.nsamples, recipe.pack, base)
     return CalibrationSet.of(
-        [drawn[owner].sequences[place] for owner, place in order],
+        sequences,
         seqlen=seqlen,
         seed=recipe.calib_seed,
         tokenizer=tokenizer_digest(tokenizer),
         sources=sources,
     )
+
+
+def draw_terms(
+    terms: Sequence[SourceTerm], count: int, pack: str | None, base: Context, first: int = 0
+) -> tuple[list[list[int]], list[dict[str, Any]]]:
+    """Draw ``count`` sequences from a sum of terms.
+
+    Parameters
+    ----------
+    pack
+        Packing of every term; None: each source's own.
+    base
+        Context whose ``seed`` is the seed of the whole draw.
+    first
+        Position of the first term. The seed of a term is made of the seed of the draw and its
+        position, and a term inside another starts at the position of that one: so
+        ``null:shuffle(A)`` shuffles what A draws in its place.
+
+    Returns
+    -------
+    tuple
+        The sequences, those of several terms interleaved evenly, and a record for each term.
+    """
+    drawn = []
+    for position, (term, part) in enumerate(zip(terms, shares(terms, count), strict=True), first):
+
+        def inner(
+            terms: tuple[SourceTerm, ...], count: int, position: int = position
+        ) -> tuple[list[list[int]], list[dict[str, Any]]]:
+            return draw_terms(terms, count, pack, base, position)
+
+        seed = derive_seed(base.seed, position)
+        drawn.append(_draw(term, pack, replace(base, count=part, seed=seed, draw=inner)))
+    order = interleaved([len(part.sequences) for part in drawn])
+    records = []
+    for number, made in enumerate(drawn):
+        rows = [row for row, (owner, _) in enumerate(order) if owner == number]
+        # `weight` is the share that was asked for, `share` the one that came out.
+        share = len(rows) / count if count else 0.0
+        records.append(made.record | {"share": share, "rows": rows})
+    return [drawn[owner].sequences[place] for owner, place in order], records
 
 
 @dataclass(frozen=True)
