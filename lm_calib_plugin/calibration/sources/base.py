@@ -58,6 +58,9 @@ class Context:
         Progress bars and the like.
     pack
         Name of the packer that will cut the documents.
+    fold
+        Part of the documents that will be used; the others are left out after the source. A
+        source need not look at it, unless it keeps what it made for ``count`` windows.
     """
 
     tokenizer: Any
@@ -71,6 +74,12 @@ class Context:
     model_id: str = ""
     runtime: Runtime = field(default_factory=Runtime)
     pack: str = ""
+    fold: str = "all"
+
+    @property
+    def of_fold(self) -> str:
+        """What a message says after a number of documents or texts; nothing without a fold."""
+        return "" if self.fold == "all" else f" of fold `{self.fold}`"
 
 
 class Source(ABC):
