@@ -417,9 +417,7 @@ CASES = [
         ("0.6", "0.5 in recipe.yaml", "choose one"),
     ),
     # --- folds
-    Case(
-        "fold_unknown", wanda(fold="juge"), "fold", ("'juge'", "did you mean `judge`?", "choose")
-    ),
+    Case("fold_unknown", wanda(fold="juge"), "fold", ("'juge'", "did you mean `judge`?", "choose")),
     # --- run time
     Case(
         "batch_size_zero",
