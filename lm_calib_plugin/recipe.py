@@ -79,6 +79,9 @@ class Recipe(BaseModel):
         (20 %), fixed for every document by its text, or ``all``.
     heldout
         Fraction of the sequences kept out of the statistics to measure the error on.
+    exclude_first_token
+        Leave the first token of every sequence out of the statistics: many models park huge
+        activations there.
     targets
         Layers to compress, name patterns joined by ``+``. Default: every linear layer of the
         decoder blocks.
@@ -115,6 +118,7 @@ class Recipe(BaseModel):
     pack: str | None = None
     fold: str = ALL_FOLDS
     heldout: float = 0.1
+    exclude_first_token: bool = False
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
     blocks: str | None = None
@@ -203,7 +207,7 @@ class Recipe(BaseModel):
             raise UserError("group_size", f"got {found}", "a positive number of inputs, or -1")
         return found
 
-    @field_validator("symmetric", "act_order", "untie", mode="before")
+    @field_validator("symmetric", "act_order", "untie", "exclude_first_token", mode="before")
     @classmethod
     def _check_flags(cls, value: Any, info: Any) -> bool:
         return flag(info.field_name, value)
