@@ -1,7 +1,6 @@
-"""From a recipe to a calibration set: source, then packing, term by term.
+"""From a recipe to a calibration set: source, fold, packing, term by term.
 
-A stage that selects among more documents or sequences than asked for belongs between source and
-packer; a source of control sequences is an :class:`~...sources.base.IdSource`.
+A source of control sequences is an :class:`~...sources.base.IdSource`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any
 
 from lm_calib_plugin import registry
 from lm_calib_plugin.calibration.calibration_set import CalibrationSet
+from lm_calib_plugin.calibration.folds import FoldFilter, fold_seed, in_fold
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.packers import Packed, Packer
 from lm_calib_plugin.calibration.seeds import derive_seed
@@ -82,7 +82,7 @@ def build_calibration(
     Parameters
     ----------
     recipe
-        ``terms``, ``nsamples``, ``calib_seed`` and ``pack`` are read.
+        ``terms``, ``nsamples``, ``calib_seed``, ``pack`` and ``fold`` are read.
     tokenizer
         Tokenizer of the model.
     model
@@ -119,6 +119,7 @@ def build_calibration(
             model=model,
             model_id=model_id,
             runtime=runtime,
+            fold=recipe.fold,
         )
         sequences, sources = draw_terms(recipe.terms, recipe.nsamples, recipe.pack, base)
     return CalibrationSet.of(
@@ -185,7 +186,8 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
     source.validate()
     if isinstance(source, IdSource):
         pack = None
-        sequences = [ids.tolist() for ids in source.sequences(context)] if context.count else []
+        asked = replace(context, seed=fold_seed(context.seed, context.fold))
+        sequences = [ids.tolist() for ids in source.sequences(asked)] if context.count else []
         packed = Packed(sequences, [], 0, 0)
     else:
         pack = pack or source.default_pack
@@ -197,6 +199,7 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
         "weight": term.weight,
         "nsequences": len(packed.sequences),
         "pack": pack,
+        "fold": context.fold,
         "licence": None,
         "fingerprint": None,
         "documents": packed.documents,
@@ -212,10 +215,13 @@ def _packed(source: Source, pack: str, context: Context) -> Packed:
     packer: Packer = registry.find("packing", pack, "pack").load()()
 
     def windows(texts: Sequence[str]) -> int:
-        return int(packer.windows(texts, context, source.joiner))
+        usable = [text for text in texts if in_fold(text, context.fold)]
+        return int(packer.windows(usable, context, source.joiner))
 
     asked = replace(context, order=packer.order, windows=windows, pack=pack)
-    return packer.pack(source.documents(asked), asked, source.joiner)
+    chosen = FoldFilter(context.fold)
+    packed = packer.pack(chosen(source.documents(asked)), asked, source.joiner)
+    return replace(packed, facts={**packed.facts, "left_out": chosen.left_out})
 
 
 def interleaved(lengths: Sequence[int]) -> list[tuple[int, int]]:

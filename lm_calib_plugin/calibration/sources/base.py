@@ -65,6 +65,9 @@ class Context:
     draw
         Gives the sequences of other terms, for a source that is made of them: exactly those that
         they would give alone in the place of this source. None when the caller has no such.
+    fold
+        Part of the documents that will be used; the others are left out after the source. A
+        source need not look at it, unless it keeps what it made for ``count`` windows.
     """
 
     tokenizer: Any
@@ -79,6 +82,12 @@ class Context:
     runtime: Runtime = field(default_factory=Runtime)
     pack: str = ""
     draw: Draw | None = None
+    fold: str = "all"
+
+    @property
+    def of_fold(self) -> str:
+        """What a message says after a number of documents or texts; nothing without a fold."""
+        return "" if self.fold == "all" else f" of fold `{self.fold}`"
 
 
 class Source(ABC):
