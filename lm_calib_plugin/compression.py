@@ -236,7 +236,14 @@ def _chunks(
     pad = getattr(tokenizer, "pad_token_id", None)
     pad_id = pad if isinstance(pad, int) and pad < _vocab_size(model) else 0
     held = engine.heldout_indices(len(calibration.sequences), recipe.heldout)
-    return make_chunks(calibration.sequences, held, int(size), pad_id)
+    return make_chunks(
+        calibration.sequences,
+        held,
+        int(size),
+        pad_id,
+        weights=calibration.weights,
+        skip_first=recipe.exclude_first_token,
+    )
 
 
 def _resolve(

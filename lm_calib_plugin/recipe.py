@@ -74,6 +74,9 @@ class Recipe(BaseModel):
         How text is cut: ``longdoc``, ``concat`` or ``pad``. Default: what suits the source.
     heldout
         Fraction of the sequences kept out of the statistics to measure the error on.
+    exclude_first_token
+        Leave the first token of every sequence out of the statistics: many models park huge
+        activations there.
     targets
         Layers to compress, name patterns joined by ``+``. Default: every linear layer of the
         decoder blocks.
@@ -109,6 +112,7 @@ class Recipe(BaseModel):
     calib_seed: int = 0
     pack: str | None = None
     heldout: float = 0.1
+    exclude_first_token: bool = False
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
     blocks: str | None = None
@@ -197,7 +201,7 @@ class Recipe(BaseModel):
             raise UserError("group_size", f"got {found}", "a positive number of inputs, or -1")
         return found
 
-    @field_validator("symmetric", "act_order", "untie", mode="before")
+    @field_validator("symmetric", "act_order", "untie", "exclude_first_token", mode="before")
     @classmethod
     def _check_flags(cls, value: Any, info: Any) -> bool:
         return flag(info.field_name, value)

@@ -68,6 +68,14 @@ _BUILTIN: tuple[Entry, ...] = (
     ),
     Entry(
         "pruning",
+        "ria",
+        _PRUNING + "ria:RIA",
+        "smallest share of row and column x root of the input norm",
+        "https://openreview.net/forum?id=Tr0lPx9woF",
+        options=("sparsity", "pattern", "compat"),
+    ),
+    Entry(
+        "pruning",
         "sparsegpt",
         _PRUNING + "sparsegpt:SparseGPT",
         "second-order mask, kept weights updated",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,17 @@ from lm_calib_plugin.storage import digest
 _LONG_LISTS = ("indices", "rows")
 
 
-def identity(tokenizer: str, sequences: Iterable[Sequence[int]]) -> str:
-    """Return the ``calib_id``: sha256 of the canonical JSON of tokenizer digest and ids."""
-    return digest({"tokenizer": tokenizer, "ids": [list(ids) for ids in sequences]})
+def identity(
+    tokenizer: str, sequences: Iterable[Sequence[int]], weights: Sequence[float] | None = None
+) -> str:
+    """Return the ``calib_id``: sha256 of the canonical JSON of tokenizer digest and ids.
+
+    Weights count when there are any.
+    """
+    content: dict[str, Any] = {"tokenizer": tokenizer, "ids": [list(ids) for ids in sequences]}
+    if weights is not None:
+        content["weights"] = list(weights)
+    return digest(content)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +53,9 @@ class CalibrationSet:
         Seed of the draw.
     tokenizer
         Digest of the tokenizer; see :func:`~lm_calib_plugin.calibration.tokenizer_digest`.
+    weights
+        One positive number per sequence: its tokens count so many times in every statistic.
+        None: all count once.
     """
 
     sequences: tuple[Tensor, ...]
@@ -52,6 +64,7 @@ class CalibrationSet:
     seqlen: int
     seed: int
     tokenizer: str = ""
+    weights: tuple[float, ...] | None = None
 
     @classmethod
     def of(
@@ -62,13 +75,15 @@ class CalibrationSet:
         seed: int = 0,
         tokenizer: str = "",
         sources: Iterable[dict[str, Any]] = (),
+        weights: Iterable[float] | None = None,
     ) -> CalibrationSet:
         """Make a set from ids and name it.
 
         Raises
         ------
         ValueError
-            When a sequence is empty, longer than ``seqlen``, or not one-dimensional.
+            When a sequence is empty, longer than ``seqlen``, or not one-dimensional, or when
+            there is not one positive finite weight for each.
         """
         tensors = tuple(torch.as_tensor(ids, dtype=torch.int64).cpu() for ids in sequences)
         for number, ids in enumerate(tensors):
@@ -76,8 +91,9 @@ class CalibrationSet:
                 raise ValueError(
                     f"sequence {number} has shape {tuple(ids.shape)}; 1 to {seqlen} ids are needed"
                 )
-        calib_id = identity(tokenizer, (ids.tolist() for ids in tensors))
-        return cls(tensors, calib_id, tuple(sources), seqlen, seed, tokenizer)
+        shares = _weights(weights, len(tensors))
+        calib_id = identity(tokenizer, (ids.tolist() for ids in tensors), shares)
+        return cls(tensors, calib_id, tuple(sources), seqlen, seed, tokenizer, shares)
 
     @property
     def nsamples(self) -> int:
@@ -152,3 +168,13 @@ class CalibrationSet:
         if made.calib_id != content["calib_id"]:
             raise damaged_identity(place, content["calib_id"], made.calib_id)
         return made
+
+
+def _weights(weights: Iterable[float] | None, count: int) -> tuple[float, ...] | None:
+    """Return checked weights; None when all are one, which is the same set."""
+    if weights is None:
+        return None
+    values = tuple(float(w) for w in weights)
+    if len(values) != count or not all(0 < w < math.inf for w in values):
+        raise ValueError(f"{count} positive weights are needed, got {values}")
+    return None if all(w == 1 for w in values) else values

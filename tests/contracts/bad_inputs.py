@@ -77,7 +77,7 @@ CASES = [
         (
             "no method `wnada`",
             "did you mean `wanda`?",
-            "installed: magnitude, wanda, sparsegpt, rtn, gptq",
+            "installed: magnitude, wanda, ria, sparsegpt, rtn, gptq",
         ),
     ),
     Case("method_far_off", recipe(method="awq"), "method", ("no method `awq`", "installed: ")),
