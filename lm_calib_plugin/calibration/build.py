@@ -16,6 +16,7 @@ from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.packers import Packed, Packer
 from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.calibration.sources.base import Context, IdSource, Source
+from lm_calib_plugin.calibration.sources.sets import StoredSet
 from lm_calib_plugin.calibration.tokens import check_ids, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.expression import SourceTerm, shares
@@ -55,8 +56,23 @@ def validate_calibration(recipe: Recipe) -> None:
         For an option, file, folder or task that cannot be used.
     """
     with random_state_untouched():
-        for term in recipe.terms:
-            make_source(term).validate()
+        counts = shares(recipe.terms, recipe.nsamples) if recipe.terms else []
+        for term, count in zip(recipe.terms, counts, strict=True):
+            source = make_source(term)
+            source.validate()
+            if isinstance(source, StoredSet) and (recipe.nsamples_given or not recipe.whole_set):
+                source.check_count(count)
+
+
+def stored_sets(recipe: Recipe) -> list[StoredSet]:
+    """Return the ``set:DIR`` terms of a recipe; nothing is read yet."""
+    made = [make_source(term) for term in recipe.terms if term.name == StoredSet.name]
+    return [source for source in made if isinstance(source, StoredSet)]
+
+
+def needs_model(recipe: Recipe) -> bool:
+    """Tell whether the calibration set of a recipe can only be made with the model in memory."""
+    return any(make_source(term).needs_model for term in recipe.terms)
 
 
 def build_calibration(
@@ -91,7 +107,8 @@ def build_calibration(
     Returns
     -------
     CalibrationSet
-        Exactly ``recipe.nsamples`` sequences. Those of several sources are interleaved evenly,
+        Exactly ``recipe.nsamples`` sequences (all of ``set:DIR`` when it stands alone and
+        ``nsamples`` was not given). Those of several sources are interleaved evenly,
         so that every stretch of the set holds each source by its share.
 
     Raises
@@ -101,6 +118,10 @@ def build_calibration(
     """
     if not recipe.terms:
         raise UserError(ARGUMENT, "no source", "this recipe uses no data", "calibration=self")
+    if recipe.whole_set:
+        (stored,) = stored_sets(recipe)
+        stored.check_fits(tokenizer, vocab_size, seqlen)
+        return stored.first(recipe.nsamples if recipe.nsamples_given else None)
     with random_state_untouched():
         drawn = []
         counts = shares(recipe.terms, recipe.nsamples)
@@ -127,15 +148,25 @@ def build_calibration(
         seed=recipe.calib_seed,
         tokenizer=tokenizer_digest(tokenizer),
         sources=sources,
+        weights=_weights(drawn, order),
     )
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Sequences of one term and their record."""
+    """Sequences of one term, their record, and their weights (None: all one)."""
 
     sequences: list[list[int]]
     record: dict[str, Any]
+    weights: list[float] | None = None
+
+
+def _weights(drawn: Sequence[_Drawn], order: Sequence[tuple[int, int]]) -> list[float] | None:
+    """Return the weights in the order of the set; None when no term has any."""
+    if all(part.weights is None for part in drawn):
+        return None
+    weights = [part.weights or [1.0] * len(part.sequences) for part in drawn]
+    return [weights[owner][place] for owner, place in order]
 
 
 def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
@@ -164,7 +195,8 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
         **(source.provenance() if context.count else {}),
         "indices": packed.indices,
     }
-    return _Drawn(packed.sequences, record)
+    weights = source.weights() if isinstance(source, IdSource) and context.count else None
+    return _Drawn(packed.sequences, record, weights)
 
 
 def _packed(source: Source, pack: str, context: Context) -> Packed:

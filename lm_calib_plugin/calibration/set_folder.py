@@ -7,6 +7,7 @@ The names of the files are fixed here and never read from a file; every changed 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import uuid
@@ -65,7 +66,7 @@ def write_set(
         When something is there already (with ``overwrite``: something other than a set).
     """
     if folder.exists() or folder.is_symlink():
-        _may_replace(folder, overwrite)
+        may_replace(folder, overwrite=overwrite)
     tokens = _packed(drawn, vocab_size)
     require_space(folder.parent, len(tokens) + 4096 * len(drawn.sequences) + 65536, folder.name)
     with new_folder(folder) as temporary:
@@ -199,11 +200,11 @@ def _packed(drawn: CalibrationSet, vocab_size: int | None) -> bytes:
 def _unpacked(data: bytes) -> tuple[list[Tensor], list[float] | None]:
     tensors = load_tensors(data)
     ids, offsets, weights = tensors["ids"], tensors["offsets"].tolist(), tensors.get("weights")
-    rising = all(a < b for a, b in zip(offsets, offsets[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(offsets))
     if ids.dim() != 1 or offsets[:1] != [0] or offsets[-1] != len(ids) or not rising:
         raise ValueError("offsets do not cut the ids into sequences")
     whole = ids.to(torch.int64)
-    parts = [whole[a:b].clone() for a, b in zip(offsets, offsets[1:], strict=False)]
+    parts = [whole[a:b].clone() for a, b in itertools.pairwise(offsets)]
     return parts, None if weights is None else weights.tolist()
 
 
@@ -267,9 +268,7 @@ calib_id: `{drawn.calib_id}`
 
 def decoded(tokenizer: Any, ids: Any) -> str:
     """Return the text of ids, special tokens left out, spaces as they are."""
-    return str(
-        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def owners(drawn: CalibrationSet) -> list[str]:
@@ -289,7 +288,7 @@ def _without_costs(value: Any) -> Any:
     return value
 
 
-def _may_replace(folder: Path, overwrite: bool) -> None:
+def may_replace(folder: Path, *, overwrite: bool) -> None:
     """Raise unless the folder holds a set and nothing else, and may be replaced."""
     if not overwrite:
         raise UserError(
