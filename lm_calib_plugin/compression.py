@@ -134,6 +134,7 @@ def compress(
         versions=_versions(),
         weights_digest=final_digest,
         model_digest=dense_digest,
+        calibration_set=calibration,
     )
     if is_main_process():
         folder = runtime.report_dir
