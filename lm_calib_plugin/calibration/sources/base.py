@@ -94,7 +94,8 @@ class Source(ABC):
     """Base of every source of texts.
 
     A subclass names its ``options``, its ``default_pack`` and the ``joiner`` put between two
-    documents that are packed together, and gives :meth:`documents`.
+    documents that are packed together, whether it ``needs_model`` in memory to give any text, and
+    gives :meth:`documents`.
 
     Parameters
     ----------
@@ -109,6 +110,7 @@ class Source(ABC):
     name: ClassVar[str] = ""
     options: ClassVar[Mapping[str, Option]] = {}
     nested: ClassVar[Nested] = "no"
+    needs_model: ClassVar[bool] = False
     default_pack: str = "concat"
     joiner: str = "\n\n"
 
@@ -150,6 +152,10 @@ class IdSource(Source):
     @abstractmethod
     def sequences(self, context: Context) -> list[Tensor]:
         """Return ``context.count`` int64 tensors of 1 to ``context.seqlen`` ids."""
+
+    def weights(self) -> list[float] | None:
+        """Return a positive weight for each sequence just given; None: all one."""
+        return None
 
 
 def visiting_order(total: int, context: Context) -> Sequence[int]:
