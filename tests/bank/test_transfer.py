@@ -60,8 +60,8 @@ def test_errors_are_those_of_the_outputs(method: object, targets: object, tmp_pa
                         continue
                     w = layer.read()
 
-                    def error(result: object, w: object = w, n: str = layer.name) -> float:
-                        return output_error(x[n], w, result.weight)
+                    def error(result: object, w: object = w, seen: object = x[layer.name]) -> float:
+                        return output_error(seen, w, result.weight)
 
                     def solved(weights: object, w: object = w, row: object = row) -> object:
                         kind = method.statistic
@@ -155,7 +155,7 @@ def test_parts_of_the_inputs_are_a_partition_with_every_kind(tmp_path: Path) -> 
     _, layers, bank = opened(tmp_path, PARTS, num_hidden_layers=8)
     whole = [row.name for row, _ in layers_by_input(bank, layers)]
     dealt = [[row.name for row, _ in layers_by_input(bank, layers, (i, 4))] for i in range(4)]
-    assert sorted(sum(dealt, [])) == sorted(whole)
+    assert sorted(name for part in dealt for name in part) == sorted(whole)
     for part in dealt:
         assert len(part) == len(whole) / 4
         assert len({name.split(".", 3)[3] for name in part}) == 4
