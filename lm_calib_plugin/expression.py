@@ -207,4 +207,6 @@ def _checked(name: str, argument: str, options: tuple[tuple[str, str], ...]) -> 
             f"`{name}` needs an argument",
             registry.table("calibration")[name].summary,
         )
+    if (name, argument) == ("self", "prefix"):
+        argument = ""  # one spelling, so that one recipe has one key
     return SourceTerm(name, argument, options)

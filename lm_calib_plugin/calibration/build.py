@@ -43,7 +43,7 @@ def make_source(term: SourceTerm) -> Source:
             f"calibration source `{name}` of {entry.distribution}: {entry.target} is not a "
             f"subclass of {Source.__module__}.Source."
         )
-    return made(argument, term.options)
+    return made.of(argument, term.options)
 
 
 def validate_calibration(recipe: Recipe) -> None:
