@@ -73,7 +73,12 @@ def test_end_token_ends_a_text_and_is_not_part_of_it():
     end = free[0].ids[6]
     steps = []
     rows = generation.write_batch(
-        model, prefixes, numbers, Decoding(), everything(model), frozenset({end}),
+        model,
+        prefixes,
+        numbers,
+        Decoding(),
+        everything(model),
+        frozenset({end}),
         on_tokens=steps.append,
     )
     for row, whole in zip(rows, free, strict=True):
@@ -88,7 +93,9 @@ def test_dropping_ended_texts_from_the_batch_changes_nothing(stories, monkeypatc
     prefixes = [[1, i] for i in range(10, 26)]
     arguments = (prefixes, uniform_numbers(1, 0, 16, 30), Decoding(temperature=1.0))
     free = generation.write_batch(model, *arguments, everything(model), frozenset())
-    ends = frozenset(row.ids[3 * i] for i, row in enumerate(free[:10]))  # they end all along the way
+    ends = frozenset(
+        row.ids[3 * i] for i, row in enumerate(free[:10])
+    )  # they end all along the way
     shrinking = generation.write_batch(model, *arguments, everything(model), ends)
     monkeypatch.setattr(generation, "_SHRINK_AT", 0.0)
     assert shrinking == generation.write_batch(model, *arguments, everything(model), ends)

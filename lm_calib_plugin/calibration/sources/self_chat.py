@@ -8,7 +8,6 @@ Conversations stand one after another, cut into windows of ``seqlen`` that do no
 
 from __future__ import annotations
 
-import datetime
 import math
 import random
 from collections.abc import Sequence
@@ -45,9 +44,7 @@ from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.storage import digest
 
 _MARK = "answer"
-_DAY = datetime.date(
-    2025, 1, 1
-)  # some templates write today's date; a draw must not change with it
+_DATE = "01 Jan 2025"  # some templates write today's date; a draw must not change with it
 
 
 class SelfChat(SelfGenerated, IdSource):
@@ -169,8 +166,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], ask: bool) -> str:
             messages,
             tokenize=False,
             add_generation_prompt=ask,
-            date_string=_DAY.strftime("%d %b %Y"),
-            strftime_now=_DAY.strftime,
+            date_string=_DATE,
         )
     except Exception as error:  # a template is a program of its own and may raise anything
         raise UserError(

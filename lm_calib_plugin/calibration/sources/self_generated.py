@@ -32,6 +32,7 @@ from lm_calib_plugin.storage import cache_dir, digest, only_once
 REVISION = 2  # raised when the same settings begin to give other texts
 MOST_ROUNDS = 12
 MOST_TEXTS = 64  # times the first estimate; a model that ends every text at once stops here
+HOPELESS = 3  # a pool that has grown to so many times its size and gives nothing more stops
 MARGIN = 1.1  # texts written beyond the estimate, for those that end early
 
 SAMPLING: dict[str, Option] = {
@@ -178,7 +179,7 @@ class SelfGenerated(Source):
         estimate = round_size = fixed or self._estimate(context, writer)
         guards = self._guards()
         texts: list[Written] = []
-        found = rounds = 0
+        found = rounds = grew_at = 0
         with tqdm(
             desc="self-generated text", unit="token", disable=not context.runtime.progress
         ) as bar:
@@ -189,10 +190,12 @@ class SelfGenerated(Source):
                     lambda text: self._ids_of(context, text),
                 )
                 rounds += 1
+                before = found
                 found = self._found(context, [text for text in texts if text.kept])
                 if found >= context.count:
                     return _facts(texts, writer, rounds), texts
-                if fixed or (rounds > 1 and not any(text.kept for text in texts)):
+                grew_at = len(texts) if found > before or rounds == 1 else grew_at
+                if fixed or len(texts) >= HOPELESS * grew_at:
                     break
                 # At most five times the pool, when hardly a window was found so far.
                 missing = MARGIN * context.count / max(found, 0.5) - 1
