@@ -81,6 +81,8 @@ class ResolvedRecipe:
                 "heldout": facts.heldout,
                 "propagate": recipe.propagate,
             }
+            if recipe.exclude_first_token:
+                identity["exclude_first_token"] = True
         return digest(identity)
 
     def to_metadata(self) -> dict[str, Any]:

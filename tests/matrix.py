@@ -95,6 +95,7 @@ def _quantization(name: str, statistic: str, extra: list[dict[str, Any]]) -> lis
 ROWS: list[Row] = [
     *_pruning("magnitude", "none", "layer", permutation_safe=False, keeps_values=True),
     *_pruning("wanda", "moments", "row", permutation_safe=True, keeps_values=True),
+    *_pruning("ria", "moments", "layer", permutation_safe=False, keeps_values=True),
     *_pruning("sparsegpt", "gram", "block", permutation_safe=False, keeps_values=False),
     Row(
         "sparsegpt",

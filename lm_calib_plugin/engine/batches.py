@@ -29,12 +29,17 @@ class Chunk:
     """Sequences that go through the model together.
 
     ``ids`` and ``mask`` are ``[batch, length]`` on the CPU (``mask`` None without pads);
-    ``hidden`` is ``[batch, length, hidden]``; ``calls`` has one entry a block.
+    ``hidden`` is ``[batch, length, hidden]``; ``calls`` has one entry a block. ``numbers`` are the
+    places of the sequences in the set. ``weights`` (``[batch]``, None: all one) says how many times
+    a token of each counts in the statistics, ``skip_first`` whether first tokens count at all.
     """
 
     ids: Tensor
     mask: Tensor | None
     heldout: bool
+    numbers: tuple[int, ...] = ()
+    weights: Tensor | None = None
+    skip_first: bool = False
     hidden: Tensor | None = None
     calls: list[BlockCall] = field(default_factory=list)
     done: bool = False
@@ -51,8 +56,23 @@ class Chunk:
 
     @property
     def tokens(self) -> int:
-        """Number of real tokens."""
-        return self.ids.numel() - self.pads
+        """Number of real tokens that count."""
+        return self.ids.numel() - self.pads - (self.rows if self.skip_first else 0)
+
+    def counted(self) -> Tensor | None:
+        """Return which positions count, ``[batch * length]`` bool; None when all do."""
+        if self.mask is None and not self.skip_first:
+            return None
+        counted = torch.ones_like(self.ids) if self.mask is None else self.mask.clone()
+        if self.skip_first:
+            counted[:, 0] = 0
+        return counted.bool().reshape(-1)
+
+    def owners(self) -> Tensor:
+        """Return to which row of the chunk each counted position belongs, ``[tokens]``."""
+        rows = torch.arange(self.rows).repeat_interleave(self.ids.shape[1])
+        counted = self.counted()
+        return rows if counted is None else rows[counted]
 
     def halves(self) -> list[Chunk]:
         """Split in two (hidden states too); the calls have to be captured again."""
@@ -62,6 +82,9 @@ class Chunk:
                 self.ids[part],
                 None if self.mask is None else self.mask[part],
                 self.heldout,
+                self.numbers[part],
+                None if self.weights is None else self.weights[part],
+                self.skip_first,
                 None if self.hidden is None else self.hidden[part].clone(),
                 done=self.done,
             )
@@ -85,7 +108,13 @@ def token_budget(device: torch.device, length: int) -> int:
 
 
 def make_chunks(
-    sequences: Sequence[Tensor], heldout: Sequence[int], size: int, pad_id: int
+    sequences: Sequence[Tensor],
+    heldout: Sequence[int],
+    size: int,
+    pad_id: int,
+    *,
+    weights: Sequence[float] | None = None,
+    skip_first: bool = False,
 ) -> list[Chunk]:
     """Group sequences into chunks of at most ``size``, statistics first, held-out ones last.
 
@@ -94,14 +123,17 @@ def make_chunks(
     out = set(heldout)
     chunks = []
     for flag in (False, True):
-        group = [s for i, s in enumerate(sequences) if (i in out) == flag]
+        group = [i for i in range(len(sequences)) if (i in out) == flag]
         for start in range(0, len(group), size):
-            part = group[start : start + size]
+            numbers = tuple(group[start : start + size])
+            part = [sequences[i] for i in numbers]
             length = max(len(s) for s in part)
             ids = torch.full((len(part), length), pad_id, dtype=torch.int64)
             mask = torch.zeros_like(ids)
             for row, sequence in enumerate(part):
                 ids[row, : len(sequence)] = sequence
                 mask[row, : len(sequence)] = 1
-            chunks.append(Chunk(ids, None if bool(mask.all()) else mask, flag))
+            counts = None if weights is None else torch.tensor([weights[i] for i in numbers])
+            whole = bool(mask.all())
+            chunks.append(Chunk(ids, None if whole else mask, flag, numbers, counts, skip_first))
     return chunks

@@ -13,7 +13,8 @@ from lm_calib_plugin.engine.capture import _Stop, replay
 from lm_calib_plugin.engine.layers import TargetLayer
 from lm_calib_plugin.errors import CalibError
 
-Listener = Callable[[int, Tensor], None]
+# Takes a group number, input rows [tokens, in], and the row of the chunk each belongs to [tokens].
+Listener = Callable[[int, Tensor, Tensor], None]
 
 
 class InputGroups:
@@ -59,7 +60,8 @@ class InputGroups:
         chunk
             Its ``hidden`` and the recorded call number ``index`` are used.
         listen
-            Receives the group number and the input rows ``[tokens, in]`` without pads.
+            Receives the group number, the input rows ``[tokens, in]`` that count, and the row of
+            the chunk that each belongs to, ``[tokens]``.
         whole
             Whether the block's output is wanted; else the pass ends at the last input.
 
@@ -67,18 +69,18 @@ class InputGroups:
         -------
         The output hidden states, or None when the pass ended early.
         """
-        valid = None if chunk.mask is None else chunk.mask.bool().reshape(-1)
+        valid, owners = chunk.counted(), chunk.owners()
         hooks = []
         experts: dict[int, list[int]] = {}
         for number, (group, leader) in enumerate(zip(self.groups, self.leaders, strict=True)):
             if group[0].expert is not None:
                 experts.setdefault(id(leader), []).append(number)
                 continue
-            hook = _linear_hook(number, group[0].name, valid, listen)
+            hook = _linear_hook(number, group[0].name, valid, owners, listen)
             hooks.append(leader.register_forward_pre_hook(hook, with_kwargs=True))
         for numbers in experts.values():
             layers = [(n, self.groups[n][0]) for n in numbers]
-            hook = _experts_hook(layers, valid, listen)
+            hook = _experts_hook(layers, valid, owners, listen)
             hooks.append(self.leaders[numbers[0]].register_forward_pre_hook(hook, with_kwargs=True))
         if not whole and self.last is not None:
             hooks.append(self.last.register_forward_pre_hook(_stop))
@@ -125,7 +127,9 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _linear_hook(number: int, name: str, valid: Tensor | None, listen: Listener) -> Any:
+def _linear_hook(
+    number: int, name: str, valid: Tensor | None, owners: Tensor, listen: Listener
+) -> Any:
     def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
         x = _first(args, kwargs)
         rows = x.reshape(-1, x.shape[-1])
@@ -136,13 +140,16 @@ def _linear_hook(number: int, name: str, valid: Tensor | None, listen: Listener)
                     "be told from tokens there; use pack=concat or pack=longdoc."
                 )
             rows = rows[valid.to(rows.device)]
-        listen(number, rows)
+        listen(number, rows, owners)
 
     return hook
 
 
 def _experts_hook(
-    layers: Sequence[tuple[int, TargetLayer]], valid: Tensor | None, listen: Listener
+    layers: Sequence[tuple[int, TargetLayer]],
+    valid: Tensor | None,
+    owners: Tensor,
+    listen: Listener,
 ) -> Any:
     """Watch a module of fused experts: each expert sees only the tokens routed to it."""
 
@@ -154,14 +161,17 @@ def _experts_hook(
         if valid is not None:
             real = valid.to(hidden.device)
             hidden, chosen = hidden[real], chosen[real]
-        inputs: dict[int, tuple[Tensor, Tensor]] = {}
+        inputs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for number, layer in layers:
             expert = layer.expert
             assert expert is not None
             if expert not in inputs:
-                rows = hidden[(chosen == expert).any(dim=1)]
-                inputs[expert] = (rows, _between(module, expert, rows))
-            listen(number, inputs[expert][1 if layer.part == "down" else 0])
+                routed = (chosen == expert).any(dim=1)
+                rows = hidden[routed]
+                whose = owners[routed.to(owners.device)]
+                inputs[expert] = (rows, _between(module, expert, rows), whose)
+            first, second, whose = inputs[expert]
+            listen(number, second if layer.part == "down" else first, whose)
 
     return hook
 

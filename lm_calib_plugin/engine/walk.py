@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lm_calib_plugin.engine.batches import Chunk
-from lm_calib_plugin.engine.capture import Recorder, replay
 from lm_calib_plugin.engine.discovery import Blocks
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.observe import InputGroups
+from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.errors import CalibError, NumericalError
 from lm_calib_plugin.method import LayerResult, Method
 from lm_calib_plugin.report import LayerRow
@@ -98,7 +98,7 @@ def run(
         ) from error
 
 
-class _Walk:
+class _Walk(BlockPass):
     def __init__(
         self,
         model: nn.Module,
@@ -108,18 +108,18 @@ class _Walk:
         device: torch.device,
         progress: bool,
     ) -> None:
-        self.model, self.blocks, self.chunks, self.plan = model, blocks, chunks, plan
-        self.device, self.progress = device, progress
-        self.recorder = Recorder(model, blocks, device)
-        self.result = WalkResult(pads=sum(c.pads for c in chunks))
-        self.probe: Chunk | None = None
+        super().__init__(model, blocks, chunks, device)
+        self.plan, self.progress = plan, progress
+        self.result = WalkResult(
+            seconds=self.seconds, warnings=self.warnings, pads=sum(c.pads for c in chunks)
+        )
 
     def run(self) -> WalkResult:
         by_block: dict[int, list[TargetLayer]] = {}
         for layer in self.plan.layers:
             by_block.setdefault(layer.block, []).append(layer)
         if self.chunks:
-            self._timed("capture", self._capture)
+            self.timed("capture", self.capture)
         bar = tqdm(
             range(len(self.blocks)),
             desc=f"{type(self.plan.method).__name__.lower()} blocks",
@@ -130,56 +130,32 @@ class _Walk:
         for index in bar:
             layers = by_block.get(index, [])
             if not self.chunks:
-                self._timed("compress", lambda layers=layers: self._compress(layers, {}))
+                self.timed("compress", lambda layers=layers: self._compress(layers, {}))
             elif index <= last:
                 self._block(index, layers, more=index < last)
         if HEAD in by_block:
-            self._timed("compress", lambda: self._head(by_block[HEAD][0]))
+            self.timed("compress", lambda: self._head(by_block[HEAD][0]))
         return self.result
 
     # --- stages --------------------------------------------------------------------------
 
-    def _capture(self) -> None:
-        first = self.chunks[0]
-        length = min(16, first.tokens // first.rows)
-        probe = self.probe = Chunk(first.ids[:1, :length], None, heldout=True)
-        self._until_it_fits(lambda: self.recorder.probe(probe))
-        self._until_it_fits(self._record_all)
-
-    def _record_all(self) -> None:
-        for chunk in self.chunks:
-            self.recorder.record(chunk)
-
     def _block(self, index: int, layers: Sequence[TargetLayer], more: bool) -> None:
-        block = self.blocks.modules[index]
         dense = self.plan.propagate == "dense"
         watched: dict[int, _Watched] = {}
         if layers:
-            assert self.probe is not None
-            assert self.probe.hidden is not None
-            probe = block, layers, self.probe.calls[index], self.probe.hidden
-            groups = self._until_it_fits(lambda: InputGroups(*probe))
-            watched = self._timed("observe", lambda: self._observe(index, groups, dense and more))
-            self._timed("compress", lambda: self._compress(layers, watched))
+            groups = self.groups(index, layers)
+            watched = self.timed("observe", lambda: self._watched(index, groups, dense and more))
+            self.timed("compress", lambda: self._compress(layers, watched))
         if more and not (dense and layers):
-            self._timed("propagate", lambda: self._propagate(index, block))
+            self.timed("propagate", lambda: self.propagate(index))
 
-    def _observe(self, index: int, groups: InputGroups, keep: bool) -> dict[int, _Watched]:
+    def _watched(self, index: int, groups: InputGroups, keep: bool) -> dict[int, _Watched]:
         """Collect statistics of every distinct input; by ``id(layer)`` of the layers."""
 
-        def once() -> tuple[list[_Watched], list[Tensor | None]]:
-            # Partial sums of a pass that failed are thrown away: nothing is ever counted twice.
-            watched = [self._empty(group[0]) for group in groups.groups]
-            outputs = [
-                groups.watch(chunk, index, _listener(watched, chunk.heldout), whole=keep)
-                for chunk in self.chunks
-            ]
-            return watched, outputs
+        def start() -> list[_Watched]:
+            return [self._empty(group[0]) for group in groups.groups]
 
-        watched, outputs = self._until_it_fits(once)
-        if keep:
-            for chunk, hidden in zip(self.chunks, outputs, strict=True):
-                chunk.hidden = hidden
+        watched = self.observe(index, groups, start, _listen, keep)
         found = {}
         for group, seen in zip(groups.groups, watched, strict=True):
             if not seen.finite or (seen.stats is not None and not seen.stats.is_finite()):
@@ -203,18 +179,6 @@ class _Walk:
             share = max(1, layer.parameter.shape[0] // 2)
             used, out = -(-used // share), -(-out // share)
         return _Watched(stats, TokenSample(used, ERROR_TOKENS), TokenSample(out, ERROR_TOKENS))
-
-    def _propagate(self, index: int, block: nn.Module) -> None:
-        for chunk in self.chunks:
-            chunk.done = False
-
-        def rest() -> None:
-            for chunk in [c for c in self.chunks if not c.done]:
-                assert chunk.hidden is not None
-                chunk.hidden = replay(block, chunk.calls[index], chunk.hidden)
-                chunk.done = True
-
-        self._until_it_fits(rest)
 
     def _compress(self, layers: Sequence[TargetLayer], watched: dict[int, _Watched]) -> None:
         for layer in layers:
@@ -279,73 +243,31 @@ class _Walk:
         watched: dict[int, _Watched] = {}
         if self.chunks:
             seen = self._empty(layer)
-            listen = [_listener([seen], False), _listener([seen], True)]
             for chunk in self.chunks:
                 x = self.recorder.after_blocks(chunk, layer.module)
                 rows = x.reshape(-1, x.shape[-1])
-                if chunk.mask is not None:
-                    rows = rows[chunk.mask.bool().reshape(-1).to(rows.device)]
-                listen[chunk.heldout](0, rows)
+                counted = chunk.counted()
+                if counted is not None:
+                    rows = rows[counted.to(rows.device)]
+                _listen([seen], chunk, 0, rows, chunk.owners())
             watched = {id(layer): seen}
         self._compress([layer], watched)
 
-    # --- helpers -------------------------------------------------------------------------
 
-    def _until_it_fits(self, work: Callable[[], Any]) -> Any:
-        """Repeat ``work`` with smaller chunks until it does not run out of memory."""
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError as error:
-                reason = str(error)
-            # Outside the handler: there the traceback would keep the activations alive.
-            self._halve(reason)
-
-    def _halve(self, reason: str) -> None:
-        """Make every chunk half as large, or say what to change when that is not possible."""
-        self.recorder.forget()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if all(chunk.rows == 1 for chunk in self.chunks):
-            raise CalibError(
-                f"out of memory with one sequence at a time ({reason}). Use a smaller seqlen, a "
-                "model dtype of 16 bits, or a device with more memory."
-            )
-        size = max(chunk.rows for chunk in self.chunks) // 2
-        smaller: list[Chunk] = []
-        for chunk in self.chunks:
-            parts = chunk.halves() if chunk.rows > 1 else [chunk]
-            for part in parts:
-                if part is not chunk and chunk.calls:
-                    self.recorder.record(part)
-                smaller.append(part)
-        self.chunks[:] = smaller
-        self.result.warnings.append(f"out of memory: chunks reduced to {size} sequences")
-
-    def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        try:
-            return work()
-        finally:
-            self._synchronize()
-            spent = time.perf_counter() - start
-            self.result.seconds[stage] = self.result.seconds.get(stage, 0.0) + spent
-
-    def _synchronize(self) -> None:
-        for device in {p.device for p in self.model.parameters() if p.device.type == "cuda"}:
-            torch.cuda.synchronize(device)
-
-
-def _listener(watched: Sequence[_Watched], heldout: bool) -> Callable[[int, Tensor], None]:
-    def listen(number: int, rows: Tensor) -> None:
-        seen = watched[number]
-        if heldout or seen.stats is None:
-            seen.finite = seen.finite and bool(rows.isfinite().all())
-        if heldout:
-            seen.heldout.update(rows)
-            return
-        seen.used.update(rows)
-        if seen.stats is not None:
-            seen.stats.update(rows)
-
-    return listen
+def _listen(
+    watched: Sequence[_Watched], chunk: Chunk, number: int, rows: Tensor, owners: Tensor
+) -> None:
+    seen = watched[number]
+    if chunk.heldout or seen.stats is None:
+        seen.finite = seen.finite and bool(rows.isfinite().all())
+    if chunk.heldout:
+        seen.heldout.update(rows)
+        return
+    seen.used.update(rows)
+    if seen.stats is None:
+        return
+    if chunk.weights is not None:
+        # Squares and products of a row are linear in its weight.
+        root = chunk.weights.sqrt()[owners].to(rows.device)
+        rows = rows.float() * root[:, None]
+    seen.stats.update(rows)

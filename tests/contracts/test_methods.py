@@ -27,6 +27,10 @@ BLOCK = 128
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 pruning_rows = pytest.mark.parametrize("row", [r for r in ROWS if r.prunes], ids=lambda row: row.id)
+# Methods whose scores can be set one by one through a weight; those of `ria` share row and column.
+separable_rows = pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.prunes and r.name != "ria"], ids=lambda row: row.id
+)
 level_rows = pytest.mark.parametrize(
     "row", [r for r in ROWS if not r.prunes], ids=lambda row: row.id
 )
@@ -328,7 +332,7 @@ def expected_mask(row: Row, scores: Tensor) -> Tensor:
     return mask.reshape(scores.shape)
 
 
-@pruning_rows
+@separable_rows
 def test_sixteen_bit_weights_give_the_mask_of_float32(row: Row) -> None:
     weight, x, scores = separated(row)
     expected = expected_mask(row, scores)
@@ -399,12 +403,23 @@ def test_inputs_that_are_never_active(row: Row) -> None:
     x[:, dead] = 0.0
     result = run(row, weight, x)
     assert_sound(row, weight, result)
-    # What stands in front of a silent input is irrelevant to all other weights.
-    if row.statistic != "none" and row.prunes:
+    # What stands in front of a silent input is irrelevant to all other weights; only in the row
+    # sums of `ria` it counts, by definition.
+    if row.statistic != "none" and row.prunes and row.name != "ria":
         other = weight.clone()
         other[:, dead] = 100.0
         changed = run(row, other, x).weight
         assert torch.equal(changed[:, ~dead], result.weight[:, ~dead])
+
+
+@every_row
+def test_independent_rows_are_independent(row: Row) -> None:
+    if not make(row).rows_independent:
+        return
+    weight, x = weights(NARROW), tokens(NARROW[1])
+    whole = run(row, weight, x).weight
+    for part in (slice(0, 1), slice(2, 5)):
+        assert torch.equal(run(row, weight[part], x).weight, whole[part])
 
 
 @data_rows

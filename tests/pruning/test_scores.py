@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.pruning.magnitude import Magnitude
+from lm_calib_plugin.pruning.ria import RIA
 from lm_calib_plugin.pruning.sparsegpt import SparseGPT
 from lm_calib_plugin.pruning.wanda import Wanda
 from lm_calib_plugin.statistics import Gram, Moments
@@ -45,6 +46,25 @@ def test_wanda_removes_the_smallest_of_weight_times_input_norm_in_every_row() ->
         scores = [abs(float(weight[i, j])) * float(x[:, j].double().norm()) for j in range(10)]
         expected = set(sorted(range(10), key=lambda j: scores[j])[:3])
         assert {j for j in range(10) if result[i, j] == 0} == expected
+
+
+def test_ria_removes_the_smallest_relative_importance_of_the_whole_layer() -> None:
+    weight = torch.randn(7, 10, generator=generator(1))
+    weight[:, 3] = 0  # a column without any share
+    x = torch.randn(33, 10, generator=generator(2)) * torch.logspace(-1, 1, 10)
+    result = RIA(sparsity=0.5).compress(weight, moments(x)).weight
+    w = weight.abs().double()
+
+    def score(at: tuple[int, int]) -> float:
+        i, j = at
+        if w[i, j] == 0:
+            return 0.0
+        share = float(w[i, j] / sum(w[k, j] for k in range(7)))
+        share += float(w[i, j] / sum(w[i, k] for k in range(10)))
+        return share * float(x[:, j].double().norm()) ** 0.5
+
+    order = sorted(itertools.product(range(7), range(10)), key=score)
+    assert {(int(i), int(j)) for i, j in (result == 0).nonzero()} == set(order[:35])
 
 
 @pytest.mark.parametrize("options", [{"sparsity": 0.43}, {"pattern": "2:4"}, {"pattern": "1:4"}])

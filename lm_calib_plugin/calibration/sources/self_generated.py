@@ -56,6 +56,8 @@ class SelfGenerated(Source):
     name = "self"
     variant: ClassVar[str] = ""
     file_options: ClassVar[tuple[str, ...]] = ()  # their content counts, not their name
+    generative = True
+    needs_model = True
 
     def __init__(self, argument: str = "", options: Iterable[tuple[str, str]] = ()) -> None:
         super().__init__(argument, options)

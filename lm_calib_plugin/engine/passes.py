@@ -1,0 +1,165 @@
+"""What every walk over the blocks shares: captured calls, memory that runs out, time, order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_calib_plugin.engine.batches import Chunk
+from lm_calib_plugin.engine.capture import Recorder, replay
+from lm_calib_plugin.engine.discovery import Blocks
+from lm_calib_plugin.engine.layers import TargetLayer
+from lm_calib_plugin.engine.observe import InputGroups
+from lm_calib_plugin.errors import CalibError
+
+
+class BlockPass:
+    """Chunks of sequences on their way through the decoder blocks, one block at a time.
+
+    Parameters
+    ----------
+    model, blocks
+        The model, in inference mode, and its decoder blocks.
+    chunks
+        What goes through; replaced by smaller ones when memory is short.
+    device
+        Where the model takes its inputs.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Blocks, chunks: list[Chunk], device: torch.device
+    ) -> None:
+        self.model, self.blocks, self.chunks = model, blocks, chunks
+        self.recorder = Recorder(model, blocks, device)
+        self.seconds: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.probe: Chunk | None = None
+
+    def capture(self) -> None:
+        """Record the arguments of every block, after a check on a few tokens."""
+        first = self.chunks[0]
+        length = min(16, first.ids.shape[1] - first.pads // first.rows)
+        probe = self.probe = Chunk(first.ids[:1, :length], None, heldout=True)
+        self.until_it_fits(lambda: self.recorder.probe(probe))
+        self.until_it_fits(self._record_all)
+
+    def _record_all(self) -> None:
+        for chunk in self.chunks:
+            self.recorder.record(chunk)
+
+    def groups(self, index: int, layers: Sequence[TargetLayer]) -> InputGroups:
+        """Return the layers of a block by the input that they share."""
+        assert self.probe is not None
+        assert self.probe.hidden is not None
+        probe = self.blocks.modules[index], layers, self.probe.calls[index], self.probe.hidden
+        groups: InputGroups = self.until_it_fits(lambda: InputGroups(*probe))
+        return groups
+
+    def observe(
+        self,
+        index: int,
+        groups: InputGroups,
+        start: Callable[[], Any],
+        listen: Callable[[Any, Chunk, int, Tensor, Tensor], None],
+        keep: bool,
+    ) -> Any:
+        """Run one block and hand what its layers receive to ``listen``.
+
+        Parameters
+        ----------
+        index, groups
+            The block, and its layers by input.
+        start
+            Makes an empty state; called again when a pass failed, so that nothing counts twice.
+        listen
+            Called with state, chunk, group number, rows ``[tokens, in]`` and their owners.
+        keep
+            Whether the outputs become the hidden states of the chunks.
+
+        Returns
+        -------
+        The state after all chunks.
+        """
+
+        def once() -> tuple[Any, list[Tensor | None]]:
+            state = start()
+            outputs = [
+                groups.watch(chunk, index, _bound(listen, state, chunk), whole=keep)
+                for chunk in self.chunks
+            ]
+            return state, outputs
+
+        state, outputs = self.until_it_fits(once)
+        if keep:
+            for chunk, hidden in zip(self.chunks, outputs, strict=True):
+                chunk.hidden = hidden
+        return state
+
+    def propagate(self, index: int) -> None:
+        """Pass the hidden states of all chunks through one block."""
+        block = self.blocks.modules[index]
+        for chunk in self.chunks:
+            chunk.done = False
+
+        def rest() -> None:
+            for chunk in [c for c in self.chunks if not c.done]:
+                assert chunk.hidden is not None
+                chunk.hidden = replay(block, chunk.calls[index], chunk.hidden)
+                chunk.done = True
+
+        self.until_it_fits(rest)
+
+    def until_it_fits(self, work: Callable[[], Any]) -> Any:
+        """Repeat ``work`` with smaller chunks until it does not run out of memory."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            # Outside the handler: there the traceback would keep the activations alive.
+            self._halve(reason)
+
+    def _halve(self, reason: str) -> None:
+        """Make every chunk half as large, or say what to change when that is not possible."""
+        self.recorder.forget()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if all(chunk.rows == 1 for chunk in self.chunks):
+            raise CalibError(
+                f"out of memory with one sequence at a time ({reason}). Use a smaller seqlen, a "
+                "model dtype of 16 bits, or a device with more memory."
+            )
+        size = max(chunk.rows for chunk in self.chunks) // 2
+        smaller: list[Chunk] = []
+        for chunk in self.chunks:
+            parts = chunk.halves() if chunk.rows > 1 else [chunk]
+            for part in parts:
+                if part is not chunk and chunk.calls:
+                    self.recorder.record(part)
+                smaller.append(part)
+        self.chunks[:] = smaller
+        self.warnings.append(f"out of memory: chunks reduced to {size} sequences")
+
+    def timed(self, stage: str, work: Callable[[], Any]) -> Any:
+        """Return what ``work`` returns; its seconds are added to those of the stage."""
+        start = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self._synchronize()
+            spent = time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
+
+    def _synchronize(self) -> None:
+        for device in {p.device for p in self.model.parameters() if p.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+
+
+def _bound(
+    listen: Callable[[Any, Chunk, int, Tensor, Tensor], None], state: Any, chunk: Chunk
+) -> Callable[[int, Tensor, Tensor], None]:
+    return lambda number, rows, owners: listen(state, chunk, number, rows, owners)
