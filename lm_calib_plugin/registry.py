@@ -51,6 +51,7 @@ class Entry:
 _PRUNING = "lm_calib_plugin.pruning."
 _QUANTIZATION = "lm_calib_plugin.quantization."
 _SOURCES = "lm_calib_plugin.calibration.sources."
+_MIXTURES = "lm_calib_plugin.bank.mixtures:"
 _PACKERS = "lm_calib_plugin.calibration.packers:"
 
 _BUILTIN: tuple[Entry, ...] = (
@@ -145,6 +146,35 @@ _BUILTIN: tuple[Entry, ...] = (
         "null:KIND, controls: random, ascii, ellipsis, shuffle(SOURCE), unigram(SOURCE)",
         "https://arxiv.org/abs/2405.20835",
         nested="varies",
+    ),
+    Entry(
+        "mixture",
+        "minimax",
+        _MIXTURES + "Minimax",
+        "minimax(A+B+C), shares for which the worst domain is as good as can be",
+        nested="many",
+    ),
+    Entry(
+        "mixture",
+        "weighted",
+        _MIXTURES + "Weighted",
+        "weighted(A*0.7+B*0.3), shares for a mean over domains with this traffic",
+        nested="many",
+    ),
+    Entry(
+        "mixture",
+        "no_worse",
+        _MIXTURES + "NoWorse",
+        "no_worse(A+B)?limit=1.1, the mean, with no domain worse than its own text by more",
+        nested="many",
+    ),
+    Entry(
+        "mixture",
+        "cross",
+        _MIXTURES + "Cross",
+        "cross(DOMAIN+GENERAL)?lambda=0.5, statistics of both, weighed",
+        "https://arxiv.org/abs/2502.18424",
+        nested="many",
     ),
     Entry(
         "packing",
