@@ -30,6 +30,7 @@ class Files(Source):
 
     def __init__(self, argument: str = "", options: Any = ()) -> None:
         super().__init__(argument, options)
+        self.columns: str | tuple[str, ...] = self.settings["column"]
         self._digests: list[tuple[str, str]] = []
         self._total = 0
 
@@ -45,7 +46,7 @@ class Files(Source):
             (path.relative_to(root).as_posix() if path != root else "", file_digest(path))
             for path in paths
         ]
-        parts = [open_documents(path, self.settings["column"]) for path in paths]
+        parts = [open_documents(path, self.columns) for path in paths]
         ends = list(itertools.accumulate(len(part) for part in parts))
         self._total = ends[-1]
         for index in visiting_order(self._total, context):
