@@ -174,6 +174,7 @@ CORPORA: dict[str, Corpus] = {
         "CC BY-SA 3.0 and GFDL",
         "20231101.{}",
         revision=_WIKIPEDIA,
+        lines=True,  # most articles of most languages are short
         language=("[a-z]{2,3}(-[a-z]{2,12})*", "fr"),
     ),
 }

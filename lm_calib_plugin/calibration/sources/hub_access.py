@@ -117,8 +117,8 @@ def usable_now() -> str:
     cached = f", and from earlier downloads {listed(found)}" if found else ""
     kept = "set:FOLDER, " if "set" in registry.table("calibration") else ""
     return (
-        f"usable without network: calibration=self, null:KIND, random, file:PATH, hf:./FOLDER, {kept}"
-        f"task:NAME with local data{cached}"
+        "usable without network: calibration=self, null:KIND, random, file:PATH, hf:./FOLDER, "
+        f"{kept}task:NAME with local data{cached}"
     )
 
 

@@ -42,8 +42,7 @@ class NamedCorpus(HubDataset):
         if self.settings["column"] is not None:
             self.columns = (self.settings["column"],)
         self.copy = self.settings["path"]
-        if self.copy is not None:
-            self.default_pack = Files.default_pack
+        self._files: Files | None = None
 
     def validate(self) -> None:
         """Check that a local copy is there; a corpus of the hub is only asked for when drawn."""
@@ -61,15 +60,17 @@ class NamedCorpus(HubDataset):
         if self.copy is None:
             yield from super().documents(context)
             return
-        files = Files(self._copy_path())
-        files.columns = self.columns
-        yield from files.documents(context)
-        self._facts = files.provenance() | {"local_copy": True}
+        self._files = Files(self._copy_path())
+        self._files.columns = self.columns
+        yield from self._files.documents(context)
 
     def provenance(self) -> dict[str, Any]:
         """Name, license note, and what identifies the content: a commit, or a file digest."""
-        facts = {"corpus": self.corpus, "dataset": self.row.dataset} | super().provenance()
-        return facts | {"licence": self.row.licence}
+        facts = super().provenance()
+        if self._files is not None:
+            facts = self._files.provenance() | {"local_copy": True}
+        named = {"corpus": self.corpus, "dataset": self.row.dataset}
+        return named | facts | {"licence": self.row.licence}
 
     def _copy_path(self) -> str:
         """Return the file or folder meant; of a folder by language the part of this language."""
