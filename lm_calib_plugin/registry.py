@@ -14,6 +14,7 @@ import importlib
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from lm_calib_plugin.corpora import CORPORA as CORPORA
 from lm_calib_plugin.errors import UserError, listed, nearest
 
 Kind = Literal["pruning", "quantization", "calibration", "mixture", "packing"]
@@ -190,18 +191,6 @@ _BUILTIN: tuple[Entry, ...] = (
         "one document a row, cut at seqlen, pads excluded from every statistic",
     ),
 )
-
-# Named corpora are short names of `hf:` sources; pinned revisions are part of calibration science
-# and come with it. A name maps to "ORG/NAME:config:split:column".
-CORPORA: dict[str, str] = {
-    "c4": "allenai/c4:en:train:text",
-    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1:train:text",
-    "wikipedia": "wikimedia/wikipedia:20231101.en:train:text",
-    "slimpajama": "DKYoon/SlimPajama-6B:default:train:text",
-    "fineweb": "HuggingFaceFW/fineweb:sample-10BT:train:text",
-    "dclm": "mlfoundations/dclm-baseline-1.0:default:train:text",
-    "pile": "NeelNanda/pile-10k:default:train:text",
-}
 
 
 @functools.cache
