@@ -28,7 +28,16 @@ from lm_calib_plugin.values import flag, number, patterns, plain_value, whole
 
 SCHEMA_VERSION = 1
 DEFAULT_CALIBRATION = "self"
+STORED_SET = "set"
+# Fields that say what is done with a calibration set (or have nothing to do with it), beside the
+# options of the methods. Every other field decides what is in the set.
+_USED_LATER = (
+    "schema_version", "method", "propagate", "heldout", "exclude_first_token", "targets", "ignore",
+    "blocks", "untie",
+)  # fmt: skip
 UNSTRUCTURED = "unstructured"
+ALL_FOLDS = "all"
+FOLDS = (ALL_FOLDS, "choose", "validate", "judge")
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
@@ -65,13 +74,17 @@ class Recipe(BaseModel):
         Where the text comes from; see :mod:`lm_calib_plugin.expression`. Default ``self`` for
         methods that need data and ``none`` for the others.
     nsamples
-        Number of calibration sequences.
+        Number of calibration sequences. Not given beside ``set:DIR`` alone: all of the set.
     seqlen
-        Tokens in each. Default: 2048, or what the model accepts if that is less.
+        Tokens in each. Default: 2048, or what the model accepts if that is less; the length of
+        the set for ``set:DIR``.
     calib_seed
         Seed of the draw.
     pack
         How text is cut: ``longdoc``, ``concat`` or ``pad``. Default: what suits the source.
+    fold
+        Part of the documents that may be used: ``choose`` (60 %), ``validate`` (20 %), ``judge``
+        (20 %), fixed for every document by its text, or ``all``.
     heldout
         Fraction of the sequences kept out of the statistics to measure the error on.
     exclude_first_token
@@ -111,6 +124,7 @@ class Recipe(BaseModel):
     seqlen: int | None = None
     calib_seed: int = 0
     pack: str | None = None
+    fold: str = ALL_FOLDS
     heldout: float = 0.1
     exclude_first_token: bool = False
     targets: tuple[str, ...] | None = None
@@ -226,13 +240,14 @@ class Recipe(BaseModel):
             )
         return value.strip()
 
-    @field_validator("compat", "propagate", "pack", mode="before")
+    @field_validator("compat", "propagate", "pack", "fold", mode="before")
     @classmethod
     def _check_choices(cls, value: Any, info: Any) -> str:
         allowed: list[str] = {
             "compat": ["reference"],
             "propagate": ["compressed", "dense"],
             "pack": list(registry.table("packing")),
+            "fold": list(FOLDS),
         }[info.field_name]
         if value not in allowed:
             raise UserError(
@@ -346,6 +361,23 @@ class Recipe(BaseModel):
             return self.calibration
         return parse_calibration(DEFAULT_CALIBRATION) if self.entry.needs_data else ()
 
+    @classmethod
+    def calibration_fields(cls) -> tuple[str, ...]:
+        """Return the names of the fields that decide the calibration set."""
+        rows = [*registry.table("pruning").values(), *registry.table("quantization").values()]
+        of_methods = {name for row in rows for name in row.options}
+        return tuple(f for f in cls.model_fields if f not in of_methods and f not in _USED_LATER)
+
+    @property
+    def nsamples_given(self) -> bool:
+        """Whether ``nsamples`` was typed, or is the default."""
+        return "nsamples" in self.model_fields_set
+
+    @property
+    def whole_set(self) -> bool:
+        """Whether the calibration is one ``set:DIR`` and nothing else."""
+        return len(self.terms) == 1 and self.terms[0].name == STORED_SET
+
     def method_options(self) -> dict[str, Any]:
         """Return the options that the method reads, as given (unset ones left out)."""
         given = {name: getattr(self, name) for name in self.entry.options}
@@ -355,6 +387,8 @@ class Recipe(BaseModel):
         """Return the recipe as plain values, as :class:`Recipe` and YAML take them back."""
         plain = {k: v for k, v in self.model_dump().items() if v is not None}
         plain["calibration"] = plain_form(self.terms)
+        if self.whole_set and not self.nsamples_given:
+            del plain["nsamples"]
         for name in ("targets", "ignore"):
             plain[name] = list(plain.get(name, ()))
             if not plain[name]:

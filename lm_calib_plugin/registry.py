@@ -131,6 +131,12 @@ _BUILTIN: tuple[Entry, ...] = (
         "task:NAME, the training split of a harness task with its own prompt",
     ),
     Entry(
+        "calibration",
+        "set",
+        _SOURCES + "sets:StoredSet",
+        "set:DIR, a folder made by lm-calib calibrate",
+    ),
+    Entry(
         "calibration", "random", _SOURCES + "random_ids:RandomIds", "uniform token ids; a control"
     ),
     Entry(

@@ -1,7 +1,6 @@
-"""From a recipe to a calibration set: source, then packing, term by term.
+"""From a recipe to a calibration set: source, fold, packing, term by term.
 
-A stage that selects among more documents or sequences than asked for belongs between source and
-packer; a source of control sequences is an :class:`~...sources.base.IdSource`.
+A source of control sequences is an :class:`~...sources.base.IdSource`.
 """
 
 from __future__ import annotations
@@ -12,16 +11,18 @@ from typing import Any
 
 from lm_calib_plugin import registry
 from lm_calib_plugin.calibration.calibration_set import CalibrationSet
+from lm_calib_plugin.calibration.folds import FoldFilter, fold_seed, in_fold
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.packers import Packed, Packer
 from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.calibration.sources.base import Context, IdSource, Source
 from lm_calib_plugin.calibration.sources.named import NamedCorpus
+from lm_calib_plugin.calibration.sources.sets import StoredSet
 from lm_calib_plugin.calibration.tokens import check_ids, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.expression import SourceTerm, shares
 from lm_calib_plugin.guard import random_state_untouched
-from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.recipe import ALL_FOLDS, Recipe
 from lm_calib_plugin.runtime import Runtime
 
 
@@ -59,6 +60,12 @@ def validate_calibration(recipe: Recipe) -> None:
     """
     with random_state_untouched():
         _validate(recipe.terms)
+        counts = shares(recipe.terms, recipe.nsamples) if recipe.terms else []
+        for term, count in zip(recipe.terms, counts, strict=True):
+            if term.name == StoredSet.name and (recipe.nsamples_given or not recipe.whole_set):
+                source = make_source(term)
+                assert isinstance(source, StoredSet)
+                source.check_count(count)
 
 
 def _validate(terms: Sequence[SourceTerm]) -> None:
@@ -66,6 +73,22 @@ def _validate(terms: Sequence[SourceTerm]) -> None:
         if term.name not in registry.table("mixture"):
             make_source(term).validate()
         _validate(term.inner)
+
+
+def stored_sets(recipe: Recipe) -> list[StoredSet]:
+    """Return the ``set:DIR`` terms of a recipe; nothing is read yet."""
+    made = [make_source(term) for term in recipe.terms if term.name == StoredSet.name]
+    return [source for source in made if isinstance(source, StoredSet)]
+
+
+def needs_model(terms: Sequence[SourceTerm]) -> bool:
+    """Tell whether sequences of these terms can only be made with the model in memory."""
+    return any(
+        term.name in registry.table("mixture")
+        or make_source(term).needs_model
+        or needs_model(term.inner)
+        for term in terms
+    )
 
 
 def build_calibration(
@@ -83,7 +106,7 @@ def build_calibration(
     Parameters
     ----------
     recipe
-        ``terms``, ``nsamples``, ``calib_seed`` and ``pack`` are read.
+        ``terms``, ``nsamples``, ``calib_seed``, ``pack`` and ``fold`` are read.
     tokenizer
         Tokenizer of the model.
     model
@@ -100,7 +123,8 @@ def build_calibration(
     Returns
     -------
     CalibrationSet
-        Exactly ``recipe.nsamples`` sequences. Those of several sources are interleaved evenly,
+        Exactly ``recipe.nsamples`` sequences (all of ``set:DIR`` when it stands alone and
+        ``nsamples`` was not given). Those of several sources are interleaved evenly,
         so that every stretch of the set holds each source by its share.
 
     Raises
@@ -110,6 +134,10 @@ def build_calibration(
     """
     if not recipe.terms:
         raise UserError(ARGUMENT, "no source", "this recipe uses no data", "calibration=self")
+    if recipe.whole_set:
+        (stored,) = stored_sets(recipe)
+        stored.check_fits(tokenizer, vocab_size, seqlen)
+        return stored.first(recipe.nsamples if recipe.nsamples_given else None)
     with random_state_untouched():
         base = Context(
             tokenizer=tokenizer,
@@ -120,20 +148,23 @@ def build_calibration(
             model=model,
             model_id=model_id,
             runtime=runtime,
+            fold=recipe.fold,
         )
-        sequences, sources = draw_terms(recipe.terms, recipe.nsamples, recipe.pack, base)
+        made = draw_terms(recipe.terms, recipe.nsamples, recipe.pack, base)
+        sequences, sources, weights = made
     return CalibrationSet.of(
         sequences,
         seqlen=seqlen,
         seed=recipe.calib_seed,
         tokenizer=tokenizer_digest(tokenizer),
         sources=sources,
+        weights=weights,
     )
 
 
 def draw_terms(
     terms: Sequence[SourceTerm], count: int, pack: str | None, base: Context, first: int = 0
-) -> tuple[list[list[int]], list[dict[str, Any]]]:
+) -> tuple[list[list[int]], list[dict[str, Any]], list[float] | None]:
     """Draw ``count`` sequences from a sum of terms.
 
     Parameters
@@ -150,7 +181,8 @@ def draw_terms(
     Returns
     -------
     tuple
-        The sequences, those of several terms interleaved evenly, and a record for each term.
+        The sequences, those of several terms interleaved evenly; a record for each term; the
+        weights of the sequences, None when no term has any.
     """
     drawn = []
     for position, (term, part) in enumerate(zip(terms, shares(terms, count), strict=True), first):
@@ -158,7 +190,8 @@ def draw_terms(
         def inner(
             terms: tuple[SourceTerm, ...], count: int, position: int = position
         ) -> tuple[list[list[int]], list[dict[str, Any]]]:
-            return draw_terms(terms, count, pack, base, position)
+            sequences, records, _ = draw_terms(terms, count, pack, base, position)
+            return sequences, records
 
         seed = derive_seed(base.seed, position)
         drawn.append(_draw(term, pack, replace(base, count=part, seed=seed, draw=inner)))
@@ -169,21 +202,34 @@ def draw_terms(
         # `weight` is the share that was asked for, `share` the one that came out.
         share = len(rows) / count if count else 0.0
         records.append(made.record | {"share": share, "rows": rows})
-    return [drawn[owner].sequences[place] for owner, place in order], records
+    sequences = [drawn[owner].sequences[place] for owner, place in order]
+    return sequences, records, _weights(drawn, order)
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Sequences of one term and their record."""
+    """Sequences of one term, their record, and their weights (None: all one)."""
 
     sequences: list[list[int]]
     record: dict[str, Any]
+    weights: list[float] | None = None
+
+
+def _weights(drawn: Sequence[_Drawn], order: Sequence[tuple[int, int]]) -> list[float] | None:
+    """Return the weights in the order of the set; None when no term has any."""
+    if all(part.weights is None for part in drawn):
+        return None
+    weights = [part.weights or [1.0] * len(part.sequences) for part in drawn]
+    return [weights[owner][place] for owner, place in order]
 
 
 def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
     """Draw the sequences of one term; a share of zero opens nothing."""
     source = make_source(term)
     source.validate()
+    fold = context.fold
+    if source.generative:
+        context = replace(context, seed=fold_seed(context.seed, fold), fold=ALL_FOLDS)
     if isinstance(source, IdSource):
         pack = None
         sequences = [ids.tolist() for ids in source.sequences(context)] if context.count else []
@@ -198,6 +244,7 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
         "weight": term.weight,
         "nsequences": len(packed.sequences),
         "pack": pack,
+        "fold": fold,
         "licence": None,
         "fingerprint": None,
         "documents": packed.documents,
@@ -206,17 +253,21 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
         **(source.provenance() if context.count else {}),
         "indices": packed.indices,
     }
-    return _Drawn(packed.sequences, record)
+    weights = source.weights() if isinstance(source, IdSource) and context.count else None
+    return _Drawn(packed.sequences, record, weights)
 
 
 def _packed(source: Source, pack: str, context: Context) -> Packed:
     packer: Packer = registry.find("packing", pack, "pack").load()()
 
     def windows(texts: Sequence[str]) -> int:
-        return int(packer.windows(texts, context, source.joiner))
+        usable = [text for text in texts if in_fold(text, context.fold)]
+        return int(packer.windows(usable, context, source.joiner))
 
     asked = replace(context, order=packer.order, windows=windows, pack=pack)
-    return packer.pack(source.documents(asked), asked, source.joiner)
+    chosen = FoldFilter(context.fold)
+    packed = packer.pack(chosen(source.documents(asked)), asked, source.joiner)
+    return replace(packed, facts={**packed.facts, "left_out": chosen.left_out})
 
 
 def interleaved(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -470,6 +470,8 @@ CASES = [
         "sparsity",
         ("0.6", "0.5 in recipe.yaml", "choose one"),
     ),
+    # --- folds
+    Case("fold_unknown", wanda(fold="juge"), "fold", ("'juge'", "did you mean `judge`?", "choose")),
     # --- run time
     Case(
         "batch_size_zero",

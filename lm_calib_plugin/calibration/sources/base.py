@@ -65,6 +65,9 @@ class Context:
     draw
         Gives the sequences of other terms, for a source that is made of them: exactly those that
         they would give alone in the place of this source. None when the caller has no such.
+    fold
+        Part of the documents that will be used; the others are left out after the source. A
+        source need not look at it, unless it keeps what it made for ``count`` windows.
     """
 
     tokenizer: Any
@@ -79,13 +82,21 @@ class Context:
     runtime: Runtime = field(default_factory=Runtime)
     pack: str = ""
     draw: Draw | None = None
+    fold: str = "all"
+
+    @property
+    def of_fold(self) -> str:
+        """What a message says after a number of documents or texts; nothing without a fold."""
+        return "" if self.fold == "all" else f" of fold `{self.fold}`"
 
 
 class Source(ABC):
     """Base of every source of texts.
 
     A subclass names its ``options``, its ``default_pack`` and the ``joiner`` put between two
-    documents that are packed together, and gives :meth:`documents`.
+    documents that are packed together, whether it ``needs_model`` in memory to give any text, and
+    gives :meth:`documents`. A source that is ``generative`` makes its text with the seed: its folds
+    are different seeds, where those of other sources are different documents.
 
     Parameters
     ----------
@@ -100,6 +111,8 @@ class Source(ABC):
     name: ClassVar[str] = ""
     options: ClassVar[Mapping[str, Option]] = {}
     nested: ClassVar[Nested] = "no"
+    needs_model: ClassVar[bool] = False
+    generative: ClassVar[bool] = False
     default_pack: str = "concat"
     joiner: str = "\n\n"
 
@@ -133,6 +146,7 @@ class IdSource(Source):
     """Base of a source that gives token ids at once; packing does not apply."""
 
     default_pack = ""
+    generative = True
 
     def documents(self, context: Context) -> Iterator[Document]:
         """Yield nothing: there is no text."""
@@ -141,6 +155,10 @@ class IdSource(Source):
     @abstractmethod
     def sequences(self, context: Context) -> list[Tensor]:
         """Return ``context.count`` int64 tensors of 1 to ``context.seqlen`` ids."""
+
+    def weights(self) -> list[float] | None:
+        """Return a positive weight for each sequence just given; None: all one."""
+        return None
 
 
 def visiting_order(total: int, context: Context) -> Sequence[int]:
