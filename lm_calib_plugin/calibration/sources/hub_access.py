@@ -115,7 +115,7 @@ def usable_now() -> str:
     """Say in one sentence which sources need no network, corpora downloaded earlier included."""
     found = [name for name, row in CORPORA.items() if in_local_cache(row.dataset)]
     cached = f", and from earlier downloads {listed(found)}" if found else ""
-    kept = "set:FOLDER, " if "set" in registry.table("calibration") else ""
+    kept = "set:DIR, " if "set" in registry.table("calibration") else ""
     return (
         "usable without network: calibration=self, null:KIND, random, file:PATH, hf:./FOLDER, "
         f"{kept}task:NAME with local data{cached}"
