@@ -110,7 +110,7 @@ _BUILTIN: tuple[Entry, ...] = (
         "calibration",
         "self",
         _SOURCES + "self_generated:SelfGenerated",
-        "the model writes its own text",
+        "self[:prefix], self:bos or self:chat: the model writes its own text",
         "https://arxiv.org/abs/2410.17711",
     ),
     Entry(
@@ -184,6 +184,13 @@ _BUILTIN: tuple[Entry, ...] = (
         "one window inside one document longer than seqlen",
     ),
     Entry("packing", "concat", _PACKERS + "Concatenate", "documents joined, then cut into windows"),
+    Entry(
+        "packing",
+        "windows",
+        _PACKERS + "Windows",
+        "documents joined, windows at random starts that may overlap",
+        "https://arxiv.org/abs/2410.17711",
+    ),
     Entry(
         "packing",
         "pad",

@@ -47,7 +47,7 @@ def make_source(term: SourceTerm) -> Source:
         )
     if term.inner:
         return made(term.argument, term.options, term.inner)
-    return made(term.argument, term.options)
+    return made.of(term.argument, term.options)
 
 
 def validate_calibration(recipe: Recipe) -> None:
