@@ -87,7 +87,7 @@ def calibrate(
     """
     began = time.perf_counter()
     validate_calibration(recipe)
-    with_model = needs_model(recipe)
+    with_model = needs_model(recipe.terms)
     factors = _factors(recipe, loading, with_model)
     if out.exists() or out.is_symlink():
         _check_existing(out, factors, overwrite)

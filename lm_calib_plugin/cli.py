@@ -220,7 +220,7 @@ def _part_rows(what: _Listed) -> Iterator[tuple[str, ...]]:
 
     kinds: dict[_Listed, tuple[registry.Kind, ...]] = {
         _Listed.methods: ("pruning", "quantization"),
-        _Listed.sources: ("calibration",),
+        _Listed.sources: ("calibration", "mixture"),
         _Listed.packings: ("packing",),
     }
     for kind in kinds[what]:

@@ -36,6 +36,8 @@ _USED_LATER = (
     "blocks", "untie",
 )  # fmt: skip
 UNSTRUCTURED = "unstructured"
+ALL_FOLDS = "all"
+FOLDS = (ALL_FOLDS, "choose", "validate", "judge")
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
@@ -80,6 +82,9 @@ class Recipe(BaseModel):
         Seed of the draw.
     pack
         How text is cut: ``longdoc``, ``concat`` or ``pad``. Default: what suits the source.
+    fold
+        Part of the documents that may be used: ``choose`` (60 %), ``validate`` (20 %), ``judge``
+        (20 %), fixed for every document by its text, or ``all``.
     heldout
         Fraction of the sequences kept out of the statistics to measure the error on.
     exclude_first_token
@@ -119,6 +124,7 @@ class Recipe(BaseModel):
     seqlen: int | None = None
     calib_seed: int = 0
     pack: str | None = None
+    fold: str = ALL_FOLDS
     heldout: float = 0.1
     exclude_first_token: bool = False
     targets: tuple[str, ...] | None = None
@@ -234,13 +240,14 @@ class Recipe(BaseModel):
             )
         return value.strip()
 
-    @field_validator("compat", "propagate", "pack", mode="before")
+    @field_validator("compat", "propagate", "pack", "fold", mode="before")
     @classmethod
     def _check_choices(cls, value: Any, info: Any) -> str:
         allowed: list[str] = {
             "compat": ["reference"],
             "propagate": ["compressed", "dense"],
             "pack": list(registry.table("packing")),
+            "fold": list(FOLDS),
         }[info.field_name]
         if value not in allowed:
             raise UserError(

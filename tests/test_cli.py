@@ -167,7 +167,8 @@ def test_ls_options_explains_every_argument():
 
 
 def test_show_prints_a_recipe_that_is_read_back(tmp_path: Path):
-    given = "method=wanda,sparsity=0.5,calibration=c4*1+self?temperature=0.8*3,ignore=*mlp*+*q_proj"
+    data = "c4*0.25+self?temperature=0.8*0.75"
+    given = f"method=wanda,sparsity=0.5,calibration={data},ignore=*mlp*+*q_proj"
     first = lm_calib("show", given)
     assert first.returncode == 0, first.stderr
     assert yaml.safe_load(first.stdout)["sparsity"] == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
@@ -59,9 +60,9 @@ def test_every_option_is_a_field_of_the_recipe(name: str) -> None:
 @ours
 def test_paper_is_named_in_the_documentation_of_the_class(name: str) -> None:
     entry = METHODS[name]
-    number = entry.paper.rsplit("/", 1)[-1]
-    assert number.replace(".", "").isdigit()
-    assert entry.paper.startswith("https://arxiv.org/abs/")
+    assert re.fullmatch(
+        r"https://(arxiv\.org/abs/\d{4}\.\d{5}|openreview\.net/forum\?id=\w+)", entry.paper
+    )
 
 
 def test_named_corpora_do_not_hide_a_source() -> None:
@@ -152,3 +153,10 @@ def test_built_in_name_is_kept_and_both_distributions_are_known(installed: None)
 def test_unknown_method_names_the_installed_ones(installed: None) -> None:
     with pytest.raises(UserError, match="halves"):
         registry.find_method("halfs")
+
+
+def test_table_says_which_sources_are_made_of_others() -> None:
+    for entry in registry.table("calibration").values():
+        assert registry.nested_of(entry) == entry.load().nested, entry.name
+    mixture = registry.Entry("mixture", "theirs", "no.such:Class", distribution="other")
+    assert registry.nested_of(mixture) == "many"

@@ -1,7 +1,6 @@
-"""From a recipe to a calibration set: source, then packing, term by term.
+"""From a recipe to a calibration set: source, fold, packing, term by term.
 
-A stage that selects among more documents or sequences than asked for belongs between source and
-packer; a source of control sequences is an :class:`~...sources.base.IdSource`.
+A source of control sequences is an :class:`~...sources.base.IdSource`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any
 
 from lm_calib_plugin import registry
 from lm_calib_plugin.calibration.calibration_set import CalibrationSet
+from lm_calib_plugin.calibration.folds import FoldFilter, fold_seed, in_fold
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.packers import Packed, Packer
 from lm_calib_plugin.calibration.seeds import derive_seed
@@ -44,6 +44,8 @@ def make_source(term: SourceTerm) -> Source:
             f"calibration source `{name}` of {entry.distribution}: {entry.target} is not a "
             f"subclass of {Source.__module__}.Source."
         )
+    if term.inner:
+        return made(argument, term.options, term.inner)
     return made(argument, term.options)
 
 
@@ -56,12 +58,20 @@ def validate_calibration(recipe: Recipe) -> None:
         For an option, file, folder or task that cannot be used.
     """
     with random_state_untouched():
+        _validate(recipe.terms)
         counts = shares(recipe.terms, recipe.nsamples) if recipe.terms else []
         for term, count in zip(recipe.terms, counts, strict=True):
-            source = make_source(term)
-            source.validate()
-            if isinstance(source, StoredSet) and (recipe.nsamples_given or not recipe.whole_set):
+            if term.name == StoredSet.name and (recipe.nsamples_given or not recipe.whole_set):
+                source = make_source(term)
+                assert isinstance(source, StoredSet)
                 source.check_count(count)
+
+
+def _validate(terms: Sequence[SourceTerm]) -> None:
+    for term in terms:
+        if term.name not in registry.table("mixture"):
+            make_source(term).validate()
+        _validate(term.inner)
 
 
 def stored_sets(recipe: Recipe) -> list[StoredSet]:
@@ -70,9 +80,14 @@ def stored_sets(recipe: Recipe) -> list[StoredSet]:
     return [source for source in made if isinstance(source, StoredSet)]
 
 
-def needs_model(recipe: Recipe) -> bool:
-    """Tell whether the calibration set of a recipe can only be made with the model in memory."""
-    return any(make_source(term).needs_model for term in recipe.terms)
+def needs_model(terms: Sequence[SourceTerm]) -> bool:
+    """Tell whether sequences of these terms can only be made with the model in memory."""
+    return any(
+        term.name in registry.table("mixture")
+        or make_source(term).needs_model
+        or needs_model(term.inner)
+        for term in terms
+    )
 
 
 def build_calibration(
@@ -90,7 +105,7 @@ def build_calibration(
     Parameters
     ----------
     recipe
-        ``terms``, ``nsamples``, ``calib_seed`` and ``pack`` are read.
+        ``terms``, ``nsamples``, ``calib_seed``, ``pack`` and ``fold`` are read.
     tokenizer
         Tokenizer of the model.
     model
@@ -123,33 +138,71 @@ def build_calibration(
         stored.check_fits(tokenizer, vocab_size, seqlen)
         return stored.first(recipe.nsamples if recipe.nsamples_given else None)
     with random_state_untouched():
-        drawn = []
-        counts = shares(recipe.terms, recipe.nsamples)
-        for position, (term, count) in enumerate(zip(recipe.terms, counts, strict=True)):
-            context = Context(
-                tokenizer=tokenizer,
-                count=count,
-                seqlen=seqlen,
-                seed=derive_seed(recipe.calib_seed, position),
-                vocab_size=vocab_size,
-                model=model,
-                model_id=model_id,
-                runtime=runtime,
-            )
-            drawn.append(_draw(term, recipe.pack, context))
-    order = interleaved([len(part.sequences) for part in drawn])
-    sources = []
-    for number, part in enumerate(drawn):
-        rows = [row for row, (owner, _) in enumerate(order) if owner == number]
-        sources.append(part.record | {"rows": rows})
+        base = Context(
+            tokenizer=tokenizer,
+            count=recipe.nsamples,
+            seqlen=seqlen,
+            seed=recipe.calib_seed,
+            vocab_size=vocab_size,
+            model=model,
+            model_id=model_id,
+            runtime=runtime,
+            fold=recipe.fold,
+        )
+        made = draw_terms(recipe.terms, recipe.nsamples, recipe.pack, base)
+        sequences, sources, weights = made
     return CalibrationSet.of(
-        [drawn[owner].sequences[place] for owner, place in order],
+        sequences,
         seqlen=seqlen,
         seed=recipe.calib_seed,
         tokenizer=tokenizer_digest(tokenizer),
         sources=sources,
-        weights=_weights(drawn, order),
+        weights=weights,
     )
+
+
+def draw_terms(
+    terms: Sequence[SourceTerm], count: int, pack: str | None, base: Context, first: int = 0
+) -> tuple[list[list[int]], list[dict[str, Any]], list[float] | None]:
+    """Draw ``count`` sequences from a sum of terms.
+
+    Parameters
+    ----------
+    pack
+        Packing of every term; None: each source's own.
+    base
+        Context whose ``seed`` is the seed of the whole draw.
+    first
+        Position of the first term. The seed of a term is made of the seed of the draw and its
+        position, and a term inside another starts at the position of that one: so
+        ``null:shuffle(A)`` shuffles what A draws in its place.
+
+    Returns
+    -------
+    tuple
+        The sequences, those of several terms interleaved evenly; a record for each term; the
+        weights of the sequences, None when no term has any.
+    """
+    drawn = []
+    for position, (term, part) in enumerate(zip(terms, shares(terms, count), strict=True), first):
+
+        def inner(
+            terms: tuple[SourceTerm, ...], count: int, position: int = position
+        ) -> tuple[list[list[int]], list[dict[str, Any]]]:
+            sequences, records, _ = draw_terms(terms, count, pack, base, position)
+            return sequences, records
+
+        seed = derive_seed(base.seed, position)
+        drawn.append(_draw(term, pack, replace(base, count=part, seed=seed, draw=inner)))
+    order = interleaved([len(part.sequences) for part in drawn])
+    records = []
+    for number, made in enumerate(drawn):
+        rows = [row for row, (owner, _) in enumerate(order) if owner == number]
+        # `weight` is the share that was asked for, `share` the one that came out.
+        share = len(rows) / count if count else 0.0
+        records.append(made.record | {"share": share, "rows": rows})
+    sequences = [drawn[owner].sequences[place] for owner, place in order]
+    return sequences, records, _weights(drawn, order)
 
 
 @dataclass(frozen=True)
@@ -175,7 +228,8 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
     source.validate()
     if isinstance(source, IdSource):
         pack = None
-        sequences = [ids.tolist() for ids in source.sequences(context)] if context.count else []
+        asked = replace(context, seed=fold_seed(context.seed, context.fold))
+        sequences = [ids.tolist() for ids in source.sequences(asked)] if context.count else []
         packed = Packed(sequences, [], 0, 0)
     else:
         pack = pack or source.default_pack
@@ -187,6 +241,7 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
         "weight": term.weight,
         "nsequences": len(packed.sequences),
         "pack": pack,
+        "fold": context.fold,
         "licence": None,
         "fingerprint": None,
         "documents": packed.documents,
@@ -203,10 +258,13 @@ def _packed(source: Source, pack: str, context: Context) -> Packed:
     packer: Packer = registry.find("packing", pack, "pack").load()()
 
     def windows(texts: Sequence[str]) -> int:
-        return int(packer.windows(texts, context, source.joiner))
+        usable = [text for text in texts if in_fold(text, context.fold)]
+        return int(packer.windows(usable, context, source.joiner))
 
     asked = replace(context, order=packer.order, windows=windows, pack=pack)
-    return packer.pack(source.documents(asked), asked, source.joiner)
+    chosen = FoldFilter(context.fold)
+    packed = packer.pack(chosen(source.documents(asked)), asked, source.joiner)
+    return replace(packed, facts={**packed.facts, "left_out": chosen.left_out})
 
 
 def interleaved(lengths: Sequence[int]) -> list[tuple[int, int]]:

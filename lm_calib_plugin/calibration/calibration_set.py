@@ -107,7 +107,7 @@ class CalibrationSet:
 
     def summary(self) -> dict[str, Any]:
         """Return plain values for a report: everything but ids and long lists of indices."""
-        short = [{k: v for k, v in s.items() if k not in _LONG_LISTS} for s in self.sources]
+        short = [_short(source) for source in self.sources]
         return {
             "calib_id": self.calib_id,
             "sources": short,
@@ -168,6 +168,12 @@ class CalibrationSet:
         if made.calib_id != content["calib_id"]:
             raise damaged_identity(place, content["calib_id"], made.calib_id)
         return made
+
+
+def _short(record: dict[str, Any]) -> dict[str, Any]:
+    """Leave the long lists out of the record of a term and of the terms inside it."""
+    short = {key: value for key, value in record.items() if key not in _LONG_LISTS}
+    return short | ({"inner": [_short(r) for r in short["inner"]]} if "inner" in short else {})
 
 
 def _weights(weights: Iterable[float] | None, count: int) -> tuple[float, ...] | None:

@@ -194,9 +194,10 @@ def _if_longer(text: str, context: Context) -> list[int]:
 
 
 def _too_few(found: int, seen: int, context: Context, way_out: str) -> UserError:
+    whole = ", set fold=all" if context.of_fold else ""
     return UserError(
         "nsamples",
-        f"found {found} windows of {context.seqlen} tokens in {seen} documents, "
+        f"found {found} windows of {context.seqlen} tokens in {seen} documents{context.of_fold}, "
         f"recipe asks {context.count}",
-        f"lower nsamples or seqlen, {way_out}",
+        f"lower nsamples or seqlen{whole}, {way_out}",
     )

@@ -1,6 +1,7 @@
 """The walk over the blocks of a model: find, observe, compress, propagate. Knows no method."""
 
 from lm_calib_plugin.engine.batches import heldout_indices
+from lm_calib_plugin.engine.dense import Visitor, dense_pass
 from lm_calib_plugin.engine.discovery import (
     Blocks,
     check_config,
@@ -18,9 +19,11 @@ __all__ = [
     "Blocks",
     "Plan",
     "TargetLayer",
+    "Visitor",
     "WalkResult",
     "check_config",
     "check_supported",
+    "dense_pass",
     "find_blocks",
     "find_layers",
     "heldout_indices",

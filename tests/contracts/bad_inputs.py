@@ -250,7 +250,7 @@ CASES = [
         "weight_negative",
         wanda(calibration="c4*-1+self"),
         "calibration",
-        ("`c4*-1`", "positive", "c4*0.5+self*0.5"),
+        ("'c4*-1'", "positive", "c4*0.5+self*0.5"),
     ),
     Case(
         "weight_text",
@@ -416,6 +416,8 @@ CASES = [
         "sparsity",
         ("0.6", "0.5 in recipe.yaml", "choose one"),
     ),
+    # --- folds
+    Case("fold_unknown", wanda(fold="juge"), "fold", ("'juge'", "did you mean `judge`?", "choose")),
     # --- run time
     Case(
         "batch_size_zero",

@@ -403,12 +403,23 @@ def test_inputs_that_are_never_active(row: Row) -> None:
     x[:, dead] = 0.0
     result = run(row, weight, x)
     assert_sound(row, weight, result)
-    # What stands in front of a silent input is irrelevant to all other weights.
-    if row.statistic != "none" and row.prunes:
+    # What stands in front of a silent input is irrelevant to all other weights; only in the row
+    # sums of `ria` it counts, by definition.
+    if row.statistic != "none" and row.prunes and row.name != "ria":
         other = weight.clone()
         other[:, dead] = 100.0
         changed = run(row, other, x).weight
         assert torch.equal(changed[:, ~dead], result.weight[:, ~dead])
+
+
+@every_row
+def test_independent_rows_are_independent(row: Row) -> None:
+    if not make(row).rows_independent:
+        return
+    weight, x = weights(NARROW), tokens(NARROW[1])
+    whole = run(row, weight, x).weight
+    for part in (slice(0, 1), slice(2, 5)):
+        assert torch.equal(run(row, weight[part], x).weight, whole[part])
 
 
 @data_rows

@@ -18,9 +18,13 @@ from torch import Tensor
 
 from lm_calib_plugin.calibration.options import Option, read_options
 from lm_calib_plugin.calibration.seeds import derive_seed
+from lm_calib_plugin.expression import SourceTerm
+from lm_calib_plugin.registry import Nested
 from lm_calib_plugin.runtime import Runtime
 
 Order = Literal["stored", "shuffled"]
+# Terms and a number of sequences -> the sequences of these terms, and one record a term.
+Draw = Callable[[tuple[SourceTerm, ...], int], tuple[list[list[int]], list[dict[str, Any]]]]
 
 
 class Document(NamedTuple):
@@ -58,6 +62,12 @@ class Context:
         Progress bars and the like.
     pack
         Name of the packer that will cut the documents.
+    draw
+        Gives the sequences of other terms, for a source that is made of them: exactly those that
+        they would give alone in the place of this source. None when the caller has no such.
+    fold
+        Part of the documents that will be used; the others are left out after the source. A
+        source need not look at it, unless it keeps what it made for ``count`` windows.
     """
 
     tokenizer: Any
@@ -71,6 +81,13 @@ class Context:
     model_id: str = ""
     runtime: Runtime = field(default_factory=Runtime)
     pack: str = ""
+    draw: Draw | None = None
+    fold: str = "all"
+
+    @property
+    def of_fold(self) -> str:
+        """What a message says after a number of documents or texts; nothing without a fold."""
+        return "" if self.fold == "all" else f" of fold `{self.fold}`"
 
 
 class Source(ABC):
@@ -86,16 +103,24 @@ class Source(ABC):
         What stands after ``name:`` in the calibration expression.
     options
         Pairs of option name and text, as typed after ``?``.
+    inner
+        Terms between the parentheses; given only to a source whose ``nested`` is not ``"no"``.
     """
 
     name: ClassVar[str] = ""
     options: ClassVar[Mapping[str, Option]] = {}
+    nested: ClassVar[Nested] = "no"
     needs_model: ClassVar[bool] = False
     default_pack: str = "concat"
     joiner: str = "\n\n"
 
-    def __init__(self, argument: str = "", options: Iterable[tuple[str, str]] = ()) -> None:
-        self.argument = argument
+    def __init__(
+        self,
+        argument: str = "",
+        options: Iterable[tuple[str, str]] = (),
+        inner: Sequence[SourceTerm] = (),
+    ) -> None:
+        self.argument, self.inner = argument, tuple(inner)
         self.settings = read_options(self.name or type(self).__name__, self.options, options)
 
     def validate(self) -> None:

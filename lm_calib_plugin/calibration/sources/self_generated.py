@@ -133,6 +133,8 @@ class SelfGenerated(Source):
             "count": context.count,
             "seqlen": context.seqlen,
             "pack": context.pack,
+            # What was written until one fold was full is not enough for another.
+            **({"fold": context.fold} if context.of_fold else {}),
         }
 
     def _generate(
@@ -182,12 +184,13 @@ class SelfGenerated(Source):
     def _not_enough(self, context: Context, texts: list[Written], found: int) -> UserError:
         empty = sum(text.perplexity is None for text in texts)
         mean = sum(text.tokens for text in texts) / len(texts)
+        whole = ", set fold=all" if context.of_fold else ""
         return UserError(
             ARGUMENT,
             f"`self`: the model wrote {len(texts)} texts, {empty} of them empty, "
-            f"{mean:.1f} tokens each; found {found} windows of {context.seqlen} tokens, "
-            f"recipe asks {context.count}",
-            "lower seqlen or nsamples, or use another source such as file:PATH",
+            f"{mean:.1f} tokens each; found {found} windows of {context.seqlen} tokens"
+            f"{context.of_fold}, recipe asks {context.count}",
+            f"lower seqlen or nsamples{whole}, or use another source such as file:PATH",
         )
 
 

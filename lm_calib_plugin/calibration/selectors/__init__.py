@@ -1,0 +1,1 @@
+"""Selectors: which sequences of a larger pool become the calibration set."""

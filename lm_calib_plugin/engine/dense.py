@@ -1,0 +1,113 @@
+"""One pass through the dense model, block by block, with every layer input shown to a visitor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lm_calib_plugin.engine.batches import Chunk
+from lm_calib_plugin.engine.discovery import Blocks
+from lm_calib_plugin.engine.layers import HEAD, TargetLayer
+from lm_calib_plugin.engine.passes import BlockPass
+from lm_calib_plugin.errors import UnsupportedModelError
+
+
+class Visitor(Protocol):
+    """What looks at the inputs of the layers."""
+
+    def wants(self, index: int) -> bool:
+        """Tell whether the inputs of block ``index`` are to be looked at (else it is only run)."""
+        ...
+
+    def start(self, index: int, groups: Sequence[Sequence[TargetLayer]]) -> Any:
+        """Return an empty state for a block whose layers share inputs in these groups."""
+        ...
+
+    def listen(self, state: Any, chunk: Chunk, number: int, rows: Tensor, owners: Tensor) -> None:
+        """Take input rows ``[tokens, in]`` of group ``number``; ``owners``: rows of the chunk."""
+        ...
+
+    def finish(self, index: int, groups: Sequence[Sequence[TargetLayer]], state: Any) -> None:
+        """Keep the state of a block; its memory is given back afterwards."""
+        ...
+
+
+def dense_pass(
+    model: nn.Module,
+    blocks: Blocks,
+    chunks: list[Chunk],
+    layers: Sequence[TargetLayer],
+    visitor: Visitor,
+    device: torch.device,
+    progress: bool = True,
+    title: str = "statistics",
+) -> BlockPass:
+    """Run all chunks through the blocks, unchanged, and show the inputs of ``layers``.
+
+    One block is in work at a time: the memory needed is that of the hidden states of all chunks
+    and of one block's state.
+
+    Parameters
+    ----------
+    model, blocks
+        The model, in inference mode, and its decoder blocks.
+    chunks
+        The sequences; see :func:`~lm_calib_plugin.engine.batches.make_chunks`.
+    layers
+        Layers inside the blocks.
+    visitor
+        Takes the inputs.
+    device
+        Where the model takes its inputs.
+
+    Returns
+    -------
+    BlockPass
+        With the seconds and the warnings of the pass.
+
+    Raises
+    ------
+    UnsupportedModelError
+        When the output head is among the layers.
+    CalibError
+        When even one sequence at a time does not fit in memory.
+    """
+    by_block: dict[int, list[TargetLayer]] = {}
+    for layer in layers:
+        if layer.block == HEAD:
+            raise UnsupportedModelError(
+                "targets", f"{layer.name} is outside the decoder blocks", "layers of the blocks"
+            )
+        by_block.setdefault(layer.block, []).append(layer)
+    work = BlockPass(model, blocks, chunks, device)
+    wanted = [index for index in by_block if visitor.wants(index)]
+    if not wanted:
+        return work
+    work.timed("capture", work.capture)
+    last = max(wanted)
+    for index in tqdm(range(last + 1), desc=f"{title}, blocks", disable=not progress):
+        if index in wanted:
+            groups = work.groups(index, by_block[index])
+
+            def start(index: int = index, groups: Any = groups) -> Any:
+                return visitor.start(index, groups.groups)
+
+            state = work.timed(
+                "observe",
+                lambda index=index, groups=groups, start=start: work.observe(
+                    index, groups, start, visitor.listen, keep=index < last
+                ),
+            )
+            work.timed(
+                "keep",
+                lambda index=index, groups=groups, state=state: visitor.finish(
+                    index, groups.groups, state
+                ),
+            )
+        else:
+            work.timed("propagate", lambda index=index: work.propagate(index))
+    return work
