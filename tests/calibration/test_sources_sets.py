@@ -48,7 +48,9 @@ def test_the_first_n(words, stored, tmp_path):
     expression = f"set:{tmp_path / 'set'}"
     some = whole(words, expression, nsamples=2)
     assert ids(some) == ids(stored)[:2]
-    assert some.calib_id == CalibrationSet.of(ids(some), seqlen=8, tokenizer=some.tokenizer).calib_id
+    assert (
+        some.calib_id == CalibrationSet.of(ids(some), seqlen=8, tokenizer=some.tokenizer).calib_id
+    )
     assert some.sources[0]["indices"] == stored.sources[0]["indices"][:2]
     assert some.sources[0]["rows"] == [0, 1]
     assert some.sources[0]["nsequences"] == 2
@@ -171,3 +173,35 @@ def test_a_set_of_sets(words, stored, texts, tmp_path):
     card = (tmp_path / "mixed" / "README.md").read_text()
     assert card.count(f"- {texts}: not known") == 2
     assert all(torch.equal(a, b) for a, b in zip(again.sequences, mixed.sequences, strict=True))
+
+
+def test_a_set_has_the_fold_and_packing_it_was_built_with(words, texts, tmp_path):
+    fold = draw(texts, words, nsamples=2, pack="pad", fold="judge")
+    fold.save(tmp_path / "judge")
+    expression = f"set:{tmp_path / 'judge'}"
+
+    def validate(calibration=expression, **fields):
+        validate_calibration(
+            Recipe(method="wanda", sparsity=0.5, calibration=calibration, **fields)
+        )
+
+    validate(fold="judge", pack="pad")
+    with pytest.raises(
+        UserError, match="got 'choose', .* was built with 'judge'; .* --fold choose"
+    ):
+        validate(fold="choose")
+    with pytest.raises(UserError, match="was built with 'judge'"):
+        validate(f"{expression}+random", fold="choose", nsamples=2)
+    with pytest.raises(UserError, match="got 'concat', .* was built with 'pad'"):
+        validate(pack="concat")
+    validate(f"{expression}+random", pack="concat", nsamples=2)
+
+
+def test_a_seed_that_draws_nothing_is_noted(words, stored, tmp_path):
+    expression = f"set:{tmp_path / 'set'}"
+    assert "warnings" not in whole(words, expression, calib_seed=3).sources[0]
+    noted = whole(words, expression, calib_seed=5)
+    assert noted.calib_id == stored.calib_id
+    assert noted.sources[0]["warnings"] == [
+        "calib_seed=5 draws nothing from a set that is used whole"
+    ]

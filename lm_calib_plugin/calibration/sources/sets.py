@@ -96,6 +96,17 @@ class StoredSet(IdSource):
                 "lower nsamples, or drop it to use the whole set",
             )
 
+    def check_made_with(self, name: str, wanted: str) -> None:
+        """Raise when a source of the set was made with another ``fold`` or ``pack``."""
+        made = {source.get(name) for source in self.stored.sources} - {wanted, None}
+        if made:
+            raise UserError(
+                name,
+                f"got {wanted!r}, `set:{self.argument}` was built with {min(made)!r}",
+                "documents of a set can not be told apart again",
+                f"drop {name}, or build it again with --{name} {wanted}",
+            )
+
     def first(self, count: int | None) -> CalibrationSet:
         """Return the first ``count`` sequences as a set, or all of them under their own name."""
         stored = self.stored
