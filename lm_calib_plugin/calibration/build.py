@@ -240,10 +240,12 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
     """Draw the sequences of one term; a share of zero opens nothing."""
     source = make_source(term)
     source.validate()
+    fold = context.fold
+    if source.generative:
+        context = replace(context, seed=fold_seed(context.seed, fold), fold=ALL_FOLDS)
     if isinstance(source, IdSource):
         pack = None
-        asked = replace(context, seed=fold_seed(context.seed, context.fold))
-        sequences = [ids.tolist() for ids in source.sequences(asked)] if context.count else []
+        sequences = [ids.tolist() for ids in source.sequences(context)] if context.count else []
         packed = Packed(sequences, [], 0, 0)
     else:
         pack = pack or source.default_pack
@@ -255,7 +257,7 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
         "weight": term.weight,
         "nsequences": len(packed.sequences),
         "pack": pack,
-        "fold": context.fold,
+        "fold": fold,
         "licence": None,
         "fingerprint": None,
         "documents": packed.documents,

@@ -95,7 +95,8 @@ class Source(ABC):
 
     A subclass names its ``options``, its ``default_pack`` and the ``joiner`` put between two
     documents that are packed together, whether it ``needs_model`` in memory to give any text, and
-    gives :meth:`documents`.
+    gives :meth:`documents`. A source that is ``generative`` makes its text with the seed: its folds
+    are different seeds, where those of other sources are different documents.
 
     Parameters
     ----------
@@ -111,6 +112,7 @@ class Source(ABC):
     options: ClassVar[Mapping[str, Option]] = {}
     nested: ClassVar[Nested] = "no"
     needs_model: ClassVar[bool] = False
+    generative: ClassVar[bool] = False
     default_pack: str = "concat"
     joiner: str = "\n\n"
 
@@ -144,6 +146,7 @@ class IdSource(Source):
     """Base of a source that gives token ids at once; packing does not apply."""
 
     default_pack = ""
+    generative = True
 
     def documents(self, context: Context) -> Iterator[Document]:
         """Yield nothing: there is no text."""
