@@ -138,6 +138,7 @@ def test_the_summary_says_what_to_type_next(
 
 
 BAD = [
+    (["random", "--out", "a+b"], "out: 'a+b' holds `+`"),
     (["slef"], "did you mean `self`?"),
     (["none"], "calibration: got none"),
     (["random", "--nsample", "4"], "did you mean `--nsamples`?"),

@@ -38,7 +38,7 @@ class StoredSet(IdSource):
         """Read the whole folder: a damaged set stops the run before a model is loaded."""
         if not self.argument:
             raise UserError(
-                ARGUMENT, "`set` needs a folder", "set:DIR", "made by lm-calib calibrate"
+                ARGUMENT, "`set` needs a folder", "set:DIR, a folder made by lm-calib calibrate"
             )
         _ = self.stored
 
