@@ -83,14 +83,14 @@ def make_set(
     """Build a calibration set for a model and keep it in a folder: calibration=set:DIR."""
     from pathlib import Path
 
+    from lm_calib_plugin.expression import NO_DATA
     from lm_calib_plugin.recipe import Recipe
     from lm_calib_plugin.runtime import Runtime
 
+    if expression.strip().lower() == NO_DATA:
+        raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
     # Any method that uses data will do: the set does not depend on it.
     recipe = Recipe(method="wanda", sparsity=0, calibration=expression, **_set_options(ctx.args))
-    if not recipe.terms:
-        raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
-
     from lm_calib_plugin.calibrate import Loading, calibrate
 
     loading = Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code)

@@ -62,10 +62,19 @@ def validate_calibration(recipe: Recipe) -> None:
         _validate(recipe.terms)
         counts = shares(recipe.terms, recipe.nsamples) if recipe.terms else []
         for term, count in zip(recipe.terms, counts, strict=True):
-            if term.name == StoredSet.name and (recipe.nsamples_given or not recipe.whole_set):
-                source = make_source(term)
-                assert isinstance(source, StoredSet)
-                source.check_count(count)
+            if term.name == StoredSet.name:
+                _check_stored(term, count, recipe)
+
+
+def _check_stored(term: SourceTerm, count: int, recipe: Recipe) -> None:
+    source = make_source(term)
+    assert isinstance(source, StoredSet)
+    if recipe.nsamples_given or not recipe.whole_set:
+        source.check_count(count)
+    if recipe.fold != ALL_FOLDS:
+        source.check_made_with("fold", recipe.fold)
+    if recipe.whole_set and recipe.pack:
+        source.check_made_with("pack", recipe.pack)
 
 
 def _validate(terms: Sequence[SourceTerm]) -> None:
@@ -137,7 +146,12 @@ def build_calibration(
     if recipe.whole_set:
         (stored,) = stored_sets(recipe)
         stored.check_fits(tokenizer, vocab_size, seqlen)
-        return stored.first(recipe.nsamples if recipe.nsamples_given else None)
+        made = stored.first(recipe.nsamples if recipe.nsamples_given else None)
+        if recipe.calib_seed not in (Recipe.model_fields["calib_seed"].default, made.seed):
+            note = f"calib_seed={recipe.calib_seed} draws nothing from a set that is used whole"
+            first = made.sources[0] | {"warnings": [*made.sources[0].get("warnings", ()), note]}
+            made = replace(made, sources=(first, *made.sources[1:]))
+        return made
     with random_state_untouched():
         base = Context(
             tokenizer=tokenizer,

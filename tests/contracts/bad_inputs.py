@@ -47,6 +47,20 @@ def yaml_file(text: str | bytes, **typed: Any) -> Callable[[], Any]:
     return do
 
 
+def stored(expression: str, sequences: int = 3, **given: Any) -> Callable[[], Any]:
+    """Use the set of a folder `my-set`, made here, as the harness does before it loads a model."""
+
+    def do() -> Any:
+        from lm_calib_plugin.calibration import CalibrationSet, validate_calibration
+
+        CalibrationSet.of([[1, 2, 3]] * sequences, seqlen=3).save("my-set")
+        Path("texts").mkdir()
+        Path("texts/a.txt").write_text("a")
+        validate_calibration(Recipe(method="wanda", sparsity=0.5, calibration=expression, **given))
+
+    return do
+
+
 def layer(shape: tuple[int, int], **given: Any) -> Callable[[], Any]:
     """Check a layer against a recipe, as the engine does before it reads any data."""
 
@@ -472,7 +486,39 @@ CASES = [
     ),
     # --- folds
     Case("fold_unknown", wanda(fold="juge"), "fold", ("'juge'", "did you mean `judge`?", "choose")),
+    # --- sets
+    Case("set_unnamed", stored("set"), "calibration", ("set:DIR", "lm-calib calibrate")),
+    Case(
+        "set_missing",
+        stored("set:mine"),
+        "calibration",
+        ("no folder 'mine'", "set:DIR", "lm-calib calibrate self --pretrained MODEL --out mine"),
+    ),
+    Case(
+        "set_of_texts",
+        stored("set:texts"),
+        "calibration",
+        ("'texts' holds no calibration.json", "there: a.txt", "file:PATH"),
+    ),
+    Case(
+        "set_too_small",
+        stored("set:my-set", nsamples=4),
+        "nsamples",
+        ("holds 3 sequences", "asks 4", "drop it to use the whole set"),
+    ),
+    Case(
+        "set_too_small_for_its_share",
+        stored("set:my-set*0.5+random*0.5"),
+        "nsamples",
+        ("holds 3 sequences", "asks 64", "lower nsamples"),
+    ),
     # --- run time
+    Case(
+        "on_leak_typo",
+        lambda: Runtime(on_leak="erorr"),
+        "on_leak",
+        ("'erorr'", "did you mean `error`?", "warn, error, ignore"),
+    ),
     Case(
         "batch_size_zero",
         lambda: Runtime(calib_batch_size=0),
