@@ -1,26 +1,28 @@
-"""From a recipe to a calibration set: source, fold, packing, term by term.
+"""From a recipe to a calibration set: source, fold, packing, selection, term by term.
 
 A source of control sequences is an :class:`~...sources.base.IdSource`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lm_calib_plugin import registry
-from lm_calib_plugin.calibration.calibration_set import CalibrationSet
+from lm_calib_plugin.calibration.calibration_set import CalibrationSet, identity
 from lm_calib_plugin.calibration.folds import FoldFilter, fold_seed, in_fold
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.packers import Packed, Packer
 from lm_calib_plugin.calibration.seeds import derive_seed
+from lm_calib_plugin.calibration.selectors import stage
 from lm_calib_plugin.calibration.sources.base import Context, IdSource, Source
 from lm_calib_plugin.calibration.tokens import check_ids, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
-from lm_calib_plugin.expression import SourceTerm, shares
+from lm_calib_plugin.expression import SourceTerm, expression_text, shares
 from lm_calib_plugin.guard import random_state_untouched
-from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.recipe import RANDOM_SELECTION, Recipe
 from lm_calib_plugin.runtime import Runtime
 
 
@@ -57,6 +59,10 @@ def validate_calibration(recipe: Recipe) -> None:
     with random_state_untouched():
         for term in recipe.terms:
             make_source(term).validate()
+        with _about_the_target():
+            for term in recipe.select_target or ():
+                make_source(term).validate()
+        stage.make_selector(recipe.select)
 
 
 def build_calibration(
@@ -74,11 +80,12 @@ def build_calibration(
     Parameters
     ----------
     recipe
-        ``terms``, ``nsamples``, ``calib_seed``, ``pack`` and ``fold`` are read.
+        ``terms``, ``nsamples``, ``calib_seed``, ``pack``, ``fold``, ``select``, ``pool`` and
+        ``select_target`` are read.
     tokenizer
         Tokenizer of the model.
     model
-        The dense model on its device, needed by ``self`` alone; left as found.
+        The dense model on its device, needed by ``self`` and by most selectors; left as found.
     seqlen
         Most tokens of a sequence.
     model_id
@@ -101,22 +108,20 @@ def build_calibration(
     """
     if not recipe.terms:
         raise UserError(ARGUMENT, "no source", "this recipe uses no data", "calibration=self")
+    stage.check_model(recipe, model)
+    context = Context(
+        tokenizer=tokenizer,
+        count=0,
+        seqlen=seqlen,
+        seed=recipe.calib_seed,
+        vocab_size=vocab_size,
+        model=model,
+        model_id=model_id,
+        runtime=runtime,
+        fold=recipe.fold,
+    )
     with random_state_untouched():
-        drawn = []
-        counts = shares(recipe.terms, recipe.nsamples)
-        for position, (term, count) in enumerate(zip(recipe.terms, counts, strict=True)):
-            context = Context(
-                tokenizer=tokenizer,
-                count=count,
-                seqlen=seqlen,
-                seed=derive_seed(recipe.calib_seed, position),
-                vocab_size=vocab_size,
-                model=model,
-                model_id=model_id,
-                runtime=runtime,
-                fold=recipe.fold,
-            )
-            drawn.append(_draw(term, recipe.pack, context))
+        drawn = _draw_all(recipe, context)
     order = interleaved([len(part.sequences) for part in drawn])
     sources = []
     for number, part in enumerate(drawn):
@@ -129,6 +134,60 @@ def build_calibration(
         tokenizer=tokenizer_digest(tokenizer),
         sources=sources,
     )
+
+
+@contextlib.contextmanager
+def _about_the_target() -> Iterator[None]:
+    """Name ``select_target`` in what a source says about ``calibration``."""
+    try:
+        yield
+    except UserError as error:
+        raise error.renamed("select_target") if error.argument == ARGUMENT else error from None
+
+
+def _draw_all(recipe: Recipe, context: Context) -> list[_Drawn]:
+    """Draw every term, or a pool of each and the chosen ones of it."""
+    counts = shares(recipe.terms, recipe.nsamples)
+    pools = stage.pool_sizes(recipe, counts)
+    pooled = "nsamples" if pools == counts else "pool"
+    targets: list[list[int]] = []
+    terms = recipe.select_target or ()
+    for place, (term, count) in enumerate(zip(terms, shares(terms, stage.TARGETS), strict=True)):
+        seed = derive_seed(recipe.calib_seed, "target", place)
+        asked = replace(context, count=count, seed=seed, count_of="select_target")
+        with _about_the_target():
+            targets += _draw(term, recipe.pack, asked).sequences
+    drawn = []
+    for place, (term, pool, count) in enumerate(zip(recipe.terms, pools, counts, strict=True)):
+        seed = derive_seed(recipe.calib_seed, place)
+        asked = replace(context, count=pool, seed=seed, count_of=pooled)
+        part = _draw(term, recipe.pack, asked)
+        selecting = recipe.select != RANDOM_SELECTION or recipe.pool is not None
+        drawn.append(_select(recipe, part, count, asked, targets) if selecting else part)
+    return drawn
+
+
+def _select(
+    recipe: Recipe, part: _Drawn, count: int, context: Context, targets: list[list[int]]
+) -> _Drawn:
+    """Keep the chosen sequences of a pool; ``indices`` become those of the chosen."""
+    if not count:
+        return part
+    chosen, facts = stage.choose(recipe, part.sequences, count, context, targets)
+    if targets:
+        facts["target"] = {
+            "source": expression_text(recipe.select_target or ()),
+            "nsequences": len(targets),
+            "digest": identity(tokenizer_digest(context.tokenizer), targets),
+        }
+    indices = part.record["indices"]
+    record = part.record | {
+        "nsequences": count,
+        "selection": facts,
+        "indices": [indices[i] for i in chosen] if indices else [],
+        "chosen": chosen,
+    }
+    return _Drawn([part.sequences[i] for i in chosen], record)
 
 
 @dataclass(frozen=True)

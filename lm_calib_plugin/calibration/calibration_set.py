@@ -17,7 +17,7 @@ from lm_calib_plugin.storage import digest, write_text
 
 FORMAT = "lm-calib-plugin calibration set"
 FORMAT_VERSION = 1
-_LONG_LISTS = ("indices", "rows")
+_LONG_LISTS = ("indices", "rows", "chosen")
 
 
 def identity(

@@ -183,13 +183,12 @@ class SelfGenerated(Source):
     def _not_enough(self, context: Context, texts: list[Written], found: int) -> UserError:
         empty = sum(text.perplexity is None for text in texts)
         mean = sum(text.tokens for text in texts) / len(texts)
-        whole = ", set fold=all" if context.of_fold else ""
         return UserError(
             ARGUMENT,
             f"`self`: the model wrote {len(texts)} texts, {empty} of them empty, "
             f"{mean:.1f} tokens each; found {found} windows of {context.seqlen} tokens"
             f"{context.of_fold}, recipe asks {context.count}",
-            f"lower seqlen or nsamples{whole}, or use another source such as file:PATH",
+            f"{context.to_lower}, or use another source such as file:PATH",
         )
 
 
