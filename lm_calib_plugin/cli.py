@@ -51,6 +51,56 @@ def evaluate(ctx: typer.Context) -> None:
     cli_evaluate()
 
 
+class _WithRecipe(TyperCommand):
+    """A command that also takes every field of a recipe that decides the calibration set."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        from lm_calib_plugin.recipe import Recipe
+
+        super().format_options(ctx, formatter)
+        meanings = _documented(Recipe)
+        with formatter.section("Options of the calibration set"):
+            formatter.write_dl([(f"{_flag(f)} VALUE", meanings.get(f, "")) for f in _set_fields()])
+
+
+@app.command(
+    "calibrate",
+    cls=_WithRecipe,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def make_set(
+    ctx: typer.Context,
+    expression: str = typer.Argument(metavar="EXPR", help="Sources, such as self or c4*0.5+self."),
+    pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
+    out: str = typer.Option(..., help="The folder to make."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the set that is there."),
+    tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
+    revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
+    dtype: str = typer.Option("auto", help="Of the model, where it writes text itself."),
+    device: str = typer.Option(None, help="Of the model, where it writes text itself."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code"),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
+) -> None:
+    """Build a calibration set for a model and keep it in a folder: calibration=set:DIR."""
+    from pathlib import Path
+
+    from lm_calib_plugin.recipe import Recipe
+    from lm_calib_plugin.runtime import Runtime
+
+    # Any method that uses data will do: the set does not depend on it.
+    recipe = Recipe(method="wanda", sparsity=0, calibration=expression, **_set_options(ctx.args))
+    if not recipe.terms:
+        raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
+
+    from lm_calib_plugin.calibrate import Loading, calibrate
+
+    loading = Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code)
+    runtime = Runtime(progress=not quiet)
+    typer.echo(
+        calibrate(recipe, loading, Path(out).expanduser(), overwrite=overwrite, runtime=runtime)
+    )
+
+
 @app.command("ls")
 def list_parts(what: _Listed) -> None:
     """List methods, calibration sources, packings, selectors, or the options of a recipe."""
@@ -129,6 +179,40 @@ def _recipe_arguments(texts: Iterable[str]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in known}
 
 
+def _set_fields() -> list[str]:
+    """Return the recipe fields that ``calibrate`` takes beside its expression."""
+    from lm_calib_plugin.recipe import Recipe
+
+    return [name for name in Recipe.calibration_fields() if name != "calibration"]
+
+
+def _flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _set_options(texts: Sequence[str]) -> dict[str, str]:
+    """Read ``--field VALUE`` and ``--field=VALUE`` of recipe fields."""
+    fields = {_flag(name): name for name in _set_fields()}
+    own = ("out", "pretrained", "overwrite", "tokenizer", "revision", "dtype", "device", "quiet")
+    found: dict[str, str] = {}
+    rest = list(texts)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        flag = flag.replace("_", "-")
+        if flag not in fields:
+            known = [*fields, *map(_flag, own), "--trust-remote-code"]
+            raise UserError(
+                flag,
+                "unknown option",
+                nearest(flag, known),
+                "all options: lm-calib calibrate --help",
+            )
+        if not equals and not rest:
+            raise UserError(flag, "has no value", f"for instance {flag} VALUE")
+        found[fields[flag]] = value if equals else rest.pop(0)
+    return found
+
+
 # --- tables ----------------------------------------------------------------------------------
 
 
@@ -137,7 +221,7 @@ def _part_rows(what: _Listed) -> Iterator[tuple[str, ...]]:
 
     kinds: dict[_Listed, tuple[registry.Kind, ...]] = {
         _Listed.methods: ("pruning", "quantization"),
-        _Listed.sources: ("calibration",),
+        _Listed.sources: ("calibration", "mixture"),
         _Listed.packings: ("packing",),
         _Listed.selections: ("selection",),
     }

@@ -18,7 +18,12 @@ import torch
 from torch import nn
 
 from lm_calib_plugin import engine, storage
-from lm_calib_plugin.calibration import CalibrationSet, build_calibration, validate_calibration
+from lm_calib_plugin.calibration import (
+    CalibrationSet,
+    build_calibration,
+    stored_sets,
+    validate_calibration,
+)
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
 from lm_calib_plugin.errors import NumericalError, UserError
 from lm_calib_plugin.guard import left_as_found
@@ -118,7 +123,7 @@ def compress(
     resolved = _resolve(recipe, method, dense_digest, layers, calibration, held)
     report = Report(
         key=resolved.key(),
-        recipe=resolved.to_metadata() | (_given(calibration) if given else {}),
+        recipe=resolved.to_metadata() | _counted(calibration, given),
         calibration=_calibration_summary(calibration, result.pads, held),
         layers=result.rows,
         achieved=achieved,
@@ -129,6 +134,7 @@ def compress(
         versions=_versions(),
         weights_digest=final_digest,
         model_digest=dense_digest,
+        calibration_set=calibration,
     )
     if is_main_process():
         folder = runtime.report_dir
@@ -189,16 +195,27 @@ def _share(counts: Sequence[tuple[int, int]]) -> float:
 
 
 def sequence_length(recipe: Recipe, config: Any) -> int:
-    """Return the tokens of a calibration sequence: as asked, else ``min(2048, model limit)``.
+    """Return the most tokens of a calibration sequence.
+
+    As asked, else that of ``set:DIR``, else 2048; without being asked never beyond what the model
+    accepts.
 
     Raises
     ------
     UserError
-        When more is asked than the model has positions for.
+        When more is asked, or stored in a set, than the model has positions for, or less is
+        asked than a set holds.
     """
     limit = getattr(engine.text_config(config), "max_position_embeddings", None)
+    sets = stored_sets(recipe)
+    for stored in sets:
+        if recipe.seqlen is not None:
+            stored.check_length(recipe.seqlen, "seqlen")
+        elif limit:
+            stored.check_length(limit, "what the model accepts")
     if recipe.seqlen is None:
-        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
+        wanted = max((s.stored.seqlen for s in sets), default=DEFAULT_SEQLEN)
+        return min(wanted, limit or wanted)
     if limit and recipe.seqlen > limit:
         raise UserError(
             "seqlen",
@@ -307,8 +324,10 @@ def _data_warnings(
     return notes
 
 
-def _given(calibration: CalibrationSet | None) -> dict[str, Any]:
-    return {"calibration": "given", "nsamples": calibration.nsamples} if calibration else {}
+def _counted(calibration: CalibrationSet | None, given: bool) -> dict[str, Any]:
+    if calibration is None:
+        return {}
+    return {"nsamples": calibration.nsamples} | ({"calibration": "given"} if given else {})
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

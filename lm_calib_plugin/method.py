@@ -42,6 +42,8 @@ class Method(ABC):
         ``none``, ``moments`` or ``gram``: what has to be known of the inputs.
     permutation_safe
         Whether permuting output rows permutes the result the same way.
+    rows_independent
+        Whether the result of an output row does not depend on the other rows.
     inert
         Options taken for the sake of uniform commands, without any effect on this method.
     revision
@@ -53,6 +55,7 @@ class Method(ABC):
     kind: ClassVar[str]
     statistic: ClassVar[str] = "none"
     permutation_safe: ClassVar[bool] = False
+    rows_independent: ClassVar[bool] = False
     inert: ClassVar[tuple[str, ...]] = ()
     revision: ClassVar[int] = 1
     paper: ClassVar[str] = ""

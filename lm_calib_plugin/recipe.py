@@ -28,6 +28,13 @@ from lm_calib_plugin.values import flag, number, patterns, plain_value, whole
 
 SCHEMA_VERSION = 1
 DEFAULT_CALIBRATION = "self"
+STORED_SET = "set"
+# Fields that say what is done with a calibration set (or have nothing to do with it), beside the
+# options of the methods. Every other field decides what is in the set.
+_USED_LATER = (
+    "schema_version", "method", "propagate", "heldout", "exclude_first_token", "targets", "ignore",
+    "blocks", "untie",
+)  # fmt: skip
 UNSTRUCTURED = "unstructured"
 ALL_FOLDS = "all"
 RANDOM_SELECTION = "random"
@@ -68,9 +75,10 @@ class Recipe(BaseModel):
         Where the text comes from; see :mod:`lm_calib_plugin.expression`. Default ``self`` for
         methods that need data and ``none`` for the others.
     nsamples
-        Number of calibration sequences.
+        Number of calibration sequences. Not given beside ``set:DIR`` alone: all of the set.
     seqlen
-        Tokens in each. Default: 2048, or what the model accepts if that is less.
+        Tokens in each. Default: 2048, or what the model accepts if that is less; the length of
+        the set for ``set:DIR``.
     calib_seed
         Seed of the draw.
     pack
@@ -406,6 +414,24 @@ class Recipe(BaseModel):
             return self.calibration
         return parse_calibration(DEFAULT_CALIBRATION) if self.entry.needs_data else ()
 
+    @classmethod
+    def calibration_fields(cls) -> tuple[str, ...]:
+        """Return the names of the fields that decide the calibration set."""
+        rows = [*registry.table("pruning").values(), *registry.table("quantization").values()]
+        of_methods = {name for row in rows for name in row.options}
+        return tuple(f for f in cls.model_fields if f not in of_methods and f not in _USED_LATER)
+
+    @property
+    def nsamples_given(self) -> bool:
+        """Whether ``nsamples`` was typed, or is the default."""
+        return "nsamples" in self.model_fields_set
+
+    @property
+    def whole_set(self) -> bool:
+        """Whether the calibration is one ``set:DIR``, of which nothing is selected."""
+        alone = len(self.terms) == 1 and self.terms[0].name == STORED_SET
+        return alone and self.select == RANDOM_SELECTION and self.pool is None
+
     def method_options(self) -> dict[str, Any]:
         """Return the options that the method reads, as given (unset ones left out)."""
         given = {name: getattr(self, name) for name in self.entry.options}
@@ -417,6 +443,8 @@ class Recipe(BaseModel):
         plain["calibration"] = plain_form(self.terms)
         if self.select_target is not None:
             plain["select_target"] = plain_form(self.select_target)
+        if self.whole_set and not self.nsamples_given:
+            del plain["nsamples"]
         for name in ("targets", "ignore"):
             plain[name] = list(plain.get(name, ()))
             if not plain[name]:

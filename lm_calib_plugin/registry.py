@@ -2,9 +2,9 @@
 
 Built-in parts and parts of other installed packages stand in the same tables. A third party
 declares an entry point in one of the groups ``lm_calib_plugin.pruning``,
-``lm_calib_plugin.quantization``, ``lm_calib_plugin.calibration``, ``lm_calib_plugin.packing`` or
-``lm_calib_plugin.selection`` whose value is ``"module:Class"``; it is imported only when its name
-is used.
+``lm_calib_plugin.quantization``, ``lm_calib_plugin.calibration``, ``lm_calib_plugin.mixture``,
+``lm_calib_plugin.packing`` or ``lm_calib_plugin.selection`` whose value is ``"module:Class"``; it
+is imported only when its name is used.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ from typing import Any, Literal
 
 from lm_calib_plugin.errors import UserError, listed, nearest
 
-Kind = Literal["pruning", "quantization", "calibration", "packing", "selection"]
-KINDS: tuple[Kind, ...] = ("pruning", "quantization", "calibration", "packing", "selection")
+Kind = Literal["pruning", "quantization", "calibration", "mixture", "packing", "selection"]
+KINDS: tuple[Kind, ...] = (
+    "pruning",
+    "quantization",
+    "calibration",
+    "mixture",
+    "packing",
+    "selection",
+)
+Nested = Literal["no", "one", "many", "varies"]
 OURS = "lm-calib-plugin"
 
 
@@ -27,6 +35,8 @@ class Entry:
 
     ``needs_data`` and ``options`` (recipe fields that the part reads) repeat what the class says,
     so that arguments are checked before anything heavy is imported; a test keeps both equal.
+    ``nested`` tells how many sources stand inside the parentheses of a source or mixture:
+    ``no`` or ``one``, ``many`` (at least one), or ``varies`` (the class decides).
     """
 
     kind: Kind
@@ -37,6 +47,7 @@ class Entry:
     needs_data: bool = True
     options: tuple[str, ...] = ()
     distribution: str = OURS
+    nested: Nested = "no"
 
     def load(self) -> Any:
         """Import and return the class."""
@@ -127,7 +138,21 @@ _BUILTIN: tuple[Entry, ...] = (
         "task:NAME, the training split of a harness task with its own prompt",
     ),
     Entry(
+        "calibration",
+        "set",
+        _SOURCES + "sets:StoredSet",
+        "set:DIR, a folder made by lm-calib calibrate",
+    ),
+    Entry(
         "calibration", "random", _SOURCES + "random_ids:RandomIds", "uniform token ids; a control"
+    ),
+    Entry(
+        "calibration",
+        "null",
+        _SOURCES + "nulls:Null",
+        "null:KIND, controls: random, ascii, ellipsis, shuffle(SOURCE), unigram(SOURCE)",
+        "https://arxiv.org/abs/2405.20835",
+        nested="varies",
     ),
     Entry(
         "packing",
@@ -273,8 +298,12 @@ def find(kind: Kind, name: str, argument: str) -> Entry:
     rows = table(kind)
     if name in rows:
         return rows[name]
+    mixtures = table("mixture") if kind == "calibration" else {}
     raise UserError(
-        argument, f"no {kind} part `{name}`", nearest(name, rows), f"installed: {listed(rows)}"
+        argument,
+        f"no {kind} part `{name}`",
+        nearest(name, [*rows, *mixtures]),
+        f"installed: {listed(rows)}" + (f"; mixtures: {listed(mixtures)}" if mixtures else ""),
     )
 
 
@@ -285,6 +314,20 @@ def find_selector(name: str) -> Entry:
         return entry
     takes_target = getattr(entry.load(), "takes_target", False)
     return replace(entry, options=("select_target",) if takes_target else ())
+
+
+def nested_of(entry: Entry) -> Nested:
+    """Return what stands inside the parentheses of a source or mixture.
+
+    A mixture takes sources whoever wrote it; the source of a third party says so in its class
+    attribute ``nested``, and is imported for that.
+    """
+    if entry.kind == "mixture":
+        return "many"
+    if entry.distribution == OURS or entry.kind != "calibration":
+        return entry.nested
+    found: Nested = getattr(entry.load(), "nested", "no")
+    return found
 
 
 def find_method(name: str) -> Entry:

@@ -37,7 +37,8 @@ class Report:
     """Everything that is said about one compressed model.
 
     ``key`` names the result (see :meth:`lm_calib_plugin.recipe.ResolvedRecipe.key`); ``achieved``
-    is counted on the live weights after all work is done.
+    is counted on the live weights after all work is done. ``calibration_set`` is the set that was
+    used, None without data; it is not written anywhere.
     """
 
     key: str
@@ -54,6 +55,7 @@ class Report:
     model_digest: str = ""
     report_file: str | None = None
     report_sha256: str | None = None
+    calibration_set: Any = field(default=None, repr=False, compare=False)
 
     def error(self) -> dict[str, Any]:
         """Return median and worst relative output error, on calibration and held-out tokens."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.errors import UserError, listed, nearest
 from lm_calib_plugin.values import flag, whole
+
+ON_LEAK = ("warn", "error", "ignore")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Runtime:
         Folder of the per-layer report; default: ``reports`` in our cache.
     progress
         Show progress bars.
+    on_leak
+        What to do when evaluated items stand in the calibration text: ``warn``, ``error`` (refuse
+        to evaluate them) or ``ignore`` (do not look).
 
     Raises
     ------
@@ -31,12 +36,20 @@ class Runtime:
     calib_batch_size: int | str = "auto"
     report_dir: str | None = None
     progress: bool = True
+    on_leak: str = "warn"
 
     def __post_init__(self) -> None:
         if self.calib_batch_size != "auto":
             size = whole("calib_batch_size", self.calib_batch_size, lowest=1)
             object.__setattr__(self, "calib_batch_size", size)
         object.__setattr__(self, "progress", flag("progress", self.progress))
+        if self.on_leak not in ON_LEAK:
+            raise UserError(
+                "on_leak",
+                f"got {self.on_leak!r}",
+                nearest(str(self.on_leak), ON_LEAK),
+                f"allowed: {listed(ON_LEAK)}",
+            )
         if self.report_dir is not None:
             object.__setattr__(self, "report_dir", str(self.report_dir))
             taken = [

@@ -94,6 +94,7 @@ LIGHT = [
     ["ls", "methods"],
     ["ls", "sources"],
     ["ls", "packings"],
+    ["ls", "selections"],
     ["ls", "options"],
     ["show", "method=wanda,sparsity=0.5"],
 ]
@@ -121,6 +122,7 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]):
         ("methods", ("pruning", "quantization")),
         ("sources", ("calibration",)),
         ("packings", ("packing",)),
+        ("selections", ("selection",)),
     ],
 )
 def test_ls_shows_each_part_with_paper_and_distribution(
@@ -167,7 +169,8 @@ def test_ls_options_explains_every_argument():
 
 
 def test_show_prints_a_recipe_that_is_read_back(tmp_path: Path):
-    given = "method=wanda,sparsity=0.5,calibration=c4*1+self?temperature=0.8*3,ignore=*mlp*+*q_proj"
+    data = "c4*0.25+self?temperature=0.8*0.75"
+    given = f"method=wanda,sparsity=0.5,calibration={data},ignore=*mlp*+*q_proj"
     first = lm_calib("show", given)
     assert first.returncode == 0, first.stderr
     assert yaml.safe_load(first.stdout)["sparsity"] == 0.5

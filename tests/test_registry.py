@@ -153,3 +153,10 @@ def test_built_in_name_is_kept_and_both_distributions_are_known(installed: None)
 def test_unknown_method_names_the_installed_ones(installed: None) -> None:
     with pytest.raises(UserError, match="halves"):
         registry.find_method("halfs")
+
+
+def test_table_says_which_sources_are_made_of_others() -> None:
+    for entry in registry.table("calibration").values():
+        assert registry.nested_of(entry) == entry.load().nested, entry.name
+    mixture = registry.Entry("mixture", "theirs", "no.such:Class", distribution="other")
+    assert registry.nested_of(mixture) == "many"

@@ -11,18 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lm_calib_plugin import registry
-from lm_calib_plugin.calibration.calibration_set import CalibrationSet, identity
+from lm_calib_plugin.calibration.calibration_set import CalibrationSet
 from lm_calib_plugin.calibration.folds import FoldFilter, fold_seed, in_fold
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.packers import Packed, Packer
 from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.calibration.selectors import stage
 from lm_calib_plugin.calibration.sources.base import Context, IdSource, Source
+from lm_calib_plugin.calibration.sources.sets import StoredSet
 from lm_calib_plugin.calibration.tokens import check_ids, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
-from lm_calib_plugin.expression import SourceTerm, expression_text, shares
+from lm_calib_plugin.expression import SourceTerm, shares
 from lm_calib_plugin.guard import random_state_untouched
-from lm_calib_plugin.recipe import RANDOM_SELECTION, Recipe
+from lm_calib_plugin.recipe import ALL_FOLDS, RANDOM_SELECTION, Recipe
 from lm_calib_plugin.runtime import Runtime
 
 
@@ -45,6 +46,8 @@ def make_source(term: SourceTerm) -> Source:
             f"calibration source `{name}` of {entry.distribution}: {entry.target} is not a "
             f"subclass of {Source.__module__}.Source."
         )
+    if term.inner:
+        return made(argument, term.options, term.inner)
     return made(argument, term.options)
 
 
@@ -57,12 +60,45 @@ def validate_calibration(recipe: Recipe) -> None:
         For an option, file, folder or task that cannot be used.
     """
     with random_state_untouched():
-        for term in recipe.terms:
-            make_source(term).validate()
+        _validate(recipe.terms)
+        counts = shares(recipe.terms, recipe.nsamples) if recipe.terms else []
+        for term, count in zip(recipe.terms, counts, strict=True):
+            if term.name == StoredSet.name and (recipe.nsamples_given or not recipe.whole_set):
+                source = make_source(term)
+                assert isinstance(source, StoredSet)
+                source.check_count(count)
         with _about_the_target():
-            for term in recipe.select_target or ():
-                make_source(term).validate()
+            _validate(recipe.select_target or ())
         stage.make_selector(recipe.select)
+
+
+def _validate(terms: Sequence[SourceTerm]) -> None:
+    for term in terms:
+        if term.name not in registry.table("mixture"):
+            make_source(term).validate()
+        _validate(term.inner)
+
+
+def stored_sets(recipe: Recipe) -> list[StoredSet]:
+    """Return the ``set:DIR`` terms of a recipe; nothing is read yet."""
+    made = [make_source(term) for term in recipe.terms if term.name == StoredSet.name]
+    return [source for source in made if isinstance(source, StoredSet)]
+
+
+def needs_model(terms: Sequence[SourceTerm]) -> bool:
+    """Tell whether sequences of these terms can only be made with the model in memory."""
+    return any(
+        term.name in registry.table("mixture")
+        or make_source(term).needs_model
+        or needs_model(term.inner)
+        for term in terms
+    )
+
+
+def model_needed(recipe: Recipe) -> bool:
+    """Tell whether the set of a recipe can only be made with the model in memory."""
+    terms = (*recipe.terms, *(recipe.select_target or ()))
+    return needs_model(terms) or stage.selection_needs_model(recipe)
 
 
 def build_calibration(
@@ -98,7 +134,8 @@ def build_calibration(
     Returns
     -------
     CalibrationSet
-        Exactly ``recipe.nsamples`` sequences. Those of several sources are interleaved evenly,
+        Exactly ``recipe.nsamples`` sequences (all of ``set:DIR`` when it stands alone and
+        ``nsamples`` was not given). Those of several sources are interleaved evenly,
         so that every stretch of the set holds each source by its share.
 
     Raises
@@ -108,31 +145,33 @@ def build_calibration(
     """
     if not recipe.terms:
         raise UserError(ARGUMENT, "no source", "this recipe uses no data", "calibration=self")
+    if recipe.whole_set:
+        (stored,) = stored_sets(recipe)
+        stored.check_fits(tokenizer, vocab_size, seqlen)
+        return stored.first(recipe.nsamples if recipe.nsamples_given else None)
     stage.check_model(recipe, model)
-    context = Context(
-        tokenizer=tokenizer,
-        count=0,
-        seqlen=seqlen,
-        seed=recipe.calib_seed,
-        vocab_size=vocab_size,
-        model=model,
-        model_id=model_id,
-        runtime=runtime,
-        fold=recipe.fold,
-    )
     with random_state_untouched():
-        drawn = _draw_all(recipe, context)
-    order = interleaved([len(part.sequences) for part in drawn])
-    sources = []
-    for number, part in enumerate(drawn):
-        rows = [row for row, (owner, _) in enumerate(order) if owner == number]
-        sources.append(part.record | {"rows": rows})
+        base = Context(
+            tokenizer=tokenizer,
+            count=recipe.nsamples,
+            seqlen=seqlen,
+            seed=recipe.calib_seed,
+            vocab_size=vocab_size,
+            model=model,
+            model_id=model_id,
+            runtime=runtime,
+            fold=recipe.fold,
+        )
+        choice = _choice(recipe, base)
+        made = draw_terms(recipe.terms, recipe.nsamples, recipe.pack, base, choice=choice)
+        sequences, sources, weights = made
     return CalibrationSet.of(
-        [drawn[owner].sequences[place] for owner, place in order],
+        sequences,
         seqlen=seqlen,
         seed=recipe.calib_seed,
         tokenizer=tokenizer_digest(tokenizer),
         sources=sources,
+        weights=weights,
     )
 
 
@@ -145,67 +184,117 @@ def _about_the_target() -> Iterator[None]:
         raise error.renamed("select_target") if error.argument == ARGUMENT else error from None
 
 
-def _draw_all(recipe: Recipe, context: Context) -> list[_Drawn]:
-    """Draw every term, or a pool of each and the chosen ones of it."""
-    counts = shares(recipe.terms, recipe.nsamples)
-    pools = stage.pool_sizes(recipe, counts)
-    pooled = "nsamples" if pools == counts else "pool"
-    targets: list[list[int]] = []
+def _choice(recipe: Recipe, base: Context) -> stage.Choice | None:
+    """Return how sequences are chosen from pools; None when they are taken as they come."""
+    if recipe.pool is None and recipe.select == RANDOM_SELECTION:
+        return None
+    seed = derive_seed(recipe.calib_seed, "target")
+    asked = replace(base, seed=seed, count_of="select_target")
     terms = recipe.select_target or ()
-    for place, (term, count) in enumerate(zip(terms, shares(terms, stage.TARGETS), strict=True)):
-        seed = derive_seed(recipe.calib_seed, "target", place)
-        asked = replace(context, count=count, seed=seed, count_of="select_target")
-        with _about_the_target():
-            targets += _draw(term, recipe.pack, asked).sequences
+    with _about_the_target():
+        targets, _, _ = draw_terms(terms, stage.TARGETS, recipe.pack, asked)
+    return stage.Choice(recipe, targets)
+
+
+def draw_terms(
+    terms: Sequence[SourceTerm],
+    count: int,
+    pack: str | None,
+    base: Context,
+    first: int = 0,
+    choice: stage.Choice | None = None,
+) -> tuple[list[list[int]], list[dict[str, Any]], list[float] | None]:
+    """Draw ``count`` sequences from a sum of terms.
+
+    Parameters
+    ----------
+    pack
+        Packing of every term; None: each source's own.
+    base
+        Context whose ``seed`` is the seed of the whole draw.
+    first
+        Position of the first term. The seed of a term is made of the seed of the draw and its
+        position, and a term inside another starts at the position of that one: so
+        ``null:shuffle(A)`` shuffles what A draws in its place.
+    choice
+        Chooses each term's share from a pool of that term; terms inside others give whole pools.
+
+    Returns
+    -------
+    tuple
+        The sequences, those of several terms interleaved evenly; a record for each term; the
+        weights of the sequences, None when no term has any.
+    """
     drawn = []
-    for place, (term, pool, count) in enumerate(zip(recipe.terms, pools, counts, strict=True)):
-        seed = derive_seed(recipe.calib_seed, place)
-        asked = replace(context, count=pool, seed=seed, count_of=pooled)
-        part = _draw(term, recipe.pack, asked)
-        selecting = recipe.select != RANDOM_SELECTION or recipe.pool is not None
-        drawn.append(_select(recipe, part, count, asked, targets) if selecting else part)
-    return drawn
+    parts = shares(terms, count) if terms else []
+    for position, (term, part) in enumerate(zip(terms, parts, strict=True), first):
 
+        def inner(
+            terms: tuple[SourceTerm, ...], count: int, position: int = position
+        ) -> tuple[list[list[int]], list[dict[str, Any]]]:
+            sequences, records, _ = draw_terms(terms, count, pack, base, position)
+            return sequences, records
 
-def _select(
-    recipe: Recipe, part: _Drawn, count: int, context: Context, targets: list[list[int]]
-) -> _Drawn:
-    """Keep the chosen sequences of a pool; ``indices`` become those of the chosen."""
-    if not count:
-        return part
-    chosen, facts = stage.choose(recipe, part.sequences, count, context, targets)
-    if targets:
-        facts["target"] = {
-            "source": expression_text(recipe.select_target or ()),
-            "nsequences": len(targets),
-            "digest": identity(tokenizer_digest(context.tokenizer), targets),
-        }
-    indices = part.record["indices"]
-    record = part.record | {
-        "nsequences": count,
-        "selection": facts,
-        "indices": [indices[i] for i in chosen] if indices else [],
-        "chosen": chosen,
-    }
-    return _Drawn([part.sequences[i] for i in chosen], record)
+        seed = derive_seed(base.seed, position)
+        asked = replace(base, count=part, seed=seed, draw=inner)
+        if choice is not None:
+            asked = choice.widened(term, asked)
+        made = _draw(term, pack, asked)
+        drawn.append(made if choice is None else _chosen(choice, made, part, asked))
+    order = interleaved([len(part.sequences) for part in drawn])
+    records = []
+    for number, one in enumerate(drawn):
+        rows = [row for row, (owner, _) in enumerate(order) if owner == number]
+        # `weight` is the share that was asked for, `share` the one that came out.
+        share = len(rows) / count if count else 0.0
+        records.append(one.record | {"share": share, "rows": rows})
+    sequences = [drawn[owner].sequences[place] for owner, place in order]
+    return sequences, records, _weights(drawn, order)
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Sequences of one term and their record."""
+    """Sequences of one term, their record, and their weights (None: all one)."""
 
     sequences: list[list[int]]
     record: dict[str, Any]
+    weights: list[float] | None = None
+
+
+def _chosen(choice: stage.Choice, made: _Drawn, count: int, context: Context) -> _Drawn:
+    """Keep the chosen sequences of a pool; ``indices`` become those of the chosen."""
+    if not count:
+        return made
+    places, facts = choice.choose(made.sequences, count, context)
+    indices = made.record["indices"]
+    record = made.record | {
+        "nsequences": count,
+        "selection": facts,
+        "indices": [indices[i] for i in places] if indices else [],
+        "chosen": places,
+    }
+    weights = None if made.weights is None else [made.weights[i] for i in places]
+    return _Drawn([made.sequences[i] for i in places], record, weights)
+
+
+def _weights(drawn: Sequence[_Drawn], order: Sequence[tuple[int, int]]) -> list[float] | None:
+    """Return the weights in the order of the set; None when no term has any."""
+    if all(part.weights is None for part in drawn):
+        return None
+    weights = [part.weights or [1.0] * len(part.sequences) for part in drawn]
+    return [weights[owner][place] for owner, place in order]
 
 
 def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
     """Draw the sequences of one term; a share of zero opens nothing."""
     source = make_source(term)
     source.validate()
+    fold = context.fold
+    if source.generative:
+        context = replace(context, seed=fold_seed(context.seed, fold), fold=ALL_FOLDS)
     if isinstance(source, IdSource):
         pack = None
-        asked = replace(context, seed=fold_seed(context.seed, context.fold))
-        sequences = [ids.tolist() for ids in source.sequences(asked)] if context.count else []
+        sequences = [ids.tolist() for ids in source.sequences(context)] if context.count else []
         packed = Packed(sequences, [], 0, 0)
     else:
         pack = pack or source.default_pack
@@ -217,7 +306,7 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
         "weight": term.weight,
         "nsequences": len(packed.sequences),
         "pack": pack,
-        "fold": context.fold,
+        "fold": fold,
         "licence": None,
         "fingerprint": None,
         "documents": packed.documents,
@@ -226,7 +315,8 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
         **(source.provenance() if context.count else {}),
         "indices": packed.indices,
     }
-    return _Drawn(packed.sequences, record)
+    weights = source.weights() if isinstance(source, IdSource) and context.count else None
+    return _Drawn(packed.sequences, record, weights)
 
 
 def _packed(source: Source, pack: str, context: Context) -> Packed:

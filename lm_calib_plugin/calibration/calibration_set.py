@@ -1,10 +1,9 @@
-"""The calibration set: token ids with an identity, kept in one readable file."""
+"""The calibration set: token ids with an identity, kept in a folder."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lm_calib_plugin.errors import CalibError
-from lm_calib_plugin.storage import digest, write_text
+from lm_calib_plugin.calibration.set_folder import damaged_identity, read_set, write_set
+from lm_calib_plugin.storage import digest
 
-FORMAT = "lm-calib-plugin calibration set"
-FORMAT_VERSION = 1
 _LONG_LISTS = ("indices", "rows", "chosen")
 
 
@@ -110,7 +107,7 @@ class CalibrationSet:
 
     def summary(self) -> dict[str, Any]:
         """Return plain values for a report: everything but ids and long lists of indices."""
-        short = [{k: v for k, v in s.items() if k not in _LONG_LISTS} for s in self.sources]
+        short = [_short(source) for source in self.sources]
         return {
             "calib_id": self.calib_id,
             "sources": short,
@@ -119,57 +116,64 @@ class CalibrationSet:
             "tokens": self.tokens,
         }
 
-    def save(self, path: str | Path) -> None:
-        """Write the set to one JSON file; the file appears whole or not at all."""
-        content = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "calib_id": self.calib_id,
-            "tokenizer": self.tokenizer,
-            "seqlen": self.seqlen,
-            "seed": self.seed,
-            "sources": list(self.sources),
-            "sequences": [ids.tolist() for ids in self.sequences],
-            "weights": self.weights,
-        }
-        text = json.dumps({"digest": digest(content), **content}, allow_nan=False)
-        write_text(Path(path), text + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> CalibrationSet:
-        """Read a set back.
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        tokenizer: Any = None,
+        vocab_size: int | None = None,
+        factors: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write the set to a new folder; see :mod:`lm_calib_plugin.calibration.set_folder`.
 
         Raises
         ------
-        CalibError
-            When the file is missing, damaged (expected and found digest are named) or written
-            by a newer version.
+        UserError
+            When something is there already.
         """
-        file = Path(path)
-        content = _read(file)
-        expected = content.pop("digest", None)
-        version = content.get("format_version")
-        if content.get("format") != FORMAT or not isinstance(version, int):
-            raise CalibError(f"{file}: not a calibration set.")
-        if version > FORMAT_VERSION:
-            raise CalibError(
-                f"{file}: written in format {version}, this build reads up to {FORMAT_VERSION}; "
-                "upgrade lm-calib-plugin."
-            )
-        found = digest(content)
-        if found != expected:
-            raise _damaged(file, f"expected digest {expected}, found {found}")
-        made = cls.of(
-            content["sequences"],
-            seqlen=content["seqlen"],
-            seed=content["seed"],
-            tokenizer=content["tokenizer"],
-            sources=content["sources"],
-            weights=content["weights"],
+        write_set(
+            self,
+            Path(folder),
+            tokenizer=tokenizer,
+            vocab_size=vocab_size,
+            factors=factors,
+            overwrite=overwrite,
         )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> CalibrationSet:
+        """Read a set back; every changed byte is noticed.
+
+        Raises
+        ------
+        UserError
+            When the folder is missing, holds no set, or was written by a newer version.
+        CalibError
+            When a file is damaged; it is named, with what was expected and found.
+        """
+        place = Path(folder)
+        content, sequences, weights = read_set(place)
+        try:
+            made = cls.of(
+                sequences,
+                seqlen=content["seqlen"],
+                seed=content["seed"],
+                tokenizer=content["tokenizer"],
+                sources=content["sources"],
+                weights=weights,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged_identity(place, str(content.get("calib_id")), str(error)) from None
         if made.calib_id != content["calib_id"]:
-            raise _damaged(file, f"expected calib_id {content['calib_id']}, found {made.calib_id}")
+            raise damaged_identity(place, content["calib_id"], made.calib_id)
         return made
+
+
+def _short(record: dict[str, Any]) -> dict[str, Any]:
+    """Leave the long lists out of the record of a term and of the terms inside it."""
+    short = {key: value for key, value in record.items() if key not in _LONG_LISTS}
+    return short | ({"inner": [_short(r) for r in short["inner"]]} if "inner" in short else {})
 
 
 def _weights(weights: Iterable[float] | None, count: int) -> tuple[float, ...] | None:
@@ -180,24 +184,3 @@ def _weights(weights: Iterable[float] | None, count: int) -> tuple[float, ...] |
     if len(values) != count or not all(0 < w < math.inf for w in values):
         raise ValueError(f"{count} positive weights are needed, got {values}")
     return None if all(w == 1 for w in values) else values
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CalibError(f"{file}: cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise _damaged(file, "expected JSON text, found other bytes") from None
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        what = f"expected one JSON object, found none ({error.msg}, character {error.pos})"
-        raise _damaged(file, what) from None
-    if not isinstance(content, dict):
-        raise _damaged(file, f"expected a JSON object, found a {type(content).__name__}")
-    return content
-
-
-def _damaged(file: Path, what: str) -> CalibError:
-    return CalibError(f"{file}: damaged: {what}; delete it and make it again.")

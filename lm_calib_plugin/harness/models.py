@@ -19,6 +19,7 @@ from lm_calib_plugin.harness.arguments import (
     split_arguments,
 )
 from lm_calib_plugin.harness.cache_guard import guard_response_cache
+from lm_calib_plugin.harness.leakage import LeakCheck
 from lm_calib_plugin.recipe import read_arguments
 from lm_calib_plugin.registry import table
 
@@ -54,6 +55,7 @@ class Calib(HFLM):
             self.report.warnings.append(
                 "code that came with the model was allowed to run (trust_remote_code)"
             )
+        self.leak_check = LeakCheck(self.report.calibration_set, self.tokenizer, runtime.on_leak)
         self._agree_across_ranks()
         if is_main_process():
             sys.stderr.write(f"lm-calib: {self.report.line()}\n")
@@ -93,12 +95,47 @@ class Calib(HFLM):
                 "The weights have changed since they were compressed: the evaluation is not of "
                 "the model that the report describes."
             )
-        return {**super().get_model_info(), "compression": self.report.summary()}
+        summary = self.report.summary()
+        summary["leakage"] = self.leak_check.report()
+        summary["warnings"] += self.leak_check.warnings()
+        return {**super().get_model_info(), "compression": summary}
+
+    def loglikelihood(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Score continuations, after a look for calibration text among them."""
+        self._check_leaks(requests)
+        return super().loglikelihood(requests, *args, **kwargs)
+
+    def loglikelihood_rolling(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Score running text, after a look for calibration text in it."""
+        self._check_leaks(requests)
+        return super().loglikelihood_rolling(requests, *args, **kwargs)
+
+    def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Generate, after a look for calibration text in the prompts."""
+        self._check_leaks(requests)
+        return super().generate_until(requests, *args, **kwargs)
+
+    def barrier(self) -> None:
+        """Wait for the other processes and add up what each has found.
+
+        The harness calls this on every process after each kind of request, also where the
+        response cache had all the answers.
+        """
+        super().barrier()
+        self.leak_check.gather()
+
+    def _check_leaks(self, requests: list[Any]) -> None:
+        try:
+            self.leak_check.check(requests)
+        except UserError:
+            install_short_excepthook()
+            raise
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Refuse a response cache that was written by another recipe."""
         try:
             guard_response_cache(cache_hook.dbdict, self.report.key)
+            self.leak_check.watch_cache(cache_hook.dbdict)
         except UserError:
             install_short_excepthook()
             raise

@@ -36,6 +36,7 @@ class GPTQ(QuantizationMethod):
 
     statistic: ClassVar[str] = "gram"
     permutation_safe: ClassVar[bool] = True
+    rows_independent: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.17323"
     act_order: bool = True
     damp: float = 0.01

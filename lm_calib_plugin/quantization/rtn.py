@@ -18,6 +18,7 @@ class RTN(QuantizationMethod):
     """Round every weight to the nearest level of the min-max grid (arXiv 2206.01861)."""
 
     permutation_safe: ClassVar[bool] = True
+    rows_independent: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2206.01861"
 
     def compress(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import draw, numbered, write_jsonl
+from conftest import context, draw, numbered, write_jsonl
 
 from lm_calib_plugin import registry
 from lm_calib_plugin.calibration import build, validate_calibration
 from lm_calib_plugin.calibration.folds import fold_of
 from lm_calib_plugin.calibration.selectors.base import Selector
-from lm_calib_plugin.calibration.selectors.stage import POOL, TARGETS, pool_sizes
+from lm_calib_plugin.calibration.selectors.stage import POOL, TARGETS, Choice
 from lm_calib_plugin.errors import CalibError, UserError
+from lm_calib_plugin.expression import shares
 from lm_calib_plugin.recipe import Recipe
 
 NAMES = list(registry.table("selection"))
@@ -35,7 +36,7 @@ def given(name, corpus):
 
 def test_without_select_and_pool_the_draw_is_that_of_before(words, corpus, monkeypatch):
     plain = draw(f"file:{corpus}", words)
-    monkeypatch.setattr(build, "_select", None)  # the stage is not even entered
+    monkeypatch.setattr(build, "_chosen", None)  # the stage is not even entered
     assert draw(f"file:{corpus}", words, select="random").calib_id == plain.calib_id
     assert "selection" not in plain.sources[0]
     assert "chosen" not in plain.sources[0]
@@ -90,13 +91,15 @@ def test_each_source_selects_its_own_share(words, corpus):
 
 @pytest.mark.parametrize("weights", [(0.34, 0.33, 0.33), (0.98, 0.01, 0.01), (0.5, 0.3, 0.2)])
 @pytest.mark.parametrize(("nsamples", "pool"), [(1, 1), (1, 2), (3, 3), (3, 4), (7, 90)])
-def test_a_share_of_the_pool_is_never_too_small(weights, nsamples, pool):
+def test_a_share_of_the_pool_is_never_too_small(words, weights, nsamples, pool):
     terms = [{"source": "random", "weight": weight} for weight in weights]
     recipe = Recipe(method="wanda", sparsity=0.5, calibration=terms, nsamples=nsamples, pool=pool)
-    counts = build.shares(recipe.terms, nsamples)
-    sizes = pool_sizes(recipe, counts)
-    assert all(size >= count for size, count in zip(sizes, counts, strict=True))
-    assert all(size == 0 for size, count in zip(sizes, counts, strict=True) if not count)
+    choice = Choice(recipe)
+    for term, count in zip(recipe.terms, shares(recipe.terms, nsamples), strict=True):
+        widened = choice.widened(term, context(words, count=count))
+        assert widened.count >= count
+        assert bool(widened.count) == bool(count)
+        assert widened.count_of == ("pool" if widened.count > count else "nsamples")
 
 
 def test_pool_and_target_are_of_the_fold(words, corpus, model):

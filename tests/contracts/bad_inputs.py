@@ -250,7 +250,7 @@ CASES = [
         "weight_negative",
         wanda(calibration="c4*-1+self"),
         "calibration",
-        ("`c4*-1`", "positive", "c4*0.5+self*0.5"),
+        ("'c4*-1'", "positive", "c4*0.5+self*0.5"),
     ),
     Case(
         "weight_text",

@@ -412,6 +412,16 @@ def test_inputs_that_are_never_active(row: Row) -> None:
         assert torch.equal(changed[:, ~dead], result.weight[:, ~dead])
 
 
+@every_row
+def test_independent_rows_are_independent(row: Row) -> None:
+    if not make(row).rows_independent:
+        return
+    weight, x = weights(NARROW), tokens(NARROW[1])
+    whole = run(row, weight, x).weight
+    for part in (slice(0, 1), slice(2, 5)):
+        assert torch.equal(run(row, weight[part], x).weight, whole[part])
+
+
 @data_rows
 def test_inputs_that_are_all_silent(row: Row) -> None:
     weight = weights(NARROW)

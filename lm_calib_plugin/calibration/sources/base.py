@@ -18,9 +18,13 @@ from torch import Tensor
 
 from lm_calib_plugin.calibration.options import Option, read_options
 from lm_calib_plugin.calibration.seeds import derive_seed
+from lm_calib_plugin.expression import SourceTerm
+from lm_calib_plugin.registry import Nested
 from lm_calib_plugin.runtime import Runtime
 
 Order = Literal["stored", "shuffled"]
+# Terms and a number of sequences -> the sequences of these terms, and one record a term.
+Draw = Callable[[tuple[SourceTerm, ...], int], tuple[list[list[int]], list[dict[str, Any]]]]
 
 
 class Document(NamedTuple):
@@ -58,6 +62,9 @@ class Context:
         Progress bars and the like.
     pack
         Name of the packer that will cut the documents.
+    draw
+        Gives the sequences of other terms, for a source that is made of them: exactly those that
+        they would give alone in the place of this source. None when the caller has no such.
     fold
         Part of the documents that will be used; the others are left out after the source. A
         source need not look at it, unless it keeps what it made for ``count`` windows.
@@ -77,6 +84,7 @@ class Context:
     model_id: str = ""
     runtime: Runtime = field(default_factory=Runtime)
     pack: str = ""
+    draw: Draw | None = None
     fold: str = "all"
     count_of: str = "nsamples"
 
@@ -96,7 +104,9 @@ class Source(ABC):
     """Base of every source of texts.
 
     A subclass names its ``options``, its ``default_pack`` and the ``joiner`` put between two
-    documents that are packed together, and gives :meth:`documents`.
+    documents that are packed together, whether it ``needs_model`` in memory to give any text, and
+    gives :meth:`documents`. A source that is ``generative`` makes its text with the seed: its folds
+    are different seeds, where those of other sources are different documents.
 
     Parameters
     ----------
@@ -104,15 +114,25 @@ class Source(ABC):
         What stands after ``name:`` in the calibration expression.
     options
         Pairs of option name and text, as typed after ``?``.
+    inner
+        Terms between the parentheses; given only to a source whose ``nested`` is not ``"no"``.
     """
 
     name: ClassVar[str] = ""
     options: ClassVar[Mapping[str, Option]] = {}
+    nested: ClassVar[Nested] = "no"
+    needs_model: ClassVar[bool] = False
+    generative: ClassVar[bool] = False
     default_pack: str = "concat"
     joiner: str = "\n\n"
 
-    def __init__(self, argument: str = "", options: Iterable[tuple[str, str]] = ()) -> None:
-        self.argument = argument
+    def __init__(
+        self,
+        argument: str = "",
+        options: Iterable[tuple[str, str]] = (),
+        inner: Sequence[SourceTerm] = (),
+    ) -> None:
+        self.argument, self.inner = argument, tuple(inner)
         self.settings = read_options(self.name or type(self).__name__, self.options, options)
 
     def validate(self) -> None:
@@ -136,6 +156,7 @@ class IdSource(Source):
     """Base of a source that gives token ids at once; packing does not apply."""
 
     default_pack = ""
+    generative = True
 
     def documents(self, context: Context) -> Iterator[Document]:
         """Yield nothing: there is no text."""
@@ -144,6 +165,10 @@ class IdSource(Source):
     @abstractmethod
     def sequences(self, context: Context) -> list[Tensor]:
         """Return ``context.count`` int64 tensors of 1 to ``context.seqlen`` ids."""
+
+    def weights(self) -> list[float] | None:
+        """Return a positive weight for each sequence just given; None: all one."""
+        return None
 
 
 def visiting_order(total: int, context: Context) -> Sequence[int]:

@@ -39,6 +39,8 @@ class SelfGenerated(Source):
     """Text of the dense model itself, kept in the cache under the digest of its settings."""
 
     name = "self"
+    generative = True
+    needs_model = True
     default_pack = "concat"
     joiner = " "
     options = {

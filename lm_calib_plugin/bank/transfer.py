@@ -1,0 +1,176 @@
+"""Does a calibration set carry over to a domain? Ratios of held-out layer errors, and a verdict.
+
+For a domain g with Gram matrices ``H_g`` of sequences that no set has seen, and compressed weights
+``W'``::
+
+    E_g(W') = sum over layers of tr((W - W') H_g (W - W')^T) / tr(W H_g W^T)
+    R_g(W') = E_g(W') / E_g(W' calibrated on g itself)            1: as good as g's own text
+    T_g(W') = E_g(W') / E_g(W' without any data), layer by layer  1: the data were of no use
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_calib_plugin import engine, registry
+from lm_calib_plugin.bank.errors import layer_errors
+from lm_calib_plugin.bank.store import Bank
+from lm_calib_plugin.method import Method
+
+NO_USE = 0.9  # median T of the layers: hardly better than no data
+BROKEN = 10.0  # T of one layer: far worse than no data
+OWN, BASELINE = "own text of", "without data"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One calibration set on one domain.
+
+    ``error`` is E_g, ``regret`` R_g, ``against_no_data`` the median over layers of T_g, ``worst``
+    its largest value, and ``worst_layer`` where.
+    """
+
+    set: str
+    domain: str
+    error: float
+    regret: float
+    against_no_data: float
+    worst: float
+    worst_layer: str
+
+    @property
+    def transfers(self) -> bool:
+        """Whether the set is of use for the domain."""
+        return self.against_no_data < NO_USE and self.worst <= BROKEN
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Every set on every domain."""
+
+    method: str
+    baseline: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def sets(self) -> list[str]:
+        """Names of the sets."""
+        return list(dict.fromkeys(entry.set for entry in self.entries))
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains."""
+        return list(dict.fromkeys(entry.domain for entry in self.entries))
+
+    def at(self, name: str, domain: str) -> Entry:
+        """Return the entry of a set and a domain."""
+        return next(e for e in self.entries if (e.set, e.domain) == (name, domain))
+
+    def worst_regret(self, name: str) -> Entry:
+        """Return the entry of a set where its regret is largest."""
+        return max((e for e in self.entries if e.set == name), key=lambda e: e.regret)
+
+    def advice(self) -> str:
+        """Return one line: which set to use, and which not."""
+        best = min(self.sets, key=lambda name: self.worst_regret(name).regret)
+        worst = self.worst_regret(best)
+        line = (
+            f"use `{best}`: at worst {worst.regret:.2f} times the error of a domain's own text "
+            f"({worst.domain})"
+        )
+        bad = [f"{e.set} on {e.domain}" for e in self.entries if not e.transfers]
+        if bad:
+            line += f"; does not transfer: {', '.join(bad)}"
+        return line
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "method": self.method,
+            "baseline": self.baseline,
+            "thresholds": {"median": NO_USE, "layer": BROKEN},
+            "entries": [vars(e) | {"transfers": e.transfers} for e in self.entries],
+            "advice": self.advice(),
+        }
+
+
+def baseline_of(method: Method) -> Method:
+    """Return the method without data that a method is compared with: magnitude, or rtn."""
+    name = "magnitude" if method.kind == "pruning" else "rtn"
+    entry = registry.find_method(name)
+    given = {k: v for k, v in method.options().items() if k in entry.options}
+    made: Method = entry.load().from_options(given)
+    return made
+
+
+def transfer(
+    bank: Bank,
+    layers: Sequence[engine.TargetLayer],
+    method: Method,
+    sets: Mapping[str, Tensor],
+    domains: Sequence[str],
+    *,
+    own_fold: str = "choose",
+    judge_fold: str = "judge",
+    progress: bool = False,
+) -> Transfer:
+    """Judge calibration sets on domains.
+
+    Parameters
+    ----------
+    sets
+        Name -> weights of the sequences of the bank, float64 ``[sequences]``.
+    domains
+        Sources of the bank that hold sequences in both folds.
+    own_fold
+        Fold of a domain that its own calibration uses.
+    judge_fold
+        Fold of a domain that errors are judged on.
+
+    Raises
+    ------
+    UserError
+        When the bank does not hold a domain, or holds no Gram matrices of it.
+    """
+    baseline = baseline_of(method)
+    methods: dict[str, tuple[Method, Tensor | None]] = {
+        f"set {name}": (method, weights) for name, weights in sets.items()
+    }
+    for domain in domains:
+        methods[f"{OWN} {domain}"] = (method, bank.mixture({domain: 1.0}, own_fold))
+    methods[BASELINE] = (baseline, None)
+    judges = {domain: bank.mixture({domain: 1.0}, judge_fold) for domain in domains}
+    found = layer_errors(bank, layers, methods, judges, progress=progress)
+    names = [name for row in bank.inputs for name in row.layers]
+    entries = []
+    for name in sets:
+        for column, domain in enumerate(domains):
+            error = found[f"set {name}"][:, column]
+            own = found[f"{OWN} {domain}"][:, column]
+            ratio = error / found[BASELINE][:, column]
+            place = int(ratio.nan_to_num(0.0).argmax())
+            entries.append(
+                Entry(
+                    set=name,
+                    domain=domain,
+                    error=float(error.nansum()),
+                    regret=float(error.nansum() / own.nansum()),
+                    against_no_data=float(ratio.nanmedian()),
+                    worst=float(ratio[place]),
+                    worst_layer=names[place],
+                )
+            )
+    return Transfer(type(method).__name__, type(baseline).__name__, tuple(entries))
+
+
+def log_regrets(errors: Tensor, own: Tensor) -> Tensor:
+    """Return the median over layers of ``log R`` for every domain, ``[domains]``.
+
+    ``errors`` and ``own`` are ``[layers, domains]``.
+    """
+    return torch.log(errors / own).nanmedian(dim=0).values

@@ -1,0 +1,221 @@
+"""``lm-calib calibrate``: build a calibration set once, keep it in a folder, use it anywhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lm_calib_plugin import engine
+from lm_calib_plugin.builtin_models import PREFIX, resolve_pretrained
+from lm_calib_plugin.calibration import (
+    CalibrationSet,
+    build_calibration,
+    model_needed,
+    validate_calibration,
+)
+from lm_calib_plugin.calibration.set_folder import licences, may_replace, read_record
+from lm_calib_plugin.compression import sequence_length
+from lm_calib_plugin.errors import CalibError, UserError
+from lm_calib_plugin.guard import left_as_found, random_state_untouched
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which model a set is built for, and how it is loaded where it is needed at all.
+
+    Parameters
+    ----------
+    pretrained
+        Hub name, folder, or ``builtin:NAME``.
+    tokenizer
+        Another tokenizer; default: that of the model.
+    revision, trust_remote_code
+        As for ``from_pretrained``.
+    dtype, device
+        Of the model, for text that it writes itself. Defaults: that of the checkpoint; ``cuda``
+        where there is one.
+    """
+
+    pretrained: str
+    tokenizer: str | None = None
+    revision: str = "main"
+    dtype: str = "auto"
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    def place(self) -> str:
+        """Return the device the model goes to."""
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def calibrate(
+    recipe: Recipe,
+    loading: Loading,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    runtime: Runtime | None = None,
+) -> str:
+    """Build the calibration set of a recipe in a new folder.
+
+    Only tokenizer and configuration are loaded, unless a source needs the model itself. The set
+    is the one that the same expression gives inside an evaluation of this model.
+
+    Parameters
+    ----------
+    recipe
+        Its calibration fields are read; the method does not matter.
+    out
+        The folder to make. When it holds this very set already, nothing is done.
+
+    Returns
+    -------
+    str
+        A summary to show.
+
+    Raises
+    ------
+    UserError
+        When the recipe cannot be used, or ``out`` holds something else.
+    """
+    began = time.perf_counter()
+    validate_calibration(recipe)
+    with_model = model_needed(recipe)
+    factors = _factors(recipe, loading, with_model)
+    if out.exists() or out.is_symlink():
+        _check_existing(out, factors, overwrite)
+    drawn, tokenizer, vocab_size = _build(recipe, loading, with_model, runtime or Runtime())
+    kept = False
+    if out.exists() and not overwrite:
+        kept = _is(out, drawn)
+        if not kept:
+            raise _other_set(out, drawn.calib_id)
+    if not kept:
+        drawn.save(
+            out, tokenizer=tokenizer, vocab_size=vocab_size, factors=factors, overwrite=overwrite
+        )
+    what = "this set was there already, nothing was written" if kept else "written"
+    return _summary(drawn, loading, out, what, time.perf_counter() - began)
+
+
+def _build(
+    recipe: Recipe, loading: Loading, with_model: bool, runtime: Runtime
+) -> tuple[CalibrationSet, Any, int]:
+    """Return the set, the tokenizer and the rows of the embedding table."""
+    folder = resolve_pretrained(loading.pretrained)
+    common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, **common)
+        # Before the weights, which may take minutes.
+        seqlen = sequence_length(recipe, config)
+        tokenizer = AutoTokenizer.from_pretrained(loading.tokenizer or folder, **common)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(loading, error) from None
+    if not with_model:
+        # Checkpoints whose embeddings were resized say so in their configuration.
+        vocab_size = int(engine.text_config(config).vocab_size)
+        drawn = build_calibration(
+            recipe, tokenizer, seqlen=seqlen, model_id="", vocab_size=vocab_size, runtime=runtime
+        )
+        return drawn, tokenizer, vocab_size
+    with random_state_untouched():
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=loading.dtype, **common
+            ).to(loading.place())
+        except (OSError, ValueError) as error:
+            raise _cannot_load(loading, error) from None
+    vocab_size = int(model.get_input_embeddings().weight.shape[0])
+    with left_as_found(model):
+        drawn = build_calibration(
+            recipe,
+            tokenizer,
+            model,
+            seqlen=seqlen,
+            model_id=engine.model_digest(model),
+            vocab_size=vocab_size,
+            runtime=runtime,
+        )
+    return drawn, tokenizer, vocab_size
+
+
+def _factors(recipe: Recipe, loading: Loading, with_model: bool) -> dict[str, Any]:
+    """Return every argument that decides the set, as plain values."""
+    plain = recipe.to_metadata()
+    chosen = {name: plain[name] for name in Recipe.calibration_fields() if name in plain}
+    model = {
+        "pretrained": loading.pretrained,
+        "revision": loading.revision,
+        "tokenizer": loading.tokenizer,
+    }
+    if with_model:
+        model |= {"dtype": loading.dtype, "device": loading.place().split(":")[0]}
+    return chosen | {k: v for k, v in model.items() if v is not None}
+
+
+def _check_existing(out: Path, factors: dict[str, Any], overwrite: bool) -> None:
+    """Refuse what can be refused before anything is built."""
+    if overwrite:
+        may_replace(out, overwrite=True)
+        return
+    try:
+        record = read_record(out)
+    except CalibError:
+        may_replace(out, overwrite=False)
+        return
+    if record.get("factors") != factors:
+        raise _other_set(out, str(record.get("calib_id")))
+
+
+def _is(out: Path, drawn: CalibrationSet) -> bool:
+    return CalibrationSet.load(out).calib_id == drawn.calib_id
+
+
+def _other_set(out: Path, calib_id: str) -> UserError:
+    return UserError(
+        "out",
+        f"{out} holds another calibration set ({calib_id[:12]})",
+        "a new folder",
+        "name another one, or give --overwrite",
+    )
+
+
+def _cannot_load(loading: Loading, error: Exception) -> Exception:
+    if isinstance(error, UserError):
+        return error
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        "pretrained",
+        f"`{loading.pretrained}` cannot be loaded ({first[:200]})",
+        "a hub name, a folder, or builtin:smollm2-135m",
+    )
+
+
+def _summary(drawn: CalibrationSet, loading: Loading, out: Path, what: str, seconds: float) -> str:
+    rows = [
+        ("set", f"{out} ({what})"),
+        ("calib_id", drawn.calib_id),
+        ("sequences", f"{drawn.nsamples} of at most {drawn.seqlen} tokens, {drawn.tokens} in all"),
+    ]
+    for source in drawn.sources:
+        rows.append(("source", f"{source['source']}: {source['nsequences']} sequences"))
+        rows += [("warning", str(note)) for note in source.get("warnings", ())]
+    rows += [("license", note) for note in licences(drawn.sources)]
+    rows.append(("seconds", f"{seconds:.1f}"))
+    model = loading.pretrained
+    if not model.startswith(PREFIX) and loading.revision != "main":
+        model += f",revision={loading.revision}"
+    lines = [f"{name:<10} {text}" for name, text in rows]
+    lines += [
+        "next:",
+        f"  lm_eval --model calib_pruned --model_args pretrained={model},method=wanda,"
+        f"sparsity=0.5,calibration=set:{out} --tasks TASK",
+    ]
+    return "\n".join(lines)
