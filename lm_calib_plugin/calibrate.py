@@ -15,7 +15,7 @@ from lm_calib_plugin.builtin_models import PREFIX, resolve_pretrained
 from lm_calib_plugin.calibration import (
     CalibrationSet,
     build_calibration,
-    needs_model,
+    model_needed,
     validate_calibration,
 )
 from lm_calib_plugin.calibration.set_folder import licences, may_replace, read_record
@@ -86,8 +86,16 @@ def calibrate(
         When the recipe cannot be used, or ``out`` holds something else.
     """
     began = time.perf_counter()
+    unspoken = sorted(set(str(out)) & set("+*?,"))
+    if unspoken:
+        raise UserError(
+            "out",
+            f"{str(out)!r} holds `{unspoken[0]}`",
+            "calibration=set:DIR could not name it",
+            "choose a folder name without + * ? ,",
+        )
     validate_calibration(recipe)
-    with_model = needs_model(recipe.terms)
+    with_model = model_needed(recipe)
     factors = _factors(recipe, loading, with_model)
     if out.exists() or out.is_symlink():
         _check_existing(out, factors, overwrite)

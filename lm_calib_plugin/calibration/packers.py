@@ -235,10 +235,9 @@ def _if_longer(text: str, context: Context) -> list[int]:
 
 
 def _too_few(found: int, seen: int, context: Context, way_out: str) -> UserError:
-    whole = ", set fold=all" if context.of_fold else ""
     return UserError(
-        "nsamples",
+        context.count_of,
         f"found {found} windows of {context.seqlen} tokens in {seen} documents{context.of_fold}, "
         f"recipe asks {context.count}",
-        f"lower nsamples or seqlen{whole}, {way_out}",
+        f"{context.to_lower}, {way_out}",
     )
