@@ -383,6 +383,11 @@ class Recipe(BaseModel):
         given = {name: getattr(self, name) for name in self.entry.options}
         return {name: value for name, value in given.items() if value is not None}
 
+    def replaced(self, **changes: Any) -> Recipe:
+        """Return the recipe with some fields changed, checked like any other."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**given, **changes})
+
     def to_metadata(self) -> dict[str, Any]:
         """Return the recipe as plain values, as :class:`Recipe` and YAML take them back."""
         plain = {k: v for k, v in self.model_dump().items() if v is not None}

@@ -16,6 +16,7 @@ from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.packers import Packed, Packer
 from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.calibration.sources.base import Context, IdSource, Source
+from lm_calib_plugin.calibration.sources.named import NamedCorpus
 from lm_calib_plugin.calibration.sources.sets import StoredSet
 from lm_calib_plugin.calibration.tokens import check_ids, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
@@ -26,7 +27,7 @@ from lm_calib_plugin.runtime import Runtime
 
 
 def make_source(term: SourceTerm) -> Source:
-    """Return the source of a term, options checked; a named corpus is an ``hf`` source.
+    """Return the source of a term, options checked.
 
     Raises
     ------
@@ -35,18 +36,18 @@ def make_source(term: SourceTerm) -> Source:
     CalibError
         When the registered class (of another package) is no source.
     """
-    corpus = registry.CORPORA.get(term.name)
-    name, argument = ("hf", corpus) if corpus else (term.name, term.argument)
-    entry = registry.find("calibration", name, ARGUMENT)
+    if term.name in registry.CORPORA:
+        return NamedCorpus(term.name, term.argument, term.options)
+    entry = registry.find("calibration", term.name, ARGUMENT)
     made = entry.load()
     if not (isinstance(made, type) and issubclass(made, Source)):
         raise CalibError(
-            f"calibration source `{name}` of {entry.distribution}: {entry.target} is not a "
+            f"calibration source `{term.name}` of {entry.distribution}: {entry.target} is not a "
             f"subclass of {Source.__module__}.Source."
         )
     if term.inner:
-        return made(argument, term.options, term.inner)
-    return made(argument, term.options)
+        return made(term.argument, term.options, term.inner)
+    return made(term.argument, term.options)
 
 
 def validate_calibration(recipe: Recipe) -> None:

@@ -5,9 +5,10 @@ import torch
 from conftest import draw, numbered, tiny_model, word_tokenizer, write_jsonl
 
 from lm_calib_plugin.calibration import CalibrationSet, build_calibration, validate_calibration
-from lm_calib_plugin.compression import sequence_length
+from lm_calib_plugin.compression import compress, sequence_length
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.runtime import Runtime
 
 
 @pytest.fixture
@@ -205,3 +206,15 @@ def test_a_seed_that_draws_nothing_is_noted(words, stored, tmp_path):
     assert noted.sources[0]["warnings"] == [
         "calib_seed=5 draws nothing from a set that is used whole"
     ]
+
+
+def test_a_set_given_to_compress_must_fit_the_tokenizer(words, stored, tmp_path):
+    recipe = Recipe(method="wanda", sparsity=0.5)
+    runtime = Runtime(progress=False, report_dir=str(tmp_path / "reports"))
+    loaded = CalibrationSet.load(tmp_path / "set")
+    with pytest.raises(UserError, match=f"made with tokenizer {stored.tokenizer}, this model has"):
+        compress(tiny_model(), word_tokenizer(start_token=True), recipe, runtime, loaded)
+    report = compress(tiny_model(), words, recipe, runtime, loaded)
+    assert report.calibration["calib_id"] == stored.calib_id
+    assert report.recipe["calibration"] == "given"
+    assert report.calibration_set is loaded
