@@ -15,7 +15,7 @@ from lm_calib_plugin.builtin_models import PREFIX, resolve_pretrained
 from lm_calib_plugin.calibration import (
     CalibrationSet,
     build_calibration,
-    needs_model,
+    model_needed,
     validate_calibration,
 )
 from lm_calib_plugin.calibration.set_folder import licences, may_replace, read_record
@@ -95,7 +95,7 @@ def calibrate(
             "choose a folder name without + * ? , ( )",
         )
     validate_calibration(recipe)
-    with_model = needs_model(recipe.terms)
+    with_model = model_needed(recipe)
     factors = _factors(recipe, loading, with_model)
     if out.exists() or out.is_symlink():
         _check_existing(out, factors, overwrite)

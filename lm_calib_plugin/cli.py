@@ -30,6 +30,7 @@ class _Listed(str, Enum):
     methods = "methods"
     sources = "sources"
     packings = "packings"
+    selections = "selections"
     options = "options"
 
 
@@ -102,7 +103,7 @@ def make_set(
 
 @app.command("ls")
 def list_parts(what: _Listed) -> None:
-    """List methods, calibration sources, packings, or the options of a recipe."""
+    """List methods, calibration sources, packings, selectors, or the options of a recipe."""
     if what is _Listed.options:
         _print_table(("option", "default", "meaning"), _option_rows())
     else:
@@ -226,6 +227,7 @@ def _part_rows(what: _Listed) -> Iterator[tuple[str, ...]]:
         _Listed.methods: ("pruning", "quantization"),
         _Listed.sources: ("calibration", "mixture"),
         _Listed.packings: ("packing",),
+        _Listed.selections: ("selection",),
     }
     for kind in kinds[what]:
         for entry in registry.table(kind).values():

@@ -449,4 +449,6 @@ def _checked(term: SourceTerm) -> SourceTerm:
             f"`{term.name}` takes one source, got {expression_text(term.inner)}",
             fix=f"{term.name}({term.inner[0].text()})",
         )
+    if (term.name, term.argument) == ("self", "prefix"):
+        return replace(term, argument="")  # one spelling, so that one recipe has one key
     return term

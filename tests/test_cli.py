@@ -94,6 +94,7 @@ LIGHT = [
     ["ls", "methods"],
     ["ls", "sources"],
     ["ls", "packings"],
+    ["ls", "selections"],
     ["ls", "options"],
     ["show", "method=wanda,sparsity=0.5"],
 ]
@@ -121,6 +122,7 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]):
         ("methods", ("pruning", "quantization")),
         ("sources", ("calibration",)),
         ("packings", ("packing",)),
+        ("selections", ("selection",)),
     ],
 )
 def test_ls_shows_each_part_with_paper_and_distribution(

@@ -1,11 +1,12 @@
-"""From a recipe to a calibration set: source, fold, packing, term by term.
+"""From a recipe to a calibration set: source, fold, packing, selection, term by term.
 
 A source of control sequences is an :class:`~...sources.base.IdSource`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from lm_calib_plugin.calibration.folds import FoldFilter, fold_seed, in_fold
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.packers import Packed, Packer
 from lm_calib_plugin.calibration.seeds import derive_seed
+from lm_calib_plugin.calibration.selectors import stage
 from lm_calib_plugin.calibration.sources.base import Context, IdSource, Source
 from lm_calib_plugin.calibration.sources.named import NamedCorpus
 from lm_calib_plugin.calibration.sources.sets import StoredSet
@@ -22,7 +24,7 @@ from lm_calib_plugin.calibration.tokens import check_ids, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.expression import SourceTerm, shares
 from lm_calib_plugin.guard import random_state_untouched
-from lm_calib_plugin.recipe import ALL_FOLDS, Recipe
+from lm_calib_plugin.recipe import ALL_FOLDS, RANDOM_SELECTION, Recipe
 from lm_calib_plugin.runtime import Runtime
 
 
@@ -47,7 +49,7 @@ def make_source(term: SourceTerm) -> Source:
         )
     if term.inner:
         return made(term.argument, term.options, term.inner)
-    return made(term.argument, term.options)
+    return made.of(term.argument, term.options)
 
 
 def validate_calibration(recipe: Recipe) -> None:
@@ -64,6 +66,9 @@ def validate_calibration(recipe: Recipe) -> None:
         for term, count in zip(recipe.terms, counts, strict=True):
             if term.name == StoredSet.name:
                 _check_stored(term, count, recipe)
+        with _about_the_target():
+            _validate(recipe.select_target or ())
+        stage.make_selector(recipe.select)
 
 
 def _check_stored(term: SourceTerm, count: int, recipe: Recipe) -> None:
@@ -100,6 +105,12 @@ def needs_model(terms: Sequence[SourceTerm]) -> bool:
     )
 
 
+def model_needed(recipe: Recipe) -> bool:
+    """Tell whether the set of a recipe can only be made with the model in memory."""
+    terms = (*recipe.terms, *(recipe.select_target or ()))
+    return needs_model(terms) or stage.selection_needs_model(recipe)
+
+
 def build_calibration(
     recipe: Recipe,
     tokenizer: Any,
@@ -115,11 +126,12 @@ def build_calibration(
     Parameters
     ----------
     recipe
-        ``terms``, ``nsamples``, ``calib_seed``, ``pack`` and ``fold`` are read.
+        ``terms``, ``nsamples``, ``calib_seed``, ``pack``, ``fold``, ``select``, ``pool`` and
+        ``select_target`` are read.
     tokenizer
         Tokenizer of the model.
     model
-        The dense model on its device, needed by ``self`` alone; left as found.
+        The dense model on its device, needed by ``self`` and by most selectors; left as found.
     seqlen
         Most tokens of a sequence.
     model_id
@@ -152,6 +164,7 @@ def build_calibration(
             first = made.sources[0] | {"warnings": [*made.sources[0].get("warnings", ()), note]}
             made = replace(made, sources=(first, *made.sources[1:]))
         return made
+    stage.check_model(recipe, model)
     with random_state_untouched():
         base = Context(
             tokenizer=tokenizer,
@@ -164,7 +177,8 @@ def build_calibration(
             runtime=runtime,
             fold=recipe.fold,
         )
-        made = draw_terms(recipe.terms, recipe.nsamples, recipe.pack, base)
+        choice = _choice(recipe, base)
+        made = draw_terms(recipe.terms, recipe.nsamples, recipe.pack, base, choice=choice)
         sequences, sources, weights = made
     return CalibrationSet.of(
         sequences,
@@ -176,8 +190,34 @@ def build_calibration(
     )
 
 
+@contextlib.contextmanager
+def _about_the_target() -> Iterator[None]:
+    """Name ``select_target`` in what a source says about ``calibration``."""
+    try:
+        yield
+    except UserError as error:
+        raise error.renamed("select_target") if error.argument == ARGUMENT else error from None
+
+
+def _choice(recipe: Recipe, base: Context) -> stage.Choice | None:
+    """Return how sequences are chosen from pools; None when they are taken as they come."""
+    if recipe.pool is None and recipe.select == RANDOM_SELECTION:
+        return None
+    seed = derive_seed(recipe.calib_seed, "target")
+    asked = replace(base, seed=seed, count_of="select_target")
+    terms = recipe.select_target or ()
+    with _about_the_target():
+        targets, _, _ = draw_terms(terms, stage.TARGETS, recipe.pack, asked)
+    return stage.Choice(recipe, targets)
+
+
 def draw_terms(
-    terms: Sequence[SourceTerm], count: int, pack: str | None, base: Context, first: int = 0
+    terms: Sequence[SourceTerm],
+    count: int,
+    pack: str | None,
+    base: Context,
+    first: int = 0,
+    choice: stage.Choice | None = None,
 ) -> tuple[list[list[int]], list[dict[str, Any]], list[float] | None]:
     """Draw ``count`` sequences from a sum of terms.
 
@@ -191,6 +231,8 @@ def draw_terms(
         Position of the first term. The seed of a term is made of the seed of the draw and its
         position, and a term inside another starts at the position of that one: so
         ``null:shuffle(A)`` shuffles what A draws in its place.
+    choice
+        Chooses each term's share from a pool of that term; terms inside others give whole pools.
 
     Returns
     -------
@@ -199,7 +241,8 @@ def draw_terms(
         weights of the sequences, None when no term has any.
     """
     drawn = []
-    for position, (term, part) in enumerate(zip(terms, shares(terms, count), strict=True), first):
+    parts = shares(terms, count) if terms else []
+    for position, (term, part) in enumerate(zip(terms, parts, strict=True), first):
 
         def inner(
             terms: tuple[SourceTerm, ...], count: int, position: int = position
@@ -208,14 +251,18 @@ def draw_terms(
             return sequences, records
 
         seed = derive_seed(base.seed, position)
-        drawn.append(_draw(term, pack, replace(base, count=part, seed=seed, draw=inner)))
+        asked = replace(base, count=part, seed=seed, draw=inner)
+        if choice is not None:
+            asked = choice.widened(term, asked)
+        made = _draw(term, pack, asked)
+        drawn.append(made if choice is None else _chosen(choice, made, part, asked))
     order = interleaved([len(part.sequences) for part in drawn])
     records = []
-    for number, made in enumerate(drawn):
+    for number, one in enumerate(drawn):
         rows = [row for row, (owner, _) in enumerate(order) if owner == number]
         # `weight` is the share that was asked for, `share` the one that came out.
         share = len(rows) / count if count else 0.0
-        records.append(made.record | {"share": share, "rows": rows})
+        records.append(one.record | {"share": share, "rows": rows})
     sequences = [drawn[owner].sequences[place] for owner, place in order]
     return sequences, records, _weights(drawn, order)
 
@@ -227,6 +274,22 @@ class _Drawn:
     sequences: list[list[int]]
     record: dict[str, Any]
     weights: list[float] | None = None
+
+
+def _chosen(choice: stage.Choice, made: _Drawn, count: int, context: Context) -> _Drawn:
+    """Keep the chosen sequences of a pool; ``indices`` become those of the chosen."""
+    if not count:
+        return made
+    places, facts = choice.choose(made.sequences, count, context)
+    indices = made.record["indices"]
+    record = made.record | {
+        "nsequences": count,
+        "selection": facts,
+        "indices": [indices[i] for i in places] if indices else [],
+        "chosen": places,
+    }
+    weights = None if made.weights is None else [made.weights[i] for i in places]
+    return _Drawn([made.sequences[i] for i in places], record, weights)
 
 
 def _weights(drawn: Sequence[_Drawn], order: Sequence[tuple[int, int]]) -> list[float] | None:

@@ -218,3 +218,13 @@ def test_a_set_given_to_compress_must_fit_the_tokenizer(words, stored, tmp_path)
     assert report.calibration["calib_id"] == stored.calib_id
     assert report.recipe["calibration"] == "given"
     assert report.calibration_set is loaded
+
+
+def test_a_set_is_a_pool_to_select_from(words, stored, tmp_path):
+    expression = f"set:{tmp_path / 'set'}"
+    chosen = draw(expression, words, nsamples=2, select="zip", pool=6)
+    assert chosen.nsamples == 2
+    assert all(row in ids(stored) for row in ids(chosen))
+    assert chosen.sources[0]["selection"]["pool"] == 6
+    with pytest.raises(UserError, match="pool: .* holds 6 sequences, recipe asks 16; .*lower pool"):
+        draw(expression, words, nsamples=2, select="zip", pool=16)

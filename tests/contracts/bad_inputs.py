@@ -512,6 +512,44 @@ CASES = [
         "nsamples",
         ("holds 3 sequences", "asks 64", "lower nsamples"),
     ),
+    # --- selection
+    Case(
+        "select_unknown",
+        wanda(select="kmean"),
+        "select",
+        ("'kmean'", "did you mean `kmeans`?", "gram_dopt"),
+    ),
+    Case(
+        "pool_too_small",
+        wanda(select="kmeans", nsamples=16, pool=8),
+        "pool",
+        ("got 8", "nsamples=16", "pool=128"),
+    ),
+    Case("pool_text", wanda(pool="large"), "pool", ("'large'", "whole number >= 1")),
+    Case(
+        "select_target_missing",
+        wanda(select="centroid"),
+        "select_target",
+        ("missing", "`centroid`", "select_target=task:arc_easy"),
+    ),
+    Case(
+        "select_target_of_a_selector_without",
+        wanda(select="kmeans", select_target="random"),
+        "select_target",
+        ("select=kmeans", "centroid, grad_match", "drop `select_target`"),
+    ),
+    Case(
+        "select_target_none",
+        wanda(select="centroid", select_target="none"),
+        "select_target",
+        ("'none'", "a source of text", "task:arc_easy"),
+    ),
+    Case(
+        "select_target_typo",
+        wanda(select="centroid", select_target="slef"),
+        "select_target",
+        ("slef", "did you mean `self`?"),
+    ),
     # --- run time
     Case(
         "on_leak_typo",
