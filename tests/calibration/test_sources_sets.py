@@ -228,3 +228,9 @@ def test_a_set_is_a_pool_to_select_from(words, stored, tmp_path):
     assert chosen.sources[0]["selection"]["pool"] == 6
     with pytest.raises(UserError, match="pool: .* holds 6 sequences, recipe asks 16; .*lower pool"):
         draw(expression, words, nsamples=2, select="zip", pool=16)
+
+
+def test_licenses_of_inner_sources_are_named(words, stored, texts, tmp_path):
+    shuffled = draw(f"null:shuffle(set:{tmp_path / 'set'})", words, nsamples=4)
+    shuffled.save(tmp_path / "shuffled", tokenizer=words)
+    assert f"- {texts}: not known" in (tmp_path / "shuffled" / "README.md").read_text()
