@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lm_calib_plugin import engine
+from lm_calib_plugin.bank.mixtures import draw, make_mixture, make_task, mixture_of
 from lm_calib_plugin.builtin_models import PREFIX, resolve_pretrained
 from lm_calib_plugin.calibration import (
     CalibrationSet,
@@ -95,6 +96,9 @@ def calibrate(
             "choose a folder name without + * ? , ( )",
         )
     validate_calibration(recipe)
+    mixture = mixture_of(recipe)
+    if mixture is not None:
+        make_mixture(mixture)
     with_model = model_needed(recipe)
     factors = _factors(recipe, loading, with_model)
     if out.exists() or out.is_symlink():
@@ -142,15 +146,8 @@ def _build(
             raise cannot_load(loading, error) from None
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     with left_as_found(model):
-        drawn = build_calibration(
-            recipe,
-            tokenizer,
-            model,
-            seqlen=seqlen,
-            model_id=engine.model_digest(model),
-            vocab_size=vocab_size,
-            runtime=runtime,
-        )
+        task = make_task(recipe, model, tokenizer, seqlen=seqlen, runtime=runtime)
+        drawn = draw(task).calibration
     return drawn, tokenizer, vocab_size
 
 
@@ -158,6 +155,8 @@ def _factors(recipe: Recipe, loading: Loading, with_model: bool) -> dict[str, An
     """Return every argument that decides the set, as plain values."""
     plain = recipe.to_metadata()
     chosen = {name: plain[name] for name in Recipe.calibration_fields() if name in plain}
+    if mixture_of(recipe) is not None:
+        chosen |= {"for": {"method": recipe.method, **recipe.method_options()}}
     model = {
         "pretrained": loading.pretrained,
         "revision": loading.revision,

@@ -73,6 +73,12 @@ def make_set(
     expression: str = typer.Argument(metavar="EXPR", help="Sources, such as self or c4*0.5+self."),
     pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
     out: str = typer.Option(..., help="The folder to make."),
+    purpose: str = typer.Option(
+        None,
+        "--for",
+        metavar="KEY=VALUE,...",
+        help="What a mixture is to serve, such as method=wanda,sparsity=0.5.",
+    ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the set that is there."),
     tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
     revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
@@ -85,13 +91,16 @@ def make_set(
     from pathlib import Path
 
     from lm_calib_plugin.expression import NO_DATA
-    from lm_calib_plugin.recipe import Recipe
+    from lm_calib_plugin.recipe import Recipe, check_purpose
     from lm_calib_plugin.runtime import Runtime
 
     if expression.strip().lower() == NO_DATA:
         raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
-    # Any method that uses data will do: the set does not depend on it.
-    recipe = Recipe(method="wanda", sparsity=0, calibration=expression, **_set_options(ctx.args))
+    # Any method that uses data will do, unless a mixture is found for one.
+    method = _recipe_arguments([purpose]) if purpose else {"method": "wanda", "sparsity": 0}
+    recipe = Recipe(**{**method, "calibration": expression, **_set_options(ctx.args)})
+    check_purpose(recipe, purpose is not None)
+
     from lm_calib_plugin.calibrate import Loading, calibrate
 
     loading = Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code)
@@ -254,7 +263,17 @@ def _flag(field: str) -> str:
 def _set_options(texts: Sequence[str]) -> dict[str, str]:
     """Read ``--field VALUE`` and ``--field=VALUE`` of recipe fields."""
     fields = {_flag(name): name for name in _set_fields()}
-    own = ("out", "pretrained", "overwrite", "tokenizer", "revision", "dtype", "device", "quiet")
+    own = (
+        "out",
+        "pretrained",
+        "for",
+        "overwrite",
+        "tokenizer",
+        "revision",
+        "dtype",
+        "device",
+        "quiet",
+    )
     found: dict[str, str] = {}
     rest = list(texts)
     while rest:

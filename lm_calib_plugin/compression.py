@@ -19,10 +19,9 @@ import torch
 from torch import nn
 
 from lm_calib_plugin import engine, storage
-from lm_calib_plugin.bank.mixtures import Task, make_mixture, mixture_of
+from lm_calib_plugin.bank.mixtures import Task, draw, make_mixture, mixture_of
 from lm_calib_plugin.calibration import (
     CalibrationSet,
-    build_calibration,
     stored_sets,
     tokenizer_digest,
     validate_calibration,
@@ -106,7 +105,7 @@ def compress(
         dense_digest = engine.model_digest(model)
         seconds["digest"] = time.perf_counter() - start
         start = time.perf_counter()
-        if mixture is not None:
+        if calibration is None and recipe.terms:
             task = Task(
                 recipe,
                 model,
@@ -119,20 +118,10 @@ def compress(
                 _vocab_size(model),
                 runtime,
             )
-            found = make_mixture(mixture).resolve(task)
+            found = draw(task)
             calibration = found.calibration
             if found.damp is not None:
                 method = dataclasses.replace(method, damp=found.damp)  # type: ignore[type-var]
-        elif calibration is None and recipe.terms:
-            calibration = build_calibration(
-                recipe,
-                tokenizer,
-                model,
-                seqlen=seqlen,
-                model_id=dense_digest,
-                vocab_size=_vocab_size(model),
-                runtime=runtime,
-            )
         seconds["calibration"] = time.perf_counter() - start
         chunks = _chunks(calibration, recipe, runtime, model, tokenizer, device)
         for place in _cuda_devices(model):

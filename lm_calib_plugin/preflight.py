@@ -6,6 +6,7 @@ of every domain that no set has seen, layer by layer, without evaluating the mod
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
@@ -17,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_calib_plugin import engine, storage
 from lm_calib_plugin.bank import Bank, Part, build_bank
-from lm_calib_plugin.bank.mixtures import Task, make_mixture, mixture_of
+from lm_calib_plugin.bank.mixtures import draw, make_mixture, make_task, mixture_of
 from lm_calib_plugin.bank.transfer import Transfer, transfer
 from lm_calib_plugin.builtin_models import resolve_pretrained
 from lm_calib_plugin.calibrate import Loading, cannot_load
-from lm_calib_plugin.calibration import CalibrationSet, build_calibration, validate_calibration
+from lm_calib_plugin.calibration import CalibrationSet, validate_calibration
 from lm_calib_plugin.calibration.contamination import ContaminationIndex, words
 from lm_calib_plugin.compression import sequence_length
 from lm_calib_plugin.errors import UserError
@@ -163,37 +164,17 @@ def preflight(
     model, tokenizer = _load(loading)
     recipe = question.recipe
     seqlen = sequence_length(recipe, model.config)
-    blocks = engine.find_blocks(model, recipe.blocks)
-    layers, _ = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
-    layers = [layer for layer in layers if layer.block != engine.HEAD]
-    method = recipe.entry.load().from_options(recipe.method_options())
-    for layer in layers:
-        method.check_layer(layer.name, layer.shape)
     seconds: dict[str, float] = {}
     began = time.perf_counter()
     with left_as_found(model):
-        digest = engine.model_digest(model)
-        vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        task = make_task(recipe, model, tokenizer, seqlen=seqlen, runtime=runtime)
+        method, layers = task.method, task.layers
 
-        def draw(asked: Recipe) -> CalibrationSet:
-            mixture = mixture_of(asked)
-            if mixture is not None:
-                task = Task(
-                    asked, model, tokenizer, blocks, layers, method, seqlen, digest, vocab_size,
-                    runtime,
-                )  # fmt: skip
-                return make_mixture(mixture).resolve(task).calibration
-            return build_calibration(
-                asked,
-                tokenizer,
-                model,
-                seqlen=sequence_length(asked, model.config),
-                model_id=digest,
-                vocab_size=vocab_size,
-                runtime=runtime,
-            )
+        def drawn_for(asked: Recipe) -> CalibrationSet:
+            length = sequence_length(asked, model.config)
+            return draw(dataclasses.replace(task, recipe=asked, seqlen=length)).calibration
 
-        drawn = {key: draw(asked) for key, asked in recipes.items()}
+        drawn = {key: drawn_for(asked) for key, asked in recipes.items()}
         seconds["calibration"] = time.perf_counter() - began
         began = time.perf_counter()
         second = method.statistic == "gram"
@@ -201,11 +182,11 @@ def preflight(
             Part(name, fold, found, second_order=second or fold == JUDGE)
             for (name, fold), found in drawn.items()
         ]
-        folder = bank or _cached(digest, parts, recipe)
+        folder = bank or _cached(task.model_id, parts, recipe)
         opened = build_bank(
             model,
             layers,
-            blocks,
+            task.blocks,
             parts,
             folder,
             exclude_first_token=recipe.exclude_first_token,

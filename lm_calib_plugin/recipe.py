@@ -495,6 +495,26 @@ def read_arguments(arguments: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
         raise
 
 
+def check_purpose(recipe: Recipe, given: bool) -> None:
+    """Refuse a mixture that is built without the method it is to serve, and the reverse."""
+    name = next((term.name for term in recipe.terms), NO_DATA)
+    mixture = name in registry.table("mixture")
+    if mixture and not given:
+        raise UserError(
+            "for",
+            f"`{name}` looks for a mix that serves a method, none was named",
+            "--for KEY=VALUE,...",
+            "for instance --for method=wanda,sparsity=0.5",
+        )
+    if given and not mixture:
+        raise UserError(
+            "for",
+            f"a set from `{name}` does not depend on the method",
+            f"mixtures do: {listed(registry.table('mixture'))}",
+            "drop --for",
+        )
+
+
 def _data_free() -> list[str]:
     rows = [*registry.table("pruning").values(), *registry.table("quantization").values()]
     return [row.name for row in rows if not row.needs_data]

@@ -284,6 +284,54 @@ class Cross(Mixture):
         )
 
 
+def make_task(
+    recipe: Recipe, model: nn.Module, tokenizer: Any, *, seqlen: int, runtime: Runtime
+) -> Task:
+    """Return the task of a recipe on a model: blocks, layers and digests looked up.
+
+    Raises
+    ------
+    UserError
+        When the recipe does not fit the model.
+    """
+    blocks = engine.find_blocks(model, recipe.blocks)
+    layers, _ = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
+    method = recipe.entry.load().from_options(recipe.method_options())
+    for layer in layers:
+        method.check_layer(layer.name, layer.shape)
+    return Task(
+        recipe,
+        model,
+        tokenizer,
+        blocks,
+        # What lies behind the blocks has no place in a bank.
+        [layer for layer in layers if layer.block != engine.HEAD],
+        method,
+        seqlen,
+        engine.model_digest(model),
+        int(model.get_input_embeddings().weight.shape[0]),  # type: ignore[operator]
+        runtime,
+    )
+
+
+def draw(task: Task) -> Found:
+    """Return the calibration set of a task's recipe, whether it is a mixture or not."""
+    mixture = mixture_of(task.recipe)
+    if mixture is not None:
+        return make_mixture(mixture).resolve(task)
+    return Found(
+        build_calibration(
+            task.recipe,
+            task.tokenizer,
+            task.model,
+            seqlen=task.seqlen,
+            model_id=task.model_id,
+            vocab_size=task.vocab_size,
+            runtime=task.runtime,
+        )
+    )
+
+
 def make_mixture(term: SourceTerm) -> Mixture:
     """Return the mixture of a term, its options checked."""
     made: Mixture = registry.find("mixture", term.name, "calibration").load()(term)
