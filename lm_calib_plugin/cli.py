@@ -30,6 +30,7 @@ class _Listed(str, Enum):
     methods = "methods"
     sources = "sources"
     packings = "packings"
+    selections = "selections"
     options = "options"
 
 
@@ -83,14 +84,14 @@ def make_set(
     """Build a calibration set for a model and keep it in a folder: calibration=set:DIR."""
     from pathlib import Path
 
+    from lm_calib_plugin.expression import NO_DATA
     from lm_calib_plugin.recipe import Recipe
     from lm_calib_plugin.runtime import Runtime
 
+    if expression.strip().lower() == NO_DATA:
+        raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
     # Any method that uses data will do: the set does not depend on it.
     recipe = Recipe(method="wanda", sparsity=0, calibration=expression, **_set_options(ctx.args))
-    if not recipe.terms:
-        raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
-
     from lm_calib_plugin.calibrate import Loading, calibrate
 
     loading = Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code)
@@ -100,13 +101,61 @@ def make_set(
     )
 
 
+@app.command("preflight")
+def judge_sets(
+    recipe: list[str] = typer.Argument(  # noqa: B008 - how typer declares arguments
+        metavar="KEY=VALUE,...", help="Method, nsamples, seqlen..."
+    ),
+    pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
+    sets: list[str] = typer.Option(  # noqa: B008
+        ..., "--set", metavar="NAME=EXPR", help="A calibration set."
+    ),
+    domains: list[str] = typer.Option(  # noqa: B008
+        ..., "--domain", metavar="NAME=EXPR", help="Text of a domain to be served."
+    ),
+    judged: int = typer.Option(None, min=1, help="Sequences of a domain to judge on."),
+    bank: str = typer.Option(None, help="Folder of the statistics bank, kept for later."),
+    out: str = typer.Option(None, help="Folder for the table, a JSON file and a plot."),
+    tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
+    revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
+    dtype: str = typer.Option("auto", help="Of the model."),
+    device: str = typer.Option(None, help="Of the model."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code"),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
+) -> None:
+    """Judge calibration sets on domains before an evaluation is paid for: a table, one advice."""
+    from pathlib import Path
+
+    from lm_calib_plugin.recipe import Recipe
+    from lm_calib_plugin.runtime import Runtime
+
+    asked = Recipe.from_model_args(_recipe_arguments(recipe))
+    named_sets, named_domains = _named("set", sets), _named("domain", domains)
+
+    from lm_calib_plugin.calibrate import Loading
+    from lm_calib_plugin.preflight import Question, preflight
+
+    answer = preflight(
+        Question(asked, named_sets, named_domains, judged),
+        Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code),
+        bank=Path(bank).expanduser() if bank else None,
+        out=Path(out).expanduser() if out else None,
+        runtime=Runtime(progress=not quiet),
+    )
+    typer.echo(answer.table())
+
+
 @app.command("ls")
 def list_parts(what: _Listed) -> None:
-    """List methods, calibration sources, packings, or the options of a recipe."""
+    """List methods, calibration sources, packings, selectors, or the options of a recipe."""
     if what is _Listed.options:
         _print_table(("option", "default", "meaning"), _option_rows())
     else:
         _print_table(("name", "what it is", "paper", "from"), _part_rows(what))
+    if what is _Listed.sources:
+        typer.echo()
+        header = ("corpus", "what it is", "short for", "license", "revision")
+        _print_table(header, _corpus_rows())
 
 
 @app.command()
@@ -178,6 +227,19 @@ def _recipe_arguments(texts: Iterable[str]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in known}
 
 
+def _named(what: str, texts: Iterable[str]) -> dict[str, str]:
+    """Return NAME=EXPR texts as a mapping."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, expression = text.partition("=")
+        if not (name and equals and expression):
+            raise UserError(what, f"got {text!r}", "NAME=EXPR", f"for instance --{what} web=c4")
+        if name in found:
+            raise UserError(what, f"`{name}` is given twice", "one name for each")
+        found[name] = expression
+    return found
+
+
 def _set_fields() -> list[str]:
     """Return the recipe fields that ``calibrate`` takes beside its expression."""
     from lm_calib_plugin.recipe import Recipe
@@ -222,6 +284,7 @@ def _part_rows(what: _Listed) -> Iterator[tuple[str, ...]]:
         _Listed.methods: ("pruning", "quantization"),
         _Listed.sources: ("calibration", "mixture"),
         _Listed.packings: ("packing",),
+        _Listed.selections: ("selection",),
     }
     for kind in kinds[what]:
         for entry in registry.table(kind).values():
@@ -229,9 +292,14 @@ def _part_rows(what: _Listed) -> Iterator[tuple[str, ...]]:
         for kept, ignored in registry.shadowed(kind):
             note = f"not used: the name belongs to {kept.distribution}"
             yield ignored.name, note, "", _origin(ignored.distribution)
-    if what is _Listed.sources:
-        for name, dataset in registry.CORPORA.items():
-            yield name, f"short for hf:{dataset}", "", _origin(registry.OURS)
+
+
+def _corpus_rows() -> Iterator[tuple[str, ...]]:
+    from lm_calib_plugin.corpora import CORPORA
+
+    for name, row in CORPORA.items():
+        revision = row.revision or "looked up and recorded when drawn from"
+        yield name, row.summary, f"hf:{row.place()}", row.licence, revision
 
 
 def _origin(distribution: str) -> str:

@@ -1,7 +1,7 @@
 """Packers: how documents are cut into sequences of at most ``seqlen`` tokens.
 
-No special token is put inside a window (``longdoc``, ``concat``); a row of ``pad`` is a document
-as the tokenizer writes it by default, with its start token where the tokenizer adds one.
+No special token is put inside a window (``longdoc``, ``concat``, ``windows``); a row of ``pad``
+is a document as the tokenizer writes it by default, with its start token where it adds one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ PATIENCE = 50_000
 # `concat` reads a source up to this many tokens (at least eight times what is asked) and draws
 # its windows there; WikiText-2 (2.4 M tokens) is read whole, C4 is not.
 POOL_TOKENS = 1 << 22
+# `windows` reads this many characters: more than the 5,000 texts of 2,048 tokens of the paper.
+WINDOW_CHARACTERS = 1 << 26
 BATCH = 1 << 20  # characters tokenized at a time
 
 
@@ -37,7 +39,7 @@ class Packed:
         Token ids, one list per sequence.
     indices
         What was drawn: ``[document, first token]`` (longdoc), first token of the joined text
-        (concat), document (pad).
+        (concat, windows), document (pad).
     documents
         How many documents were seen.
     truncated
@@ -148,6 +150,45 @@ class Concatenate(Packer):
         return len(encode_joined(context.tokenizer, texts, joiner)) // context.seqlen
 
 
+class Windows(Packer):
+    """Documents joined, tokenized once, windows at random starts, with replacement.
+
+    Windows may overlap, as in the loaders of arXiv 2410.17711 for text of its own and Wikipedia.
+    Nothing is tokenized in pieces, so the text read is bounded by its characters.
+    """
+
+    def pack(self, documents: Iterable[Document], context: Context, joiner: str) -> Packed:
+        """Read up to the bound, tokenize, draw every window by itself."""
+        bound = max(WINDOW_CHARACTERS, 64 * context.count * context.seqlen)
+        texts: list[str] = []
+        size = 0
+        whole = True
+        for document in documents:
+            if size > bound:
+                whole = False
+                break
+            texts.append(document.text)
+            size += len(document.text)
+        ids = encode(context.tokenizer, joiner.join(texts))
+        last = len(ids) - context.seqlen
+        if last < 0:
+            raise _too_few(0, len(texts), context, "or give more text")
+        generator = random.Random(derive_seed(context.seed, "window"))  # noqa: S311
+        starts = [generator.randint(0, last) for _ in range(context.count)]
+        return Packed(
+            [ids[start : start + context.seqlen] for start in starts],
+            list(starts),
+            len(texts),
+            truncated=0,
+            facts={"windows": last + 1, "read_whole": whole},
+        )
+
+    def windows(self, texts: Sequence[str], context: Context, joiner: str) -> int:
+        """Return what is asked, as any place serves any number of times, or 0 for too little."""
+        enough = len(encode(context.tokenizer, joiner.join(texts))) >= context.seqlen
+        return context.count if enough else 0
+
+
 class Pad(Packer):
     """One document a row, cut at ``seqlen``; shorter documents stay short.
 
@@ -194,10 +235,9 @@ def _if_longer(text: str, context: Context) -> list[int]:
 
 
 def _too_few(found: int, seen: int, context: Context, way_out: str) -> UserError:
-    whole = ", set fold=all" if context.of_fold else ""
     return UserError(
-        "nsamples",
+        context.count_of,
         f"found {found} windows of {context.seqlen} tokens in {seen} documents{context.of_fold}, "
         f"recipe asks {context.count}",
-        f"lower nsamples or seqlen{whole}, {way_out}",
+        f"{context.to_lower}, {way_out}",
     )

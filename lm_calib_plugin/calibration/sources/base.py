@@ -68,6 +68,9 @@ class Context:
     fold
         Part of the documents that will be used; the others are left out after the source. A
         source need not look at it, unless it keeps what it made for ``count`` windows.
+    count_of
+        The argument that ``count`` comes from, for messages: ``nsamples``, ``pool`` or
+        ``select_target``, whose number is fixed.
     """
 
     tokenizer: Any
@@ -83,11 +86,18 @@ class Context:
     pack: str = ""
     draw: Draw | None = None
     fold: str = "all"
+    count_of: str = "nsamples"
 
     @property
     def of_fold(self) -> str:
         """What a message says after a number of documents or texts; nothing without a fold."""
         return "" if self.fold == "all" else f" of fold `{self.fold}`"
+
+    @property
+    def to_lower(self) -> str:
+        """What a message says may be lowered when there is too little text."""
+        fewer = "seqlen" if self.count_of == "select_target" else f"{self.count_of} or seqlen"
+        return f"lower {fewer}" + (", set fold=all" if self.of_fold else "")
 
 
 class Source(ABC):
@@ -95,7 +105,8 @@ class Source(ABC):
 
     A subclass names its ``options``, its ``default_pack`` and the ``joiner`` put between two
     documents that are packed together, whether it ``needs_model`` in memory to give any text, and
-    gives :meth:`documents`.
+    gives :meth:`documents`. A source that is ``generative`` makes its text with the seed: its folds
+    are different seeds, where those of other sources are different documents.
 
     Parameters
     ----------
@@ -111,6 +122,7 @@ class Source(ABC):
     options: ClassVar[Mapping[str, Option]] = {}
     nested: ClassVar[Nested] = "no"
     needs_model: ClassVar[bool] = False
+    generative: ClassVar[bool] = False
     default_pack: str = "concat"
     joiner: str = "\n\n"
 
@@ -122,6 +134,11 @@ class Source(ABC):
     ) -> None:
         self.argument, self.inner = argument, tuple(inner)
         self.settings = read_options(self.name or type(self).__name__, self.options, options)
+
+    @classmethod
+    def of(cls, argument: str, options: Iterable[tuple[str, str]]) -> Source:
+        """Return the source of an argument; a class of several variants chooses one of them."""
+        return cls(argument, options)
 
     def validate(self) -> None:
         """Raise a UserError for everything wrong that shows without network and model."""
@@ -144,6 +161,7 @@ class IdSource(Source):
     """Base of a source that gives token ids at once; packing does not apply."""
 
     default_pack = ""
+    generative = True
 
     def documents(self, context: Context) -> Iterator[Document]:
         """Yield nothing: there is no text."""
