@@ -186,6 +186,14 @@ _BUILTIN: tuple[Entry, ...] = (
         nested="many",
     ),
     Entry(
+        "mixture",
+        "tasa",
+        _MIXTURES + "Tasa",
+        "tasa(TARGET+A+B), shares of A and B with the gradient traces of the target",
+        "https://arxiv.org/abs/2607.00908",
+        nested="many",
+    ),
+    Entry(
         "packing",
         "longdoc",
         _PACKERS + "LongDocument",

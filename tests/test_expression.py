@@ -314,11 +314,11 @@ def test_sources_within_sources(value: Any, term: SourceTerm, more_rows: None) -
         ({"source": "best(c4"}, ("closing parenthesis",)),
         ("best(c4)x", ("closing parenthesis",)),
         ("best(c4)(c4)", ("closing parenthesis",)),
-        ("self(c4)", ("`self` takes no source inside parentheses", "some, one, best")),
+        ("self(c4)", ("`self` takes no source inside parentheses", "some, one, minimax")),
         ("c4(self)", ("`c4` takes no source inside parentheses",)),
         ({"source": "c4", "of": "self"}, ("`c4` takes no source inside parentheses",)),
         ({"source": "best(c4)", "of": "self"}, ("choose one",)),
-        ("nosuch(c4)", ("no source `nosuch`", "mixtures: best")),
+        ("nosuch(c4)", ("no source `nosuch`", "mixtures: minimax")),
         ("bst(c4)", ("did you mean `best`?",)),
         ("best(nosuch)", ("no source `nosuch`",)),
         ("best(c4*2+self*2)", ("weights sum to 4", "type c4+self")),
@@ -339,7 +339,7 @@ def test_nesting_that_cannot_be_read(value: Any, words: tuple[str, ...], more_ro
 
 
 def test_unknown_source_is_told_the_mixtures(more_rows: None) -> None:
-    with pytest.raises(UserError, match="mixtures: best"):
+    with pytest.raises(UserError, match="mixtures: minimax"):
         registry.find("calibration", "besd", "calibration")
 
 

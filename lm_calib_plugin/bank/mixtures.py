@@ -7,6 +7,7 @@ in a statistics bank; ``tasa(TARGET+A+B)`` aligns gradient traces with those of 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,11 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from lm_calib_plugin import engine, registry, storage
 from lm_calib_plugin.bank.build import Part, build_bank
-from lm_calib_plugin.bank.mixing import Mix, Objective, search_mix
+from lm_calib_plugin.bank.mixing import FLOOR, Mix, Objective, search_mix
+from lm_calib_plugin.bank.traces import align_shares, gradient_traces
 from lm_calib_plugin.calibration import CalibrationSet, build_calibration
 from lm_calib_plugin.calibration.build import interleaved
 from lm_calib_plugin.calibration.options import Option, read_options
@@ -247,6 +250,41 @@ class NoWorse(Searched):
     def objective(self) -> Objective:
         """Return the mean log regret with a limit."""
         return Objective("no_worse", limit=self.settings["limit"])
+
+
+class Tasa(Mixture):
+    """``tasa(TARGET+A+B)``: shares of A and B whose gradient traces look like the target's.
+
+    After TASA (arXiv 2607.00908), in our own reading; see :mod:`lm_calib_plugin.bank.traces`. The
+    target's text is looked at and not used: what is searched is a substitute for it.
+    """
+
+    name = "tasa"
+    fewest = 3
+    options = {"sequences": Option("whole", default=8, lowest=1)}
+
+    def resolve(self, task: Task) -> Found:
+        """Measure traces of some sequences of every source, align, and draw the mix."""
+        target, *sources = (replace(term, weight=1.0) for term in self.term.inner)
+        count = min(self.settings["sequences"], task.recipe.nsamples)
+
+        def traces(term: SourceTerm) -> torch.Tensor:
+            drawn = task.draw((term,), count, task.recipe.fold)
+            return gradient_traces(
+                task.model, task.layers, drawn.sequences, progress=task.runtime.progress
+            )
+
+        wanted = traces(target)
+        measured = torch.stack([traces(term) for term in sources])
+        found = align_shares(measured, wanted, floor=FLOOR)
+        terms = [replace(t, weight=float(w)) for t, w in zip(sources, found, strict=True)]
+        drawn = task.draw(terms, task.recipe.nsamples, task.recipe.fold)
+        record = {
+            "expression": self.term.text(),
+            "sequences": count,
+            "shares": {t.text(): round(t.weight, 6) for t in terms},
+        }
+        return Found(dataclasses.replace(drawn, sources=tuple(with_record(drawn.sources, record))))
 
 
 class Cross(Mixture):
