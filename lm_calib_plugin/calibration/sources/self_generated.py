@@ -134,6 +134,7 @@ class SelfGenerated(Source):
             "count": context.count,
             "seqlen": context.seqlen,
             "pack": context.pack,
+            **context.cut,
             # What was written until one fold was full is not enough for another.
             **({"fold": context.fold} if context.of_fold else {}),
         }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_calib_plugin.calibration.chat import Exchange, are_messages
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.errors import UserError, listed, nearest
 
@@ -62,7 +63,10 @@ def _read_txt(path: Path, column: str) -> list[str]:
 
 
 def text_of(record: Any, column: str, place: str) -> str:
-    """Return the text of a record: a bare text, or the column of a mapping; null is ``""``."""
+    """Return the text of a record: a bare text, or the column of a mapping; null is ``""``.
+
+    A list of messages becomes their contents joined by blank lines, and stays known as messages.
+    """
     if isinstance(record, str):
         return record
     if not isinstance(record, dict):
@@ -72,6 +76,8 @@ def text_of(record: Any, column: str, place: str) -> str:
     if column not in record:
         raise missing_column(column, list(record), place)
     value = record[column]
+    if are_messages(value):
+        return Exchange.of(value)
     if value is not None and not isinstance(value, str):
         texts = [name for name, other in record.items() if isinstance(other, str)]
         raise UserError(
