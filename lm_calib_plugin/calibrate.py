@@ -86,6 +86,14 @@ def calibrate(
         When the recipe cannot be used, or ``out`` holds something else.
     """
     began = time.perf_counter()
+    unspoken = sorted(set(str(out)) & set("+*?,"))
+    if unspoken:
+        raise UserError(
+            "out",
+            f"{str(out)!r} holds `{unspoken[0]}`",
+            "calibration=set:DIR could not name it",
+            "choose a folder name without + * ? ,",
+        )
     validate_calibration(recipe)
     with_model = model_needed(recipe)
     factors = _factors(recipe, loading, with_model)

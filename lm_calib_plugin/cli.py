@@ -84,14 +84,14 @@ def make_set(
     """Build a calibration set for a model and keep it in a folder: calibration=set:DIR."""
     from pathlib import Path
 
+    from lm_calib_plugin.expression import NO_DATA
     from lm_calib_plugin.recipe import Recipe
     from lm_calib_plugin.runtime import Runtime
 
+    if expression.strip().lower() == NO_DATA:
+        raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
     # Any method that uses data will do: the set does not depend on it.
     recipe = Recipe(method="wanda", sparsity=0, calibration=expression, **_set_options(ctx.args))
-    if not recipe.terms:
-        raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
-
     from lm_calib_plugin.calibrate import Loading, calibrate
 
     loading = Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code)
@@ -108,6 +108,10 @@ def list_parts(what: _Listed) -> None:
         _print_table(("option", "default", "meaning"), _option_rows())
     else:
         _print_table(("name", "what it is", "paper", "from"), _part_rows(what))
+    if what is _Listed.sources:
+        typer.echo()
+        header = ("corpus", "what it is", "short for", "license", "revision")
+        _print_table(header, _corpus_rows())
 
 
 @app.command()
@@ -231,9 +235,14 @@ def _part_rows(what: _Listed) -> Iterator[tuple[str, ...]]:
         for kept, ignored in registry.shadowed(kind):
             note = f"not used: the name belongs to {kept.distribution}"
             yield ignored.name, note, "", _origin(ignored.distribution)
-    if what is _Listed.sources:
-        for name, dataset in registry.CORPORA.items():
-            yield name, f"short for hf:{dataset}", "", _origin(registry.OURS)
+
+
+def _corpus_rows() -> Iterator[tuple[str, ...]]:
+    from lm_calib_plugin.corpora import CORPORA
+
+    for name, row in CORPORA.items():
+        revision = row.revision or "looked up and recorded when drawn from"
+        yield name, row.summary, f"hf:{row.place()}", row.licence, revision
 
 
 def _origin(distribution: str) -> str:

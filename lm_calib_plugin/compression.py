@@ -5,6 +5,7 @@ The only module that knows calibration, methods and engine at once.
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import resource
 import sys
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from lm_calib_plugin import engine, storage
+from lm_calib_plugin.bank.mixtures import Task, make_mixture, mixture_of
 from lm_calib_plugin.calibration import (
     CalibrationSet,
     build_calibration,
@@ -77,8 +79,11 @@ def compress(
     method = recipe.entry.load().from_options(recipe.method_options())
     seqlen = sequence_length(recipe, model.config)
     given = calibration is not None
+    mixture = None if given else mixture_of(recipe)
     if not given:
         validate_calibration(recipe)
+    if mixture is not None:
+        make_mixture(mixture)
     blocks = engine.find_blocks(model, recipe.blocks)
     layers, left = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
     for layer in layers:
@@ -98,7 +103,24 @@ def compress(
         dense_digest = engine.model_digest(model)
         seconds["digest"] = time.perf_counter() - start
         start = time.perf_counter()
-        if calibration is None and recipe.terms:
+        if mixture is not None:
+            task = Task(
+                recipe,
+                model,
+                tokenizer,
+                blocks,
+                [layer for layer in layers if layer.block != engine.HEAD],
+                method,
+                seqlen,
+                dense_digest,
+                _vocab_size(model),
+                runtime,
+            )
+            found = make_mixture(mixture).resolve(task)
+            calibration = found.calibration
+            if found.damp is not None:
+                method = dataclasses.replace(method, damp=found.damp)  # type: ignore[type-var]
+        elif calibration is None and recipe.terms:
             calibration = build_calibration(
                 recipe,
                 tokenizer,

@@ -82,8 +82,8 @@ class Recipe(BaseModel):
     calib_seed
         Seed of the draw.
     pack
-        How text is cut: ``longdoc``, ``concat``, ``pad``, ``icl`` or ``multilen``. Default: what
-        suits the source.
+        How text is cut: ``longdoc``, ``concat``, ``windows``, ``pad``, ``icl`` or ``multilen``.
+        Default: what suits the source.
     icl_examples
         Examples a row of ``pack=icl``. Default: 4.
     chat_template
@@ -458,6 +458,11 @@ class Recipe(BaseModel):
         """Return the options that the method reads, as given (unset ones left out)."""
         given = {name: getattr(self, name) for name in self.entry.options}
         return {name: value for name, value in given.items() if value is not None}
+
+    def replaced(self, **changes: Any) -> Recipe:
+        """Return the recipe with some fields changed, checked like any other."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**given, **changes})
 
     def to_metadata(self) -> dict[str, Any]:
         """Return the recipe as plain values, as :class:`Recipe` and YAML take them back."""

@@ -14,6 +14,7 @@ import importlib
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from lm_calib_plugin.corpora import CORPORA as CORPORA
 from lm_calib_plugin.errors import UserError, listed, nearest
 
 Kind = Literal["pruning", "quantization", "calibration", "mixture", "packing", "selection"]
@@ -58,6 +59,7 @@ class Entry:
 _PRUNING = "lm_calib_plugin.pruning."
 _QUANTIZATION = "lm_calib_plugin.quantization."
 _SOURCES = "lm_calib_plugin.calibration.sources."
+_MIXTURES = "lm_calib_plugin.bank.mixtures:"
 _SELECTORS = "lm_calib_plugin.calibration.selectors."
 _PACKERS = "lm_calib_plugin.calibration.packers:"
 
@@ -116,7 +118,7 @@ _BUILTIN: tuple[Entry, ...] = (
         "calibration",
         "self",
         _SOURCES + "self_generated:SelfGenerated",
-        "the model writes its own text",
+        "self[:prefix], self:bos or self:chat: the model writes its own text",
         "https://arxiv.org/abs/2410.17711",
     ),
     Entry(
@@ -155,12 +157,48 @@ _BUILTIN: tuple[Entry, ...] = (
         nested="varies",
     ),
     Entry(
+        "mixture",
+        "minimax",
+        _MIXTURES + "Minimax",
+        "minimax(A+B+C), shares for which the worst domain is as good as can be",
+        nested="many",
+    ),
+    Entry(
+        "mixture",
+        "weighted",
+        _MIXTURES + "Weighted",
+        "weighted(A*0.7+B*0.3), shares for a mean over domains with this traffic",
+        nested="many",
+    ),
+    Entry(
+        "mixture",
+        "no_worse",
+        _MIXTURES + "NoWorse",
+        "no_worse(A+B)?limit=1.1, the mean, with no domain worse than its own text by more",
+        nested="many",
+    ),
+    Entry(
+        "mixture",
+        "cross",
+        _MIXTURES + "Cross",
+        "cross(DOMAIN+GENERAL)?lambda=0.5, statistics of both, weighed",
+        "https://arxiv.org/abs/2502.18424",
+        nested="many",
+    ),
+    Entry(
         "packing",
         "longdoc",
         _PACKERS + "LongDocument",
         "one window inside one document longer than seqlen",
     ),
     Entry("packing", "concat", _PACKERS + "Concatenate", "documents joined, then cut into windows"),
+    Entry(
+        "packing",
+        "windows",
+        _PACKERS + "Windows",
+        "documents joined, windows at random starts that may overlap",
+        "https://arxiv.org/abs/2410.17711",
+    ),
     Entry(
         "packing",
         "pad",
@@ -265,18 +303,6 @@ _BUILTIN: tuple[Entry, ...] = (
         options=("select_target",),
     ),
 )
-
-# Named corpora are short names of `hf:` sources; pinned revisions are part of calibration science
-# and come with it. A name maps to "ORG/NAME:config:split:column".
-CORPORA: dict[str, str] = {
-    "c4": "allenai/c4:en:train:text",
-    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1:train:text",
-    "wikipedia": "wikimedia/wikipedia:20231101.en:train:text",
-    "slimpajama": "DKYoon/SlimPajama-6B:default:train:text",
-    "fineweb": "HuggingFaceFW/fineweb:sample-10BT:train:text",
-    "dclm": "mlfoundations/dclm-baseline-1.0:default:train:text",
-    "pile": "NeelNanda/pile-10k:default:train:text",
-}
 
 
 @functools.cache

@@ -344,6 +344,7 @@ def test_unknown_source_is_told_the_mixtures(more_rows: None) -> None:
 
 
 def test_nested_text_survives_the_parsers_of_arguments() -> None:
+    from lm_eval._cli.utils import key_val_to_dict
     from lm_eval.utils import simple_parse_args_string
 
     from lm_calib_plugin.harness.arguments import parse_argument_text
@@ -355,6 +356,7 @@ def test_nested_text_survives_the_parsers_of_arguments() -> None:
     ):
         line = f"method=wanda,calibration={text},sparsity=0.5"
         assert simple_parse_args_string(line)["calibration"] == text
+        assert key_val_to_dict(line)["calibration"] == text
         assert parse_argument_text(line)["calibration"] == text
 
 

@@ -19,6 +19,7 @@ from lm_calib_plugin.calibration.packers import Packed, Packer
 from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.calibration.selectors import stage
 from lm_calib_plugin.calibration.sources.base import Context, IdSource, Source
+from lm_calib_plugin.calibration.sources.named import NamedCorpus
 from lm_calib_plugin.calibration.sources.sets import StoredSet
 from lm_calib_plugin.calibration.tokens import check_ids, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
@@ -29,7 +30,7 @@ from lm_calib_plugin.runtime import Runtime
 
 
 def make_source(term: SourceTerm) -> Source:
-    """Return the source of a term, options checked; a named corpus is an ``hf`` source.
+    """Return the source of a term, options checked.
 
     Raises
     ------
@@ -38,18 +39,18 @@ def make_source(term: SourceTerm) -> Source:
     CalibError
         When the registered class (of another package) is no source.
     """
-    corpus = registry.CORPORA.get(term.name)
-    name, argument = ("hf", corpus) if corpus else (term.name, term.argument)
-    entry = registry.find("calibration", name, ARGUMENT)
+    if term.name in registry.CORPORA:
+        return NamedCorpus(term.name, term.argument, term.options)
+    entry = registry.find("calibration", term.name, ARGUMENT)
     made = entry.load()
     if not (isinstance(made, type) and issubclass(made, Source)):
         raise CalibError(
-            f"calibration source `{name}` of {entry.distribution}: {entry.target} is not a "
+            f"calibration source `{term.name}` of {entry.distribution}: {entry.target} is not a "
             f"subclass of {Source.__module__}.Source."
         )
     if term.inner:
-        return made(argument, term.options, term.inner)
-    return made(argument, term.options)
+        return made(term.argument, term.options, term.inner)
+    return made.of(term.argument, term.options)
 
 
 def validate_calibration(recipe: Recipe) -> None:
@@ -64,13 +65,22 @@ def validate_calibration(recipe: Recipe) -> None:
         _validate(recipe.terms)
         counts = shares(recipe.terms, recipe.nsamples) if recipe.terms else []
         for term, count in zip(recipe.terms, counts, strict=True):
-            if term.name == StoredSet.name and (recipe.nsamples_given or not recipe.whole_set):
-                source = make_source(term)
-                assert isinstance(source, StoredSet)
-                source.check_count(count)
+            if term.name == StoredSet.name:
+                _check_stored(term, count, recipe)
         with _about_the_target():
             _validate(recipe.select_target or ())
         stage.make_selector(recipe.select)
+
+
+def _check_stored(term: SourceTerm, count: int, recipe: Recipe) -> None:
+    source = make_source(term)
+    assert isinstance(source, StoredSet)
+    if recipe.nsamples_given or not recipe.whole_set:
+        source.check_count(count)
+    if recipe.fold != ALL_FOLDS:
+        source.check_made_with("fold", recipe.fold)
+    if recipe.whole_set and recipe.pack:
+        source.check_made_with("pack", recipe.pack)
 
 
 def _validate(terms: Sequence[SourceTerm]) -> None:
@@ -149,7 +159,12 @@ def build_calibration(
     if recipe.whole_set:
         (stored,) = stored_sets(recipe)
         stored.check_fits(tokenizer, vocab_size, seqlen)
-        return stored.first(recipe.nsamples if recipe.nsamples_given else None)
+        made = stored.first(recipe.nsamples if recipe.nsamples_given else None)
+        if recipe.calib_seed not in (Recipe.model_fields["calib_seed"].default, made.seed):
+            note = f"calib_seed={recipe.calib_seed} draws nothing from a set that is used whole"
+            first = made.sources[0] | {"warnings": [*made.sources[0].get("warnings", ()), note]}
+            made = replace(made, sources=(first, *made.sources[1:]))
+        return made
     stage.check_model(recipe, model)
     if recipe.chat_template:
         ChatWriter(tokenizer)  # a tokenizer without template stops here
@@ -274,7 +289,8 @@ def _chosen(choice: stage.Choice, made: _Drawn, count: int, context: Context) ->
     indices = made.record["indices"]
     record = made.record | {
         "nsequences": count,
-        "selection": facts,
+        "selection": {k: v for k, v in facts.items() if k != "warnings"},
+        "warnings": [*made.record.get("warnings", ()), *facts.get("warnings", ())],
         "indices": [indices[i] for i in places] if indices else [],
         "chosen": places,
     }

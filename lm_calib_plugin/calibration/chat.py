@@ -16,6 +16,7 @@ from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.storage import digest
 
 ARGUMENT = "chat_template"
+DATE = "01 Jan 2025"  # some templates write today's date; a draw must not change with it
 
 
 class Exchange(str):
@@ -99,7 +100,10 @@ class ChatWriter:
             return text
         try:
             made: str = self.tokenizer.apply_chat_template(
-                list(messages_of(text)), tokenize=False, add_generation_prompt=False
+                list(messages_of(text)),
+                tokenize=False,
+                add_generation_prompt=False,
+                date_string=DATE,
             )
         except Exception as error:
             raise UserError(

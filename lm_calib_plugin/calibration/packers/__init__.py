@@ -1,8 +1,8 @@
 """Packers: how documents are cut into sequences of at most ``seqlen`` tokens.
 
-No special token is put inside a window (``longdoc``, ``concat``, ``multilen``); a row of ``pad`` or
-``icl`` is a text as the tokenizer writes it by default, with its start token where the tokenizer
-adds one.
+No special token is put inside a window (``longdoc``, ``concat``, ``windows``, ``multilen``); a row
+of ``pad`` or ``icl`` is a text as the tokenizer writes it by default, with its start token where
+the tokenizer adds one.
 """
 
 from lm_calib_plugin.calibration.packers.base import Packed, Packer
@@ -11,6 +11,7 @@ from lm_calib_plugin.calibration.packers.icl import InContext
 from lm_calib_plugin.calibration.packers.longdoc import LongDocument
 from lm_calib_plugin.calibration.packers.multilen import SeveralLengths
 from lm_calib_plugin.calibration.packers.pad import Pad
+from lm_calib_plugin.calibration.packers.windows import Windows
 
 __all__ = [
     "Concatenate",
@@ -20,4 +21,5 @@ __all__ = [
     "Packer",
     "Pad",
     "SeveralLengths",
+    "Windows",
 ]

@@ -25,7 +25,7 @@ class Packed:
         Token ids, one list per sequence.
     indices
         What was drawn: ``[document, first token]`` (longdoc), first token of the joined text
-        (concat, multilen), document (pad), documents (icl).
+        (concat, windows, multilen), document (pad), documents (icl).
     documents
         How many documents were seen.
     truncated

@@ -134,7 +134,7 @@ class Choice:
                 "digest": identity(tokenizer_digest(context.tokenizer), self.targets),
             }
         passes = {name: cost for name, cost in costs.items() if cost}
-        return chosen, record | {"passes": passes, **selector.facts}
+        return chosen, record | {"passes": passes, **selector.facts, "warnings": selector.warnings}
 
     def _features(
         self, selector: Selector, sequences: Sequence[Sequence[int]], context: Context

@@ -147,6 +147,11 @@ class Source(ABC):
         self.argument, self.inner = argument, tuple(inner)
         self.settings = read_options(self.name or type(self).__name__, self.options, options)
 
+    @classmethod
+    def of(cls, argument: str, options: Iterable[tuple[str, str]]) -> Source:
+        """Return the source of an argument; a class of several variants chooses one of them."""
+        return cls(argument, options)
+
     def validate(self) -> None:
         """Raise a UserError for everything wrong that shows without network and model."""
         return None  # a source without argument and options has nothing to check

@@ -38,7 +38,7 @@ class StoredSet(IdSource):
         """Read the whole folder: a damaged set stops the run before a model is loaded."""
         if not self.argument:
             raise UserError(
-                ARGUMENT, "`set` needs a folder", "set:DIR", "made by lm-calib calibrate"
+                ARGUMENT, "`set` needs a folder", "set:DIR, a folder made by lm-calib calibrate"
             )
         _ = self.stored
 
@@ -94,6 +94,17 @@ class StoredSet(IdSource):
                 f"recipe asks {count}",
                 f"at most {self.stored.nsamples}",
                 "lower nsamples, or drop it to use the whole set",
+            )
+
+    def check_made_with(self, name: str, wanted: str) -> None:
+        """Raise when a source of the set was made with another ``fold`` or ``pack``."""
+        made = {source.get(name) for source in self.stored.sources} - {wanted, None}
+        if made:
+            raise UserError(
+                name,
+                f"got {wanted!r}, `set:{self.argument}` was built with {min(made)!r}",
+                "documents of a set can not be told apart again",
+                f"drop {name}, or build it again with --{name} {wanted}",
             )
 
     def first(self, count: int | None) -> CalibrationSet:

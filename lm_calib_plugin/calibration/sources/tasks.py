@@ -19,9 +19,9 @@ from lm_calib_plugin.calibration.options import ARGUMENT, Option
 from lm_calib_plugin.calibration.sources.base import Context, Document, Source, visiting_order
 from lm_calib_plugin.calibration.sources.hub import licence_of
 from lm_calib_plugin.calibration.sources.hub_access import (
-    OFFLINE_SOURCES,
     connection_errors,
     one_line,
+    usable_now,
 )
 from lm_calib_plugin.errors import UserError, listed, nearest
 
@@ -91,7 +91,7 @@ class HarnessTask(Source):
                 ARGUMENT,
                 f"the data of task `{self.argument}` cannot be reached "
                 f"(offline? {one_line(error, 120)})",
-                OFFLINE_SOURCES,
+                usable_now(),
             ) from None
         except Exception as error:
             raise UserError(
