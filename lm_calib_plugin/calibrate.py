@@ -86,13 +86,13 @@ def calibrate(
         When the recipe cannot be used, or ``out`` holds something else.
     """
     began = time.perf_counter()
-    unspoken = sorted(set(str(out)) & set("+*?,"))
+    unspoken = sorted(set(str(out)) & set("+*?,()"))
     if unspoken:
         raise UserError(
             "out",
             f"{str(out)!r} holds `{unspoken[0]}`",
             "calibration=set:DIR could not name it",
-            "choose a folder name without + * ? ,",
+            "choose a folder name without + * ? , ( )",
         )
     validate_calibration(recipe)
     with_model = model_needed(recipe)
@@ -125,7 +125,7 @@ def _build(
         seqlen = sequence_length(recipe, config)
         tokenizer = AutoTokenizer.from_pretrained(loading.tokenizer or folder, **common)
     except (OSError, ValueError) as error:
-        raise _cannot_load(loading, error) from None
+        raise cannot_load(loading, error) from None
     if not with_model:
         # Checkpoints whose embeddings were resized say so in their configuration.
         vocab_size = int(engine.text_config(config).vocab_size)
@@ -139,7 +139,7 @@ def _build(
                 folder, dtype=loading.dtype, **common
             ).to(loading.place())
         except (OSError, ValueError) as error:
-            raise _cannot_load(loading, error) from None
+            raise cannot_load(loading, error) from None
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     with left_as_found(model):
         drawn = build_calibration(
@@ -195,7 +195,8 @@ def _other_set(out: Path, calib_id: str) -> UserError:
     )
 
 
-def _cannot_load(loading: Loading, error: Exception) -> Exception:
+def cannot_load(loading: Loading, error: Exception) -> Exception:
+    """Return the error for a model that cannot be loaded."""
     if isinstance(error, UserError):
         return error
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -101,6 +101,50 @@ def make_set(
     )
 
 
+@app.command("preflight")
+def judge_sets(
+    recipe: list[str] = typer.Argument(  # noqa: B008 - how typer declares arguments
+        metavar="KEY=VALUE,...", help="Method, nsamples, seqlen..."
+    ),
+    pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
+    sets: list[str] = typer.Option(  # noqa: B008
+        ..., "--set", metavar="NAME=EXPR", help="A calibration set."
+    ),
+    domains: list[str] = typer.Option(  # noqa: B008
+        ..., "--domain", metavar="NAME=EXPR", help="Text of a domain to be served."
+    ),
+    judged: int = typer.Option(None, min=1, help="Sequences of a domain to judge on."),
+    bank: str = typer.Option(None, help="Folder of the statistics bank, kept for later."),
+    out: str = typer.Option(None, help="Folder for the table, a JSON file and a plot."),
+    tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
+    revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
+    dtype: str = typer.Option("auto", help="Of the model."),
+    device: str = typer.Option(None, help="Of the model."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code"),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
+) -> None:
+    """Judge calibration sets on domains before an evaluation is paid for: a table, one advice."""
+    from pathlib import Path
+
+    from lm_calib_plugin.recipe import Recipe
+    from lm_calib_plugin.runtime import Runtime
+
+    asked = Recipe.from_model_args(_recipe_arguments(recipe))
+    named_sets, named_domains = _named("set", sets), _named("domain", domains)
+
+    from lm_calib_plugin.calibrate import Loading
+    from lm_calib_plugin.preflight import Question, preflight
+
+    answer = preflight(
+        Question(asked, named_sets, named_domains, judged),
+        Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code),
+        bank=Path(bank).expanduser() if bank else None,
+        out=Path(out).expanduser() if out else None,
+        runtime=Runtime(progress=not quiet),
+    )
+    typer.echo(answer.table())
+
+
 @app.command("ls")
 def list_parts(what: _Listed) -> None:
     """List methods, calibration sources, packings, selectors, or the options of a recipe."""
@@ -181,6 +225,19 @@ def _recipe_arguments(texts: Iterable[str]) -> dict[str, Any]:
     if foreign:
         typer.echo(f"left to the model loader, not checked: {', '.join(foreign)}", err=True)
     return {name: value for name, value in given.items() if name in known}
+
+
+def _named(what: str, texts: Iterable[str]) -> dict[str, str]:
+    """Return NAME=EXPR texts as a mapping."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, expression = text.partition("=")
+        if not (name and equals and expression):
+            raise UserError(what, f"got {text!r}", "NAME=EXPR", f"for instance --{what} web=c4")
+        if name in found:
+            raise UserError(what, f"`{name}` is given twice", "one name for each")
+        found[name] = expression
+    return found
 
 
 def _set_fields() -> list[str]:

@@ -24,6 +24,7 @@ from lm_calib_plugin.calibration import (
     CalibrationSet,
     build_calibration,
     stored_sets,
+    tokenizer_digest,
     validate_calibration,
 )
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
@@ -95,6 +96,8 @@ def compress(
             "a tokenizer turns calibration text into ids",
             "give the model's tokenizer, or a calibration set made before",
         )
+    if calibration is not None and tokenizer is not None:
+        _check_tokenizer(calibration, tokenizer)
     layers = engine.untied(model, layers)
     seconds: dict[str, float] = {}
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -246,6 +249,17 @@ def sequence_length(recipe: Recipe, config: Any) -> int:
             f"use seqlen<={limit}",
         )
     return recipe.seqlen
+
+
+def _check_tokenizer(calibration: CalibrationSet, tokenizer: Any) -> None:
+    mine = tokenizer_digest(tokenizer)
+    if calibration.tokenizer and calibration.tokenizer != mine:
+        raise UserError(
+            "calibration",
+            f"the set was made with tokenizer {calibration.tokenizer}, this model has {mine}",
+            "token ids mean something else to another tokenizer",
+            "build it again with this model's tokenizer",
+        )
 
 
 def _vocab_size(model: nn.Module) -> int:

@@ -303,3 +303,14 @@ def test_variants_need_the_model(words):
     for expression in ("self", "self:bos", "self:chat"):
         with pytest.raises(UserError, match=f"`{expression}` needs the model in memory"):
             draw(expression, words)
+
+
+def test_variants_stand_in_mixes_and_inside_other_sources(words, model):
+    mixed = draw("self:bos*0.5+self*0.5", words, model, nsamples=6)
+    assert [len(record["rows"]) for record in mixed.sources] == [3, 3]
+    plain = draw("self:bos", words, model, nsamples=4, seqlen=30)
+    shuffled = draw("null:shuffle(self:bos)", words, model, nsamples=4, seqlen=30)
+    assert sorted(torch.cat(list(shuffled.sequences)).tolist()) == sorted(
+        torch.cat(list(plain.sequences)).tolist()
+    )
+    assert shuffled.calib_id != plain.calib_id

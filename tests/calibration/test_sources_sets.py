@@ -5,9 +5,10 @@ import torch
 from conftest import draw, numbered, tiny_model, word_tokenizer, write_jsonl
 
 from lm_calib_plugin.calibration import CalibrationSet, build_calibration, validate_calibration
-from lm_calib_plugin.compression import sequence_length
+from lm_calib_plugin.compression import compress, sequence_length
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.runtime import Runtime
 
 
 @pytest.fixture
@@ -205,3 +206,31 @@ def test_a_seed_that_draws_nothing_is_noted(words, stored, tmp_path):
     assert noted.sources[0]["warnings"] == [
         "calib_seed=5 draws nothing from a set that is used whole"
     ]
+
+
+def test_a_set_given_to_compress_must_fit_the_tokenizer(words, stored, tmp_path):
+    recipe = Recipe(method="wanda", sparsity=0.5)
+    runtime = Runtime(progress=False, report_dir=str(tmp_path / "reports"))
+    loaded = CalibrationSet.load(tmp_path / "set")
+    with pytest.raises(UserError, match=f"made with tokenizer {stored.tokenizer}, this model has"):
+        compress(tiny_model(), word_tokenizer(start_token=True), recipe, runtime, loaded)
+    report = compress(tiny_model(), words, recipe, runtime, loaded)
+    assert report.calibration["calib_id"] == stored.calib_id
+    assert report.recipe["calibration"] == "given"
+    assert report.calibration_set is loaded
+
+
+def test_a_set_is_a_pool_to_select_from(words, stored, tmp_path):
+    expression = f"set:{tmp_path / 'set'}"
+    chosen = draw(expression, words, nsamples=2, select="zip", pool=6)
+    assert chosen.nsamples == 2
+    assert all(row in ids(stored) for row in ids(chosen))
+    assert chosen.sources[0]["selection"]["pool"] == 6
+    with pytest.raises(UserError, match="pool: .* holds 6 sequences, recipe asks 16; .*lower pool"):
+        draw(expression, words, nsamples=2, select="zip", pool=16)
+
+
+def test_licenses_of_inner_sources_are_named(words, stored, texts, tmp_path):
+    shuffled = draw(f"null:shuffle(set:{tmp_path / 'set'})", words, nsamples=4)
+    shuffled.save(tmp_path / "shuffled", tokenizer=words)
+    assert f"- {texts}: not known" in (tmp_path / "shuffled" / "README.md").read_text()

@@ -47,6 +47,17 @@ def yaml_file(text: str | bytes, **typed: Any) -> Callable[[], Any]:
     return do
 
 
+def calibration(expression: str) -> Callable[[], Any]:
+    """Check an expression as far as it goes without data and model."""
+
+    def do() -> Any:
+        from lm_calib_plugin.calibration import validate_calibration
+
+        validate_calibration(Recipe(method="wanda", sparsity=0.5, calibration=expression))
+
+    return do
+
+
 def stored(expression: str, sequences: int = 3, **given: Any) -> Callable[[], Any]:
     """Use the set of a folder `my-set`, made here, as the harness does before it loads a model."""
 
@@ -376,6 +387,37 @@ CASES = [
         wanda(calibration='[{"source": "c4"'),
         "calibration",
         ("not JSON", '[{"source": "c4"'),
+    ),
+    # --- text of the model itself
+    Case(
+        "self_variant_typo",
+        calibration("self:bso"),
+        "calibration",
+        ("no variant `bso`", "did you mean `bos`?", "self:prefix, self:bos, self:chat"),
+    ),
+    Case(
+        "self_option_of_another_variant",
+        calibration("self:bos?top_k=50"),
+        "calibration",
+        ("`self:bos` has no option `top_k`", "its options: ", "ramp"),
+    ),
+    Case(
+        "self_choice_unknown",
+        calibration("self:bos?eos=stop"),
+        "calibration",
+        ("`eos` of `self:bos`: got 'stop'", "restart, suppress", "self:bos?eos=restart"),
+    ),
+    Case(
+        "self_paper_contradicted",
+        calibration("self:prefix?mode=paper&dedup=1"),
+        "calibration",
+        ("mode=paper writes with dedup=0, got 1", "drop `dedup`, or drop `mode`"),
+    ),
+    Case(
+        "self_prompts_missing",
+        calibration("self:chat?prompts=mine.txt"),
+        "calibration",
+        ("prompts=mine.txt: no such file", "a .txt with one text a line"),
     ),
     # --- layers
     Case(

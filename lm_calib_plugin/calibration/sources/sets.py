@@ -85,15 +85,16 @@ class StoredSet(IdSource):
                 f"give seqlen>={self.longest}, or build it again with --seqlen {most}",
             )
 
-    def check_count(self, count: int) -> None:
+    def check_count(self, count: int, named: str = "nsamples") -> None:
         """Raise when fewer sequences are stored."""
         if count > self.stored.nsamples:
             raise UserError(
-                "nsamples",
+                named,
                 f"`set:{self.argument}` holds {self.stored.nsamples} sequences, "
                 f"recipe asks {count}",
                 f"at most {self.stored.nsamples}",
-                "lower nsamples, or drop it to use the whole set",
+                f"lower {named}"
+                + (", or drop it to use the whole set" if named == "nsamples" else ""),
             )
 
     def check_made_with(self, name: str, wanted: str) -> None:
@@ -126,7 +127,7 @@ class StoredSet(IdSource):
         """Draw ``context.count`` sequences without replacement."""
         self.check_fits(context.tokenizer, context.vocab_size, context.seqlen)
         stored = self.stored
-        self.check_count(context.count)
+        self.check_count(context.count, context.count_of)
         generator = random.Random(derive_seed(context.seed, "set"))  # noqa: S311
         self._rows = generator.sample(range(stored.nsamples), context.count)
         return [stored.sequences[row] for row in self._rows]
