@@ -82,7 +82,12 @@ class Recipe(BaseModel):
     calib_seed
         Seed of the draw.
     pack
-        How text is cut: ``longdoc``, ``concat`` or ``pad``. Default: what suits the source.
+        How text is cut: ``longdoc``, ``concat``, ``windows``, ``pad``, ``icl`` or ``multilen``.
+        Default: what suits the source.
+    icl_examples
+        Examples a row of ``pack=icl``. Default: 4.
+    chat_template
+        Write every document with the chat template of the tokenizer before it is cut.
     fold
         Part of the documents that may be used: ``choose`` (60 %), ``validate`` (20 %), ``judge``
         (20 %), fixed for every document by its text, or ``all``.
@@ -133,6 +138,8 @@ class Recipe(BaseModel):
     seqlen: int | None = None
     calib_seed: int = 0
     pack: str | None = None
+    icl_examples: int | None = None
+    chat_template: bool = False
     fold: str = ALL_FOLDS
     select: str = RANDOM_SELECTION
     pool: int | None = None
@@ -227,7 +234,9 @@ class Recipe(BaseModel):
             raise UserError("group_size", f"got {found}", "a positive number of inputs, or -1")
         return found
 
-    @field_validator("symmetric", "act_order", "untie", "exclude_first_token", mode="before")
+    @field_validator(
+        "symmetric", "act_order", "untie", "exclude_first_token", "chat_template", mode="before"
+    )
     @classmethod
     def _check_flags(cls, value: Any, info: Any) -> bool:
         return flag(info.field_name, value)
@@ -291,7 +300,7 @@ class Recipe(BaseModel):
             )
         return terms
 
-    @field_validator("nsamples", "seqlen", "pool", mode="before")
+    @field_validator("nsamples", "seqlen", "pool", "icl_examples", mode="before")
     @classmethod
     def _check_counts(cls, value: Any, info: Any) -> int:
         return whole(info.field_name, value, lowest=1)
@@ -339,6 +348,15 @@ class Recipe(BaseModel):
         if entry.kind == "pruning":
             self._check_pruning()
         self._check_selection()
+        taken = registry.table("packing")[self.pack].options if self.pack else ()
+        for name in self.packing_options():
+            if name not in taken:
+                raise UserError(
+                    name,
+                    f"`{name}` is no option of "
+                    + (f"pack={self.pack}" if self.pack else "the default packing"),
+                    fix=f"add pack=icl, or drop `{name}`",
+                )
         if entry.needs_data and self.calibration == ():
             raise UserError(
                 "calibration",
@@ -431,6 +449,10 @@ class Recipe(BaseModel):
         """Whether the calibration is one ``set:DIR``, of which nothing is selected."""
         alone = len(self.terms) == 1 and self.terms[0].name == STORED_SET
         return alone and self.select == RANDOM_SELECTION and self.pool is None
+
+    def packing_options(self) -> dict[str, Any]:
+        """Return the options of the packing that were given."""
+        return {} if self.icl_examples is None else {"icl_examples": self.icl_examples}
 
     def method_options(self) -> dict[str, Any]:
         """Return the options that the method reads, as given (unset ones left out)."""

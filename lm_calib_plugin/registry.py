@@ -214,6 +214,21 @@ _BUILTIN: tuple[Entry, ...] = (
         "one document a row, cut at seqlen, pads excluded from every statistic",
     ),
     Entry(
+        "packing",
+        "icl",
+        _PACKERS + "InContext",
+        "several whole examples a row, joined by a blank line",
+        "https://arxiv.org/abs/2410.07461",
+        options=("icl_examples",),
+    ),
+    Entry(
+        "packing",
+        "multilen",
+        _PACKERS + "SeveralLengths",
+        "windows of 256 to 2048 tokens, each sequence counting alike",
+        "https://arxiv.org/abs/2602.07465",
+    ),
+    Entry(
         "selection",
         "random",
         _SELECTORS + "random_choice:RandomChoice",

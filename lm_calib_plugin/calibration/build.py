@@ -12,6 +12,7 @@ from typing import Any
 
 from lm_calib_plugin import registry
 from lm_calib_plugin.calibration.calibration_set import CalibrationSet
+from lm_calib_plugin.calibration.chat import ChatWriter
 from lm_calib_plugin.calibration.folds import FoldFilter, fold_seed, in_fold
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.packers import Packed, Packer
@@ -165,6 +166,8 @@ def build_calibration(
             made = replace(made, sources=(first, *made.sources[1:]))
         return made
     stage.check_model(recipe, model)
+    if recipe.chat_template:
+        ChatWriter(tokenizer)  # a tokenizer without template stops here
     with random_state_untouched():
         base = Context(
             tokenizer=tokenizer,
@@ -176,6 +179,8 @@ def build_calibration(
             model_id=model_id,
             runtime=runtime,
             fold=recipe.fold,
+            pack_options=recipe.packing_options(),
+            chat_template=recipe.chat_template,
         )
         choice = _choice(recipe, base)
         made = draw_terms(recipe.terms, recipe.nsamples, recipe.pack, base, choice=choice)
@@ -284,12 +289,18 @@ def _chosen(choice: stage.Choice, made: _Drawn, count: int, context: Context) ->
     indices = made.record["indices"]
     record = made.record | {
         "nsequences": count,
-        "selection": facts,
+        "selection": {k: v for k, v in facts.items() if k != "warnings"},
+        "warnings": [*made.record.get("warnings", ()), *facts.get("warnings", ())],
         "indices": [indices[i] for i in places] if indices else [],
         "chosen": places,
     }
-    weights = None if made.weights is None else [made.weights[i] for i in places]
-    return _Drawn([made.sequences[i] for i in places], record, weights)
+    sequences = [made.sequences[i] for i in places]
+    weights = None
+    if made.weights is not None:  # a token counts once on average, as in the pool
+        weights = [made.weights[i] for i in places]
+        counted = sum(w * len(ids) for w, ids in zip(weights, sequences, strict=True))
+        weights = [w * sum(map(len, sequences)) / counted for w in weights]
+    return _Drawn(sequences, record, weights)
 
 
 def _weights(drawn: Sequence[_Drawn], order: Sequence[tuple[int, int]]) -> list[float] | None:
@@ -330,21 +341,29 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
         **(source.provenance() if context.count else {}),
         "indices": packed.indices,
     }
-    weights = source.weights() if isinstance(source, IdSource) and context.count else None
+    weights = packed.weights
+    if isinstance(source, IdSource) and context.count:
+        weights = source.weights()
     return _Drawn(packed.sequences, record, weights)
 
 
 def _packed(source: Source, pack: str, context: Context) -> Packed:
-    packer: Packer = registry.find("packing", pack, "pack").load()()
+    entry = registry.find("packing", pack, "pack")
+    given = {k: v for k, v in context.pack_options.items() if k in entry.options}
+    packer: Packer = entry.load()(**given)
+    chat = ChatWriter(context.tokenizer) if context.chat_template else None
 
     def windows(texts: Sequence[str]) -> int:
         usable = [text for text in texts if in_fold(text, context.fold)]
+        usable = [chat.written(text) for text in usable] if chat else usable
         return int(packer.windows(usable, context, source.joiner))
 
     asked = replace(context, order=packer.order, windows=windows, pack=pack)
     chosen = FoldFilter(context.fold)
-    packed = packer.pack(chosen(source.documents(asked)), asked, source.joiner)
-    return replace(packed, facts={**packed.facts, "left_out": chosen.left_out})
+    documents = chosen(source.documents(asked))
+    packed = packer.pack(chat(documents) if chat else documents, asked, source.joiner)
+    facts = {**packed.facts, "left_out": chosen.left_out}
+    return replace(packed, facts=facts | ({"chat_template": chat.record()} if chat else {}))
 
 
 def interleaved(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -226,6 +226,15 @@ def test_outlier_channels_and_who_covers_them():
     assert sets == [{(0, 5)} if i == 3 else {(0, 2)} if i >= 8 else set() for i in range(10)]
 
 
+def test_a_model_without_outliers_is_told_of():
+    features = Given(8)
+    features.maxima = [Maxima(("0.x",), torch.ones(8, 5), torch.ones(5).double())]
+    selector = make_selector("cover")
+    assert selector.select([torch.tensor([1])] * 8, 3, features, 0) == [0, 1, 2]
+    assert "no channel of this model is an outlier" in selector.warnings[0]
+    assert selector.facts["outlier_channels"] == 0
+
+
 # --- geometry ------------------------------------------------------------------------------
 
 

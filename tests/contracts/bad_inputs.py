@@ -592,6 +592,20 @@ CASES = [
         "select_target",
         ("slef", "did you mean `self`?"),
     ),
+    # --- packing
+    Case("icl_examples_zero", wanda(pack="icl", icl_examples=0), "icl_examples", ("got 0", ">= 1")),
+    Case(
+        "icl_examples_of_another_packing",
+        wanda(pack="pad", icl_examples=3),
+        "icl_examples",
+        ("pack=pad", "add pack=icl"),
+    ),
+    Case(
+        "chat_template_text",
+        wanda(chat_template="llama"),
+        "chat_template",
+        ("'llama'", "true or false"),
+    ),
     # --- run time
     Case(
         "on_leak_typo",

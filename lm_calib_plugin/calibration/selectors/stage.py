@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ class Choice:
 
     recipe: Recipe
     targets: Sequence[Sequence[int]] = ()
+    _target: list[Features] = field(default_factory=list)
 
     def widened(self, term: SourceTerm, context: Context) -> Context:
         """Return the context that asks a term for its pool instead of its share.
@@ -134,7 +135,7 @@ class Choice:
                 "digest": identity(tokenizer_digest(context.tokenizer), self.targets),
             }
         passes = {name: cost for name, cost in costs.items() if cost}
-        return chosen, record | {"passes": passes, **selector.facts}
+        return chosen, record | {"passes": passes, **selector.facts, "warnings": selector.warnings}
 
     def _features(
         self, selector: Selector, sequences: Sequence[Sequence[int]], context: Context
@@ -149,5 +150,7 @@ class Choice:
         }
         candidates = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
         aims = [torch.tensor(ids, dtype=torch.int64) for ids in self.targets]
-        target = Features(aims, selector.needs, **given) if aims else None
+        if aims and not self._target:  # one pass serves every term
+            self._target.append(Features(aims, selector.needs, **given))
+        target = self._target[0] if aims else None
         return candidates, Features(candidates, selector.needs, **given, target=target)

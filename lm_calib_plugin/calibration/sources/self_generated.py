@@ -173,6 +173,7 @@ class SelfGenerated(Source):
         }
         if self._fixed_pool() is None:  # then the pool grows until it is enough for these
             settings |= {"count": context.count, "seqlen": context.seqlen, "pack": context.pack}
+            settings |= context.cut
         return settings | self._resolved(context)
 
     def _generate(self, context: Context, journal: Journal) -> tuple[dict[str, Any], list[Written]]:

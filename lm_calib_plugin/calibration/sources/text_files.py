@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_calib_plugin.calibration.chat import Exchange, are_messages
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.errors import UserError, listed, nearest
 
@@ -117,7 +118,8 @@ def _stretches(text: str, length: int) -> list[str]:
 def text_of(record: Any, column: Columns, place: str) -> str:
     """Return the text of a record: a bare text, or the column of a mapping; null is ``""``.
 
-    Several columns are joined by a blank line.
+    Several columns are joined by a blank line. A list of messages becomes their contents joined by
+    blank lines, and stays known as messages.
     """
     if isinstance(record, str):
         return record
@@ -130,6 +132,8 @@ def text_of(record: Any, column: Columns, place: str) -> str:
     if column not in record:
         raise missing_column(column, list(record), place)
     value = record[column]
+    if are_messages(value):
+        return Exchange.of(value)
     if value is not None and not isinstance(value, str):
         texts = [name for name, other in record.items() if isinstance(other, str)]
         raise UserError(
