@@ -11,11 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lm_calib_plugin import engine
+from lm_calib_plugin.bank.mixtures import draw, make_mixture, make_task, mixture_of
 from lm_calib_plugin.builtin_models import PREFIX, resolve_pretrained
 from lm_calib_plugin.calibration import (
     CalibrationSet,
     build_calibration,
-    needs_model,
+    model_needed,
     validate_calibration,
 )
 from lm_calib_plugin.calibration.set_folder import licences, may_replace, read_record
@@ -86,8 +87,19 @@ def calibrate(
         When the recipe cannot be used, or ``out`` holds something else.
     """
     began = time.perf_counter()
+    unspoken = sorted(set(str(out)) & set("+*?,()"))
+    if unspoken:
+        raise UserError(
+            "out",
+            f"{str(out)!r} holds `{unspoken[0]}`",
+            "calibration=set:DIR could not name it",
+            "choose a folder name without + * ? , ( )",
+        )
     validate_calibration(recipe)
-    with_model = needs_model(recipe.terms)
+    mixture = mixture_of(recipe)
+    if mixture is not None:
+        make_mixture(mixture)
+    with_model = model_needed(recipe)
     factors = _factors(recipe, loading, with_model)
     if out.exists() or out.is_symlink():
         _check_existing(out, factors, overwrite)
@@ -117,7 +129,7 @@ def _build(
         seqlen = sequence_length(recipe, config)
         tokenizer = AutoTokenizer.from_pretrained(loading.tokenizer or folder, **common)
     except (OSError, ValueError) as error:
-        raise _cannot_load(loading, error) from None
+        raise cannot_load(loading, error) from None
     if not with_model:
         # Checkpoints whose embeddings were resized say so in their configuration.
         vocab_size = int(engine.text_config(config).vocab_size)
@@ -131,18 +143,11 @@ def _build(
                 folder, dtype=loading.dtype, **common
             ).to(loading.place())
         except (OSError, ValueError) as error:
-            raise _cannot_load(loading, error) from None
+            raise cannot_load(loading, error) from None
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     with left_as_found(model):
-        drawn = build_calibration(
-            recipe,
-            tokenizer,
-            model,
-            seqlen=seqlen,
-            model_id=engine.model_digest(model),
-            vocab_size=vocab_size,
-            runtime=runtime,
-        )
+        task = make_task(recipe, model, tokenizer, seqlen=seqlen, runtime=runtime)
+        drawn = draw(task).calibration
     return drawn, tokenizer, vocab_size
 
 
@@ -150,6 +155,8 @@ def _factors(recipe: Recipe, loading: Loading, with_model: bool) -> dict[str, An
     """Return every argument that decides the set, as plain values."""
     plain = recipe.to_metadata()
     chosen = {name: plain[name] for name in Recipe.calibration_fields() if name in plain}
+    if mixture_of(recipe) is not None:
+        chosen |= {"for": {"method": recipe.method, **recipe.method_options()}}
     model = {
         "pretrained": loading.pretrained,
         "revision": loading.revision,
@@ -187,7 +194,30 @@ def _other_set(out: Path, calib_id: str) -> UserError:
     )
 
 
-def _cannot_load(loading: Loading, error: Exception) -> Exception:
+def load_model(loading: Loading) -> tuple[Any, Any]:
+    """Return model and tokenizer.
+
+    Raises
+    ------
+    UserError
+        When they cannot be loaded, or the model is of a kind that cannot be compressed.
+    """
+    folder = resolve_pretrained(loading.pretrained)
+    common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
+    with random_state_untouched():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(loading.tokenizer or folder, **common)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=loading.dtype, **common
+            ).to(loading.place())
+        except (OSError, ValueError) as error:
+            raise cannot_load(loading, error) from None
+    engine.check_supported(model)
+    return model, tokenizer
+
+
+def cannot_load(loading: Loading, error: Exception) -> Exception:
+    """Return the error for a model that cannot be loaded."""
     if isinstance(error, UserError):
         return error
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]

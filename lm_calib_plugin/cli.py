@@ -30,6 +30,7 @@ class _Listed(str, Enum):
     methods = "methods"
     sources = "sources"
     packings = "packings"
+    selections = "selections"
     options = "options"
 
 
@@ -72,6 +73,12 @@ def make_set(
     expression: str = typer.Argument(metavar="EXPR", help="Sources, such as self or c4*0.5+self."),
     pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
     out: str = typer.Option(..., help="The folder to make."),
+    purpose: str = typer.Option(
+        None,
+        "--for",
+        metavar="KEY=VALUE,...",
+        help="What a mixture is to serve, such as method=wanda,sparsity=0.5.",
+    ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the set that is there."),
     tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
     revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
@@ -83,13 +90,16 @@ def make_set(
     """Build a calibration set for a model and keep it in a folder: calibration=set:DIR."""
     from pathlib import Path
 
-    from lm_calib_plugin.recipe import Recipe
+    from lm_calib_plugin.expression import NO_DATA
+    from lm_calib_plugin.recipe import Recipe, check_purpose
     from lm_calib_plugin.runtime import Runtime
 
-    # Any method that uses data will do: the set does not depend on it.
-    recipe = Recipe(method="wanda", sparsity=0, calibration=expression, **_set_options(ctx.args))
-    if not recipe.terms:
+    if expression.strip().lower() == NO_DATA:
         raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
+    # Any method that uses data will do, unless a mixture is found for one.
+    method = _recipe_arguments([purpose]) if purpose else {"method": "wanda", "sparsity": 0}
+    recipe = Recipe(**{**method, "calibration": expression, **_extra_options(ctx, _set_fields())})
+    check_purpose(recipe, purpose is not None)
 
     from lm_calib_plugin.calibrate import Loading, calibrate
 
@@ -100,13 +110,176 @@ def make_set(
     )
 
 
+@app.command("preflight")
+def judge_sets(
+    recipe: list[str] = typer.Argument(  # noqa: B008 - how typer declares arguments
+        metavar="KEY=VALUE,...", help="Method, nsamples, seqlen..."
+    ),
+    pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
+    sets: list[str] = typer.Option(  # noqa: B008
+        ..., "--set", metavar="NAME=EXPR", help="A calibration set."
+    ),
+    domains: list[str] = typer.Option(  # noqa: B008
+        ..., "--domain", metavar="NAME=EXPR", help="Text of a domain to be served."
+    ),
+    judged: int = typer.Option(None, min=1, help="Sequences of a domain to judge on."),
+    bank: str = typer.Option(None, help="Folder of the statistics bank, kept for later."),
+    out: str = typer.Option(None, help="Folder for the table, a JSON file and a plot."),
+    tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
+    revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
+    dtype: str = typer.Option("auto", help="Of the model."),
+    device: str = typer.Option(None, help="Of the model."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code"),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
+) -> None:
+    """Judge calibration sets on domains before an evaluation is paid for: a table, one advice."""
+    from pathlib import Path
+
+    from lm_calib_plugin.recipe import Recipe
+    from lm_calib_plugin.runtime import Runtime
+
+    asked = Recipe.from_model_args(_recipe_arguments(recipe))
+    named_sets, named_domains = _named("set", sets), _named("domain", domains)
+
+    from lm_calib_plugin.calibrate import Loading
+    from lm_calib_plugin.preflight import Question, preflight
+
+    answer = preflight(
+        Question(asked, named_sets, named_domains, judged),
+        Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code),
+        bank=Path(bank).expanduser() if bank else None,
+        out=Path(out).expanduser() if out else None,
+        runtime=Runtime(progress=not quiet),
+    )
+    typer.echo(answer.table())
+
+
+class _WithMethod(TyperCommand):
+    """A command that also takes every option of a method."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        from lm_calib_plugin.recipe import Recipe
+
+        super().format_options(ctx, formatter)
+        meanings = _documented(Recipe)
+        with formatter.section("Options of the method"):
+            formatter.write_dl(
+                [(f"{_flag(f)} VALUE", meanings.get(f, "")) for f in _method_fields()]
+            )
+
+
+_EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command("bank", cls=_WithRecipe, context_settings=_EXTRA)
+def make_bank(
+    ctx: typer.Context,
+    pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
+    out: str = typer.Option(..., help="Folder of the bank."),
+    source: list[str] = typer.Option([], metavar="NAME=EXPR", help="Give one or more."),  # noqa: B008
+    folds: str = typer.Option("choose,judge", help="Folds that every source is drawn from."),
+    groups: int = typer.Option(1, help="Gram matrices a part; 16 for draws of gptq, sparsegpt."),
+    second_order: bool = typer.Option(True, help="Keep Gram matrices, or input norms alone."),
+    exclude_first_token: bool = typer.Option(False, "--exclude-first-token"),
+    targets: str = typer.Option(None, help="Layers, name patterns joined by +."),
+    ignore: str = typer.Option(None, help="Layers to leave out, name patterns joined by +."),
+    blocks: str = typer.Option(None, help="Path of the list of decoder blocks."),
+    tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
+    revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
+    dtype: str = typer.Option("auto", help="Of the model."),
+    device: str = typer.Option(None, help="Of the model."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code"),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
+) -> None:
+    """Keep what the dense model sees of candidate sources, for draws and mixes without passes."""
+    from pathlib import Path
+
+    options: dict[str, Any] = dict(_extra_options(ctx, [f for f in _set_fields() if f != "fold"]))
+    given = {"targets": targets, "ignore": ignore, "blocks": blocks}
+    options |= {name: value for name, value in given.items() if value is not None}
+    options["exclude_first_token"] = exclude_first_token
+
+    from lm_calib_plugin.bank_commands import fill
+    from lm_calib_plugin.calibrate import Loading
+    from lm_calib_plugin.runtime import Runtime
+
+    typer.echo(
+        fill(
+            _named("source", source),
+            options,
+            Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code),
+            Path(out).expanduser(),
+            folds=[fold.strip() for fold in folds.split(",") if fold.strip()],
+            groups=groups,
+            second_order=second_order,
+            runtime=Runtime(progress=not quiet),
+        )
+    )
+
+
+@app.command("draws", cls=_WithMethod, context_settings=_EXTRA)
+def compare_draws(
+    ctx: typer.Context,
+    bank: str = typer.Argument(metavar="BANK", help="Folder made by lm-calib bank."),
+    pretrained: str = typer.Option(..., help="The model that the bank was built with."),
+    method: str = typer.Option(..., help="A name of lm-calib ls methods."),
+    source: str = typer.Option(..., help="Name of a source in the bank."),
+    nsamples: int = typer.Option(..., help="Sequences of a draw."),
+    draws: int = typer.Option(200, help="How many."),
+    rows: int = typer.Option(16, help="Output rows looked at in each layer; 0: all."),
+    domain: list[str] = typer.Option([], help="Sources to judge on. Default: all."),  # noqa: B008
+    fold: str = typer.Option("choose", help="Fold that draws are taken from."),
+    judge_fold: str = typer.Option("judge", help="Fold that domains are judged on."),
+    seed: int = typer.Option(0, help="Of the resampling."),
+    out: str = typer.Option(None, help="Folder for draws.json and draws.png."),
+    revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
+    dtype: str = typer.Option("auto", help="Of the model."),
+    device: str = typer.Option(None, help="Of the model."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code"),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
+) -> None:
+    """Say how much another draw of the calibration set would change, without a forward pass."""
+    from pathlib import Path
+
+    from lm_calib_plugin.recipe import Recipe
+    from lm_calib_plugin.runtime import Runtime
+
+    options: dict[str, Any] = dict(_extra_options(ctx, _method_fields()))
+    recipe = Recipe(method=method, **options)
+
+    from lm_calib_plugin.bank_commands import study_draws
+    from lm_calib_plugin.calibrate import Loading
+
+    typer.echo(
+        study_draws(
+            Path(bank).expanduser(),
+            Loading(pretrained, None, revision, dtype, device, trust_remote_code),
+            recipe,
+            source,
+            nsamples,
+            domains=domain,
+            fold=fold,
+            judge_fold=judge_fold,
+            draws=draws,
+            rows=rows or None,
+            seed=seed,
+            out=Path(out).expanduser() if out else None,
+            runtime=Runtime(progress=not quiet),
+        )
+    )
+
+
 @app.command("ls")
 def list_parts(what: _Listed) -> None:
-    """List methods, calibration sources, packings, or the options of a recipe."""
+    """List methods, calibration sources, packings, selectors, or the options of a recipe."""
     if what is _Listed.options:
         _print_table(("option", "default", "meaning"), _option_rows())
     else:
         _print_table(("name", "what it is", "paper", "from"), _part_rows(what))
+    if what is _Listed.sources:
+        typer.echo()
+        header = ("corpus", "what it is", "short for", "license", "revision")
+        _print_table(header, _corpus_rows())
 
 
 @app.command()
@@ -178,6 +351,19 @@ def _recipe_arguments(texts: Iterable[str]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in known}
 
 
+def _named(what: str, texts: Iterable[str]) -> dict[str, str]:
+    """Return NAME=EXPR texts as a mapping."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, expression = text.partition("=")
+        if not (name and equals and expression):
+            raise UserError(what, f"got {text!r}", "NAME=EXPR", f"for instance --{what} web=c4")
+        if name in found:
+            raise UserError(what, f"`{name}` is given twice", "one name for each")
+        found[name] = expression
+    return found
+
+
 def _set_fields() -> list[str]:
     """Return the recipe fields that ``calibrate`` takes beside its expression."""
     from lm_calib_plugin.recipe import Recipe
@@ -185,26 +371,33 @@ def _set_fields() -> list[str]:
     return [name for name in Recipe.calibration_fields() if name != "calibration"]
 
 
+def _method_fields() -> list[str]:
+    """Return the recipe fields that are options of a method."""
+    from lm_calib_plugin import registry
+
+    rows = [*registry.table("pruning").values(), *registry.table("quantization").values()]
+    return list(dict.fromkeys(name for row in rows for name in row.options))
+
+
 def _flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def _set_options(texts: Sequence[str]) -> dict[str, str]:
-    """Read ``--field VALUE`` and ``--field=VALUE`` of recipe fields."""
-    fields = {_flag(name): name for name in _set_fields()}
-    own = ("out", "pretrained", "overwrite", "tokenizer", "revision", "dtype", "device", "quiet")
+def _extra_options(ctx: Any, names: Iterable[str]) -> dict[str, str]:
+    """Read ``--field VALUE`` and ``--field=VALUE`` of recipe fields that a command also takes."""
+    fields = {_flag(name): name for name in names}
+    own = [flag for p in ctx.command.params for flag in p.opts if flag.startswith("--")]
     found: dict[str, str] = {}
-    rest = list(texts)
+    rest = list(ctx.args)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         flag = flag.replace("_", "-")
         if flag not in fields:
-            known = [*fields, *map(_flag, own), "--trust-remote-code"]
             raise UserError(
                 flag,
                 "unknown option",
-                nearest(flag, known),
-                "all options: lm-calib calibrate --help",
+                nearest(flag, [*fields, *own]),
+                f"all options: lm-calib {ctx.command.name} --help",
             )
         if not equals and not rest:
             raise UserError(flag, "has no value", f"for instance {flag} VALUE")
@@ -222,6 +415,7 @@ def _part_rows(what: _Listed) -> Iterator[tuple[str, ...]]:
         _Listed.methods: ("pruning", "quantization"),
         _Listed.sources: ("calibration", "mixture"),
         _Listed.packings: ("packing",),
+        _Listed.selections: ("selection",),
     }
     for kind in kinds[what]:
         for entry in registry.table(kind).values():
@@ -229,9 +423,14 @@ def _part_rows(what: _Listed) -> Iterator[tuple[str, ...]]:
         for kept, ignored in registry.shadowed(kind):
             note = f"not used: the name belongs to {kept.distribution}"
             yield ignored.name, note, "", _origin(ignored.distribution)
-    if what is _Listed.sources:
-        for name, dataset in registry.CORPORA.items():
-            yield name, f"short for hf:{dataset}", "", _origin(registry.OURS)
+
+
+def _corpus_rows() -> Iterator[tuple[str, ...]]:
+    from lm_calib_plugin.corpora import CORPORA
+
+    for name, row in CORPORA.items():
+        revision = row.revision or "looked up and recorded when drawn from"
+        yield name, row.summary, f"hf:{row.place()}", row.licence, revision
 
 
 def _origin(distribution: str) -> str:

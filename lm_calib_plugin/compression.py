@@ -5,6 +5,7 @@ The only module that knows calibration, methods and engine at once.
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import resource
 import sys
@@ -18,10 +19,11 @@ import torch
 from torch import nn
 
 from lm_calib_plugin import engine, storage
+from lm_calib_plugin.bank.mixtures import Task, draw, make_mixture, mixture_of
 from lm_calib_plugin.calibration import (
     CalibrationSet,
-    build_calibration,
     stored_sets,
+    tokenizer_digest,
     validate_calibration,
 )
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
@@ -77,8 +79,11 @@ def compress(
     method = recipe.entry.load().from_options(recipe.method_options())
     seqlen = sequence_length(recipe, model.config)
     given = calibration is not None
+    mixture = None if given else mixture_of(recipe)
     if not given:
         validate_calibration(recipe)
+    if mixture is not None:
+        make_mixture(mixture)
     blocks = engine.find_blocks(model, recipe.blocks)
     layers, left = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
     for layer in layers:
@@ -90,6 +95,8 @@ def compress(
             "a tokenizer turns calibration text into ids",
             "give the model's tokenizer, or a calibration set made before",
         )
+    if calibration is not None and tokenizer is not None:
+        _check_tokenizer(calibration, tokenizer)
     layers = engine.untied(model, layers)
     seconds: dict[str, float] = {}
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -99,15 +106,22 @@ def compress(
         seconds["digest"] = time.perf_counter() - start
         start = time.perf_counter()
         if calibration is None and recipe.terms:
-            calibration = build_calibration(
+            task = Task(
                 recipe,
-                tokenizer,
                 model,
-                seqlen=seqlen,
-                model_id=dense_digest,
-                vocab_size=_vocab_size(model),
-                runtime=runtime,
+                tokenizer,
+                blocks,
+                [layer for layer in layers if layer.block != engine.HEAD],
+                method,
+                seqlen,
+                dense_digest,
+                _vocab_size(model),
+                runtime,
             )
+            found = draw(task)
+            calibration = found.calibration
+            if found.damp is not None:
+                method = dataclasses.replace(method, damp=found.damp)  # type: ignore[type-var]
         seconds["calibration"] = time.perf_counter() - start
         chunks = _chunks(calibration, recipe, runtime, model, tokenizer, device)
         for place in _cuda_devices(model):
@@ -224,6 +238,17 @@ def sequence_length(recipe: Recipe, config: Any) -> int:
             f"use seqlen<={limit}",
         )
     return recipe.seqlen
+
+
+def _check_tokenizer(calibration: CalibrationSet, tokenizer: Any) -> None:
+    mine = tokenizer_digest(tokenizer)
+    if calibration.tokenizer and calibration.tokenizer != mine:
+        raise UserError(
+            "calibration",
+            f"the set was made with tokenizer {calibration.tokenizer}, this model has {mine}",
+            "token ids mean something else to another tokenizer",
+            "build it again with this model's tokenizer",
+        )
 
 
 def _vocab_size(model: nn.Module) -> int:

@@ -37,6 +37,10 @@ class UserError(CalibError, ValueError):
         text = f"{argument}: " + "; ".join(parts)
         super().__init__(text if text.endswith("?") else text + ".")
 
+    def renamed(self, argument: str) -> UserError:
+        """Return the same lesson about another argument that takes the same values."""
+        return UserError(argument, str(self).removeprefix(f"{self.argument}: "))
+
     def at(self, place: str) -> UserError:
         """Put the place (file and line) where the value was read in front of the message."""
         self.args = (f"{place}: {self}",)

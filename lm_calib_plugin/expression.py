@@ -429,12 +429,8 @@ def _nested(name: str, written: bool = False) -> registry.Nested:
 def _checked(term: SourceTerm) -> SourceTerm:
     """Check name, argument and what stands inside against each other."""
     nested = _nested(term.name, written=bool(term.inner))
-    if term.name in registry.CORPORA and term.argument:
-        raise UserError(
-            "calibration",
-            f"`{term.name}` takes no argument, got `{term.argument}`",
-            fix=f"write `{term.name}`, or hf:{registry.CORPORA[term.name]} with your own config",
-        )
+    if term.name in registry.CORPORA:
+        registry.CORPORA[term.name].checked_argument(term.name, term.argument)
     if term.name in ("file", "hf", "task") and not term.argument:
         raise UserError(
             "calibration",
@@ -453,4 +449,6 @@ def _checked(term: SourceTerm) -> SourceTerm:
             f"`{term.name}` takes one source, got {expression_text(term.inner)}",
             fix=f"{term.name}({term.inner[0].text()})",
         )
+    if (term.name, term.argument) == ("self", "prefix"):
+        return replace(term, argument="")  # one spelling, so that one recipe has one key
     return term

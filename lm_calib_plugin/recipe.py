@@ -37,6 +37,7 @@ _USED_LATER = (
 )  # fmt: skip
 UNSTRUCTURED = "unstructured"
 ALL_FOLDS = "all"
+RANDOM_SELECTION = "random"
 FOLDS = (ALL_FOLDS, "choose", "validate", "judge")
 BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 
@@ -81,10 +82,23 @@ class Recipe(BaseModel):
     calib_seed
         Seed of the draw.
     pack
-        How text is cut: ``longdoc``, ``concat`` or ``pad``. Default: what suits the source.
+        How text is cut: ``longdoc``, ``concat``, ``windows``, ``pad``, ``icl`` or ``multilen``.
+        Default: what suits the source.
+    icl_examples
+        Examples a row of ``pack=icl``. Default: 4.
+    chat_template
+        Write every document with the chat template of the tokenizer before it is cut.
     fold
         Part of the documents that may be used: ``choose`` (60 %), ``validate`` (20 %), ``judge``
         (20 %), fixed for every document by its text, or ``all``.
+    select
+        How the sequences are chosen from a larger pool; a name of ``lm-calib ls selections``.
+    pool
+        Number of sequences to choose from, at least ``nsamples``. Default: 8 x ``nsamples``; for
+        ``select=random`` no pool, the sequences are drawn as they come.
+    select_target
+        Calibration expression of the 32 sequences that ``centroid`` and ``grad_match`` compare
+        the pool with.
     heldout
         Fraction of the sequences kept out of the statistics to measure the error on.
     exclude_first_token
@@ -124,7 +138,12 @@ class Recipe(BaseModel):
     seqlen: int | None = None
     calib_seed: int = 0
     pack: str | None = None
+    icl_examples: int | None = None
+    chat_template: bool = False
     fold: str = ALL_FOLDS
+    select: str = RANDOM_SELECTION
+    pool: int | None = None
+    select_target: tuple[SourceTerm, ...] | None = None
     heldout: float = 0.1
     exclude_first_token: bool = False
     targets: tuple[str, ...] | None = None
@@ -215,7 +234,9 @@ class Recipe(BaseModel):
             raise UserError("group_size", f"got {found}", "a positive number of inputs, or -1")
         return found
 
-    @field_validator("symmetric", "act_order", "untie", "exclude_first_token", mode="before")
+    @field_validator(
+        "symmetric", "act_order", "untie", "exclude_first_token", "chat_template", mode="before"
+    )
     @classmethod
     def _check_flags(cls, value: Any, info: Any) -> bool:
         return flag(info.field_name, value)
@@ -240,7 +261,7 @@ class Recipe(BaseModel):
             )
         return value.strip()
 
-    @field_validator("compat", "propagate", "pack", "fold", mode="before")
+    @field_validator("compat", "propagate", "pack", "fold", "select", mode="before")
     @classmethod
     def _check_choices(cls, value: Any, info: Any) -> str:
         allowed: list[str] = {
@@ -248,6 +269,7 @@ class Recipe(BaseModel):
             "propagate": ["compressed", "dense"],
             "pack": list(registry.table("packing")),
             "fold": list(FOLDS),
+            "select": list(registry.table("selection")),
         }[info.field_name]
         if value not in allowed:
             raise UserError(
@@ -265,7 +287,20 @@ class Recipe(BaseModel):
             return value
         return parse_calibration(value)
 
-    @field_validator("nsamples", "seqlen", mode="before")
+    @field_validator("select_target", mode="before")
+    @classmethod
+    def _check_select_target(cls, value: Any) -> tuple[SourceTerm, ...]:
+        try:
+            terms = cls._check_calibration(value)
+        except UserError as error:
+            raise error.renamed("select_target") from None
+        if not terms:
+            raise UserError(
+                "select_target", f"got {value!r}", "a source of text", "for instance task:arc_easy"
+            )
+        return terms
+
+    @field_validator("nsamples", "seqlen", "pool", "icl_examples", mode="before")
     @classmethod
     def _check_counts(cls, value: Any, info: Any) -> int:
         return whole(info.field_name, value, lowest=1)
@@ -312,6 +347,16 @@ class Recipe(BaseModel):
                 )
         if entry.kind == "pruning":
             self._check_pruning()
+        self._check_selection()
+        taken = registry.table("packing")[self.pack].options if self.pack else ()
+        for name in self.packing_options():
+            if name not in taken:
+                raise UserError(
+                    name,
+                    f"`{name}` is no option of "
+                    + (f"pack={self.pack}" if self.pack else "the default packing"),
+                    fix=f"add pack=icl, or drop `{name}`",
+                )
         if entry.needs_data and self.calibration == ():
             raise UserError(
                 "calibration",
@@ -320,6 +365,32 @@ class Recipe(BaseModel):
                 "drop `calibration=none`, or name a source such as calibration=self",
             )
         return self
+
+    def _check_selection(self) -> None:
+        if self.pool is not None and self.pool < self.nsamples:
+            raise UserError(
+                "pool",
+                f"got {self.pool}, less than nsamples={self.nsamples}",
+                "a number of sequences to choose from, at least nsamples",
+                f"for instance pool={8 * self.nsamples}",
+            )
+        takes = "select_target" in registry.find_selector(self.select).options
+        if takes and self.select_target is None:
+            raise UserError(
+                "select_target",
+                "missing",
+                f"`{self.select}` compares the pool with text of the target",
+                "for instance select_target=task:arc_easy or select_target=file:target.jsonl",
+            )
+        if self.select_target is not None and not takes:
+            rows = registry.table("selection")
+            users = [name for name, row in rows.items() if "select_target" in row.options]
+            raise UserError(
+                "select_target",
+                f"`select_target` is not an option of select={self.select}",
+                f"selectors that compare with a target: {listed(users)}",
+                "drop `select_target`",
+            )
 
     def _check_pruning(self) -> None:
         if self.pattern in (None, UNSTRUCTURED):
@@ -375,18 +446,30 @@ class Recipe(BaseModel):
 
     @property
     def whole_set(self) -> bool:
-        """Whether the calibration is one ``set:DIR`` and nothing else."""
-        return len(self.terms) == 1 and self.terms[0].name == STORED_SET
+        """Whether the calibration is one ``set:DIR``, of which nothing is selected."""
+        alone = len(self.terms) == 1 and self.terms[0].name == STORED_SET
+        return alone and self.select == RANDOM_SELECTION and self.pool is None
+
+    def packing_options(self) -> dict[str, Any]:
+        """Return the options of the packing that were given."""
+        return {} if self.icl_examples is None else {"icl_examples": self.icl_examples}
 
     def method_options(self) -> dict[str, Any]:
         """Return the options that the method reads, as given (unset ones left out)."""
         given = {name: getattr(self, name) for name in self.entry.options}
         return {name: value for name, value in given.items() if value is not None}
 
+    def replaced(self, **changes: Any) -> Recipe:
+        """Return the recipe with some fields changed, checked like any other."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return type(self)(**{**given, **changes})
+
     def to_metadata(self) -> dict[str, Any]:
         """Return the recipe as plain values, as :class:`Recipe` and YAML take them back."""
         plain = {k: v for k, v in self.model_dump().items() if v is not None}
         plain["calibration"] = plain_form(self.terms)
+        if self.select_target is not None:
+            plain["select_target"] = plain_form(self.select_target)
         if self.whole_set and not self.nsamples_given:
             del plain["nsamples"]
         for name in ("targets", "ignore"):
@@ -432,6 +515,26 @@ def read_arguments(arguments: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
         if error.argument in places:
             raise error.at(places[error.argument]) from None
         raise
+
+
+def check_purpose(recipe: Recipe, given: bool) -> None:
+    """Refuse a mixture that is built without the method it is to serve, and the reverse."""
+    name = next((term.name for term in recipe.terms), NO_DATA)
+    mixture = name in registry.table("mixture")
+    if mixture and not given:
+        raise UserError(
+            "for",
+            f"`{name}` looks for a mix that serves a method, none was named",
+            "--for KEY=VALUE,...",
+            "for instance --for method=wanda,sparsity=0.5",
+        )
+    if given and not mixture:
+        raise UserError(
+            "for",
+            f"a set from `{name}` does not depend on the method",
+            f"mixtures do: {listed(registry.table('mixture'))}",
+            "drop --for",
+        )
 
 
 def _data_free() -> list[str]:

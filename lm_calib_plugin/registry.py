@@ -1,10 +1,10 @@
-"""Names of methods, calibration sources and packings, and where each one is implemented.
+"""Names of methods, calibration sources, packings and selectors, and where each one is implemented.
 
 Built-in parts and parts of other installed packages stand in the same tables. A third party
 declares an entry point in one of the groups ``lm_calib_plugin.pruning``,
-``lm_calib_plugin.quantization``, ``lm_calib_plugin.calibration``, ``lm_calib_plugin.mixture`` or
-``lm_calib_plugin.packing`` whose value is ``"module:Class"``; it is imported only when its name
-is used.
+``lm_calib_plugin.quantization``, ``lm_calib_plugin.calibration``, ``lm_calib_plugin.mixture``,
+``lm_calib_plugin.packing`` or ``lm_calib_plugin.selection`` whose value is ``"module:Class"``; it
+is imported only when its name is used.
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ import importlib
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
+from lm_calib_plugin.corpora import CORPORA as CORPORA
 from lm_calib_plugin.errors import UserError, listed, nearest
 
-Kind = Literal["pruning", "quantization", "calibration", "mixture", "packing"]
-KINDS: tuple[Kind, ...] = ("pruning", "quantization", "calibration", "mixture", "packing")
+Kind = Literal["pruning", "quantization", "calibration", "mixture", "packing", "selection"]
+KINDS: tuple[Kind, ...] = (
+    "pruning",
+    "quantization",
+    "calibration",
+    "mixture",
+    "packing",
+    "selection",
+)
 Nested = Literal["no", "one", "many", "varies"]
 OURS = "lm-calib-plugin"
 
@@ -51,6 +59,8 @@ class Entry:
 _PRUNING = "lm_calib_plugin.pruning."
 _QUANTIZATION = "lm_calib_plugin.quantization."
 _SOURCES = "lm_calib_plugin.calibration.sources."
+_MIXTURES = "lm_calib_plugin.bank.mixtures:"
+_SELECTORS = "lm_calib_plugin.calibration.selectors."
 _PACKERS = "lm_calib_plugin.calibration.packers:"
 
 _BUILTIN: tuple[Entry, ...] = (
@@ -108,7 +118,7 @@ _BUILTIN: tuple[Entry, ...] = (
         "calibration",
         "self",
         _SOURCES + "self_generated:SelfGenerated",
-        "the model writes its own text",
+        "self[:prefix], self:bos or self:chat: the model writes its own text",
         "https://arxiv.org/abs/2410.17711",
     ),
     Entry(
@@ -147,6 +157,43 @@ _BUILTIN: tuple[Entry, ...] = (
         nested="varies",
     ),
     Entry(
+        "mixture",
+        "minimax",
+        _MIXTURES + "Minimax",
+        "minimax(A+B+C), shares for which the worst domain is as good as can be",
+        nested="many",
+    ),
+    Entry(
+        "mixture",
+        "weighted",
+        _MIXTURES + "Weighted",
+        "weighted(A*0.7+B*0.3), shares for a mean over domains with this traffic",
+        nested="many",
+    ),
+    Entry(
+        "mixture",
+        "no_worse",
+        _MIXTURES + "NoWorse",
+        "no_worse(A+B)?limit=1.1, the mean, with no domain worse than its own text by more",
+        nested="many",
+    ),
+    Entry(
+        "mixture",
+        "cross",
+        _MIXTURES + "Cross",
+        "cross(DOMAIN+GENERAL)?lambda=0.5, statistics of both, weighed",
+        "https://arxiv.org/abs/2502.18424",
+        nested="many",
+    ),
+    Entry(
+        "mixture",
+        "tasa",
+        _MIXTURES + "Tasa",
+        "tasa(TARGET+A+B), shares of A and B with the gradient traces of the target",
+        "https://arxiv.org/abs/2607.00908",
+        nested="many",
+    ),
+    Entry(
         "packing",
         "longdoc",
         _PACKERS + "LongDocument",
@@ -155,23 +202,115 @@ _BUILTIN: tuple[Entry, ...] = (
     Entry("packing", "concat", _PACKERS + "Concatenate", "documents joined, then cut into windows"),
     Entry(
         "packing",
+        "windows",
+        _PACKERS + "Windows",
+        "documents joined, windows at random starts that may overlap",
+        "https://arxiv.org/abs/2410.17711",
+    ),
+    Entry(
+        "packing",
         "pad",
         _PACKERS + "Pad",
         "one document a row, cut at seqlen, pads excluded from every statistic",
     ),
+    Entry(
+        "packing",
+        "icl",
+        _PACKERS + "InContext",
+        "several whole examples a row, joined by a blank line",
+        "https://arxiv.org/abs/2410.07461",
+        options=("icl_examples",),
+    ),
+    Entry(
+        "packing",
+        "multilen",
+        _PACKERS + "SeveralLengths",
+        "windows of 256 to 2048 tokens, each sequence counting alike",
+        "https://arxiv.org/abs/2602.07465",
+    ),
+    Entry(
+        "selection",
+        "random",
+        _SELECTORS + "random_choice:RandomChoice",
+        "uniform without replacement; the baseline",
+    ),
+    Entry(
+        "selection",
+        "ppl_low",
+        _SELECTORS + "perplexity:PerplexityLow",
+        "at random from the third of lowest perplexity",
+    ),
+    Entry(
+        "selection",
+        "ppl_mid",
+        _SELECTORS + "perplexity:PerplexityMiddle",
+        "at random from the third of middle perplexity",
+    ),
+    Entry(
+        "selection",
+        "ppl_high",
+        _SELECTORS + "perplexity:PerplexityHigh",
+        "at random from the third of highest perplexity",
+    ),
+    Entry(
+        "selection",
+        "zip",
+        _SELECTORS + "zip_words:ZipWords",
+        "greedy cover of distinct tokens; needs no model",
+        "https://arxiv.org/abs/2603.16105",
+    ),
+    Entry(
+        "selection",
+        "kmeans",
+        _SELECTORS + "clusters:Clusters",
+        "the medoid of each cluster of activations (COLA)",
+        "https://arxiv.org/abs/2510.10618",
+    ),
+    Entry(
+        "selection",
+        "kcenter",
+        _SELECTORS + "centers:FarthestFirst",
+        "farthest first in activations",
+        "https://arxiv.org/abs/1708.00489",
+    ),
+    Entry(
+        "selection",
+        "herding",
+        _SELECTORS + "herding:Herding",
+        "greedy matching of the pool's mean activation",
+        "https://arxiv.org/abs/1203.3472",
+    ),
+    Entry(
+        "selection",
+        "cover",
+        _SELECTORS + "cover:OutlierCover",
+        "greedy cover of outlier channels (COVERCAL)",
+        "https://arxiv.org/abs/2604.24008",
+    ),
+    Entry(
+        "selection",
+        "centroid",
+        _SELECTORS + "centroid:Centroid",
+        "greedy matching of the mean activation of select_target (ACDM)",
+        "https://openreview.net/forum?id=pfw3saHzGU",
+        options=("select_target",),
+    ),
+    Entry(
+        "selection",
+        "gram_dopt",
+        _SELECTORS + "gram_dopt:DOptimal",
+        "activations in all directions: greedy log det",
+        "https://arxiv.org/abs/1207.6083",
+    ),
+    Entry(
+        "selection",
+        "grad_match",
+        _SELECTORS + "grad_match:GradientMatch",
+        "gradients like those of select_target, unlike each other (after LESS)",
+        "https://arxiv.org/abs/2402.04333",
+        options=("select_target",),
+    ),
 )
-
-# Named corpora are short names of `hf:` sources; pinned revisions are part of calibration science
-# and come with it. A name maps to "ORG/NAME:config:split:column".
-CORPORA: dict[str, str] = {
-    "c4": "allenai/c4:en:train:text",
-    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1:train:text",
-    "wikipedia": "wikimedia/wikipedia:20231101.en:train:text",
-    "slimpajama": "DKYoon/SlimPajama-6B:default:train:text",
-    "fineweb": "HuggingFaceFW/fineweb:sample-10BT:train:text",
-    "dclm": "mlfoundations/dclm-baseline-1.0:default:train:text",
-    "pile": "NeelNanda/pile-10k:default:train:text",
-}
 
 
 @functools.cache
@@ -215,6 +354,15 @@ def find(kind: Kind, name: str, argument: str) -> Entry:
         nearest(name, [*rows, *mixtures]),
         f"installed: {listed(rows)}" + (f"; mixtures: {listed(mixtures)}" if mixtures else ""),
     )
+
+
+def find_selector(name: str) -> Entry:
+    """Return the entry of a selector; the row of a third-party one is completed from its class."""
+    entry = find("selection", name, "select")
+    if entry.distribution == OURS:
+        return entry
+    takes_target = getattr(entry.load(), "takes_target", False)
+    return replace(entry, options=("select_target",) if takes_target else ())
 
 
 def nested_of(entry: Entry) -> Nested:

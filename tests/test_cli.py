@@ -94,6 +94,7 @@ LIGHT = [
     ["ls", "methods"],
     ["ls", "sources"],
     ["ls", "packings"],
+    ["ls", "selections"],
     ["ls", "options"],
     ["show", "method=wanda,sparsity=0.5"],
 ]
@@ -121,6 +122,7 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]):
         ("methods", ("pruning", "quantization")),
         ("sources", ("calibration",)),
         ("packings", ("packing",)),
+        ("selections", ("selection",)),
     ],
 )
 def test_ls_shows_each_part_with_paper_and_distribution(
@@ -139,7 +141,11 @@ def test_ls_shows_each_part_with_paper_and_distribution(
 def test_ls_sources_shows_the_named_corpora(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         cli.main(["ls", "sources"])
-    assert "short for hf:allenai/c4:en:train:text" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    for name, row in registry.CORPORA.items():
+        (line,) = [x for x in lines if x.startswith(f"{name} ") and row.dataset in x]
+        assert row.licence in line
+        assert (row.revision or "looked up and recorded when drawn from") in line
 
 
 def test_ls_names_both_distributions_of_a_claimed_name(

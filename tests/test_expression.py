@@ -314,11 +314,11 @@ def test_sources_within_sources(value: Any, term: SourceTerm, more_rows: None) -
         ({"source": "best(c4"}, ("closing parenthesis",)),
         ("best(c4)x", ("closing parenthesis",)),
         ("best(c4)(c4)", ("closing parenthesis",)),
-        ("self(c4)", ("`self` takes no source inside parentheses", "some, one, best")),
+        ("self(c4)", ("`self` takes no source inside parentheses", "some, one, minimax")),
         ("c4(self)", ("`c4` takes no source inside parentheses",)),
         ({"source": "c4", "of": "self"}, ("`c4` takes no source inside parentheses",)),
         ({"source": "best(c4)", "of": "self"}, ("choose one",)),
-        ("nosuch(c4)", ("no source `nosuch`", "mixtures: best")),
+        ("nosuch(c4)", ("no source `nosuch`", "mixtures: minimax")),
         ("bst(c4)", ("did you mean `best`?",)),
         ("best(nosuch)", ("no source `nosuch`",)),
         ("best(c4*2+self*2)", ("weights sum to 4", "type c4+self")),
@@ -339,11 +339,12 @@ def test_nesting_that_cannot_be_read(value: Any, words: tuple[str, ...], more_ro
 
 
 def test_unknown_source_is_told_the_mixtures(more_rows: None) -> None:
-    with pytest.raises(UserError, match="mixtures: best"):
+    with pytest.raises(UserError, match="mixtures: minimax"):
         registry.find("calibration", "besd", "calibration")
 
 
 def test_nested_text_survives_the_parsers_of_arguments() -> None:
+    from lm_eval._cli.utils import key_val_to_dict
     from lm_eval.utils import simple_parse_args_string
 
     from lm_calib_plugin.harness.arguments import parse_argument_text
@@ -355,6 +356,7 @@ def test_nested_text_survives_the_parsers_of_arguments() -> None:
     ):
         line = f"method=wanda,calibration={text},sparsity=0.5"
         assert simple_parse_args_string(line)["calibration"] == text
+        assert key_val_to_dict(line)["calibration"] == text
         assert parse_argument_text(line)["calibration"] == text
 
 

@@ -9,6 +9,7 @@
 from lm_calib_plugin.calibration.build import (
     build_calibration,
     make_source,
+    model_needed,
     needs_model,
     stored_sets,
     validate_calibration,
@@ -30,6 +31,7 @@ __all__ = [
     "Source",
     "build_calibration",
     "make_source",
+    "model_needed",
     "needs_model",
     "stored_sets",
     "tokenizer_digest",

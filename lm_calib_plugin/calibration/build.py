@@ -1,32 +1,36 @@
-"""From a recipe to a calibration set: source, fold, packing, term by term.
+"""From a recipe to a calibration set: source, fold, packing, selection, term by term.
 
 A source of control sequences is an :class:`~...sources.base.IdSource`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lm_calib_plugin import registry
 from lm_calib_plugin.calibration.calibration_set import CalibrationSet
+from lm_calib_plugin.calibration.chat import ChatWriter
 from lm_calib_plugin.calibration.folds import FoldFilter, fold_seed, in_fold
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.calibration.packers import Packed, Packer
 from lm_calib_plugin.calibration.seeds import derive_seed
+from lm_calib_plugin.calibration.selectors import stage
 from lm_calib_plugin.calibration.sources.base import Context, IdSource, Source
+from lm_calib_plugin.calibration.sources.named import NamedCorpus
 from lm_calib_plugin.calibration.sources.sets import StoredSet
 from lm_calib_plugin.calibration.tokens import check_ids, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.expression import SourceTerm, shares
 from lm_calib_plugin.guard import random_state_untouched
-from lm_calib_plugin.recipe import ALL_FOLDS, Recipe
+from lm_calib_plugin.recipe import ALL_FOLDS, RANDOM_SELECTION, Recipe
 from lm_calib_plugin.runtime import Runtime
 
 
 def make_source(term: SourceTerm) -> Source:
-    """Return the source of a term, options checked; a named corpus is an ``hf`` source.
+    """Return the source of a term, options checked.
 
     Raises
     ------
@@ -35,18 +39,18 @@ def make_source(term: SourceTerm) -> Source:
     CalibError
         When the registered class (of another package) is no source.
     """
-    corpus = registry.CORPORA.get(term.name)
-    name, argument = ("hf", corpus) if corpus else (term.name, term.argument)
-    entry = registry.find("calibration", name, ARGUMENT)
+    if term.name in registry.CORPORA:
+        return NamedCorpus(term.name, term.argument, term.options)
+    entry = registry.find("calibration", term.name, ARGUMENT)
     made = entry.load()
     if not (isinstance(made, type) and issubclass(made, Source)):
         raise CalibError(
-            f"calibration source `{name}` of {entry.distribution}: {entry.target} is not a "
+            f"calibration source `{term.name}` of {entry.distribution}: {entry.target} is not a "
             f"subclass of {Source.__module__}.Source."
         )
     if term.inner:
-        return made(argument, term.options, term.inner)
-    return made(argument, term.options)
+        return made(term.argument, term.options, term.inner)
+    return made.of(term.argument, term.options)
 
 
 def validate_calibration(recipe: Recipe) -> None:
@@ -61,10 +65,22 @@ def validate_calibration(recipe: Recipe) -> None:
         _validate(recipe.terms)
         counts = shares(recipe.terms, recipe.nsamples) if recipe.terms else []
         for term, count in zip(recipe.terms, counts, strict=True):
-            if term.name == StoredSet.name and (recipe.nsamples_given or not recipe.whole_set):
-                source = make_source(term)
-                assert isinstance(source, StoredSet)
-                source.check_count(count)
+            if term.name == StoredSet.name:
+                _check_stored(term, count, recipe)
+        with _about_the_target():
+            _validate(recipe.select_target or ())
+        stage.make_selector(recipe.select)
+
+
+def _check_stored(term: SourceTerm, count: int, recipe: Recipe) -> None:
+    source = make_source(term)
+    assert isinstance(source, StoredSet)
+    if recipe.nsamples_given or not recipe.whole_set:
+        source.check_count(count)
+    if recipe.fold != ALL_FOLDS:
+        source.check_made_with("fold", recipe.fold)
+    if recipe.whole_set and recipe.pack:
+        source.check_made_with("pack", recipe.pack)
 
 
 def _validate(terms: Sequence[SourceTerm]) -> None:
@@ -90,6 +106,12 @@ def needs_model(terms: Sequence[SourceTerm]) -> bool:
     )
 
 
+def model_needed(recipe: Recipe) -> bool:
+    """Tell whether the set of a recipe can only be made with the model in memory."""
+    terms = (*recipe.terms, *(recipe.select_target or ()))
+    return needs_model(terms) or stage.selection_needs_model(recipe)
+
+
 def build_calibration(
     recipe: Recipe,
     tokenizer: Any,
@@ -105,11 +127,12 @@ def build_calibration(
     Parameters
     ----------
     recipe
-        ``terms``, ``nsamples``, ``calib_seed``, ``pack`` and ``fold`` are read.
+        ``terms``, ``nsamples``, ``calib_seed``, ``pack``, ``fold``, ``select``, ``pool`` and
+        ``select_target`` are read.
     tokenizer
         Tokenizer of the model.
     model
-        The dense model on its device, needed by ``self`` alone; left as found.
+        The dense model on its device, needed by ``self`` and by most selectors; left as found.
     seqlen
         Most tokens of a sequence.
     model_id
@@ -136,7 +159,15 @@ def build_calibration(
     if recipe.whole_set:
         (stored,) = stored_sets(recipe)
         stored.check_fits(tokenizer, vocab_size, seqlen)
-        return stored.first(recipe.nsamples if recipe.nsamples_given else None)
+        made = stored.first(recipe.nsamples if recipe.nsamples_given else None)
+        if recipe.calib_seed not in (Recipe.model_fields["calib_seed"].default, made.seed):
+            note = f"calib_seed={recipe.calib_seed} draws nothing from a set that is used whole"
+            first = made.sources[0] | {"warnings": [*made.sources[0].get("warnings", ()), note]}
+            made = replace(made, sources=(first, *made.sources[1:]))
+        return made
+    stage.check_model(recipe, model)
+    if recipe.chat_template:
+        ChatWriter(tokenizer)  # a tokenizer without template stops here
     with random_state_untouched():
         base = Context(
             tokenizer=tokenizer,
@@ -148,8 +179,11 @@ def build_calibration(
             model_id=model_id,
             runtime=runtime,
             fold=recipe.fold,
+            pack_options=recipe.packing_options(),
+            chat_template=recipe.chat_template,
         )
-        made = draw_terms(recipe.terms, recipe.nsamples, recipe.pack, base)
+        choice = _choice(recipe, base)
+        made = draw_terms(recipe.terms, recipe.nsamples, recipe.pack, base, choice=choice)
         sequences, sources, weights = made
     return CalibrationSet.of(
         sequences,
@@ -161,8 +195,34 @@ def build_calibration(
     )
 
 
+@contextlib.contextmanager
+def _about_the_target() -> Iterator[None]:
+    """Name ``select_target`` in what a source says about ``calibration``."""
+    try:
+        yield
+    except UserError as error:
+        raise error.renamed("select_target") if error.argument == ARGUMENT else error from None
+
+
+def _choice(recipe: Recipe, base: Context) -> stage.Choice | None:
+    """Return how sequences are chosen from pools; None when they are taken as they come."""
+    if recipe.pool is None and recipe.select == RANDOM_SELECTION:
+        return None
+    seed = derive_seed(recipe.calib_seed, "target")
+    asked = replace(base, seed=seed, count_of="select_target")
+    terms = recipe.select_target or ()
+    with _about_the_target():
+        targets, _, _ = draw_terms(terms, stage.TARGETS, recipe.pack, asked)
+    return stage.Choice(recipe, targets)
+
+
 def draw_terms(
-    terms: Sequence[SourceTerm], count: int, pack: str | None, base: Context, first: int = 0
+    terms: Sequence[SourceTerm],
+    count: int,
+    pack: str | None,
+    base: Context,
+    first: int = 0,
+    choice: stage.Choice | None = None,
 ) -> tuple[list[list[int]], list[dict[str, Any]], list[float] | None]:
     """Draw ``count`` sequences from a sum of terms.
 
@@ -176,6 +236,8 @@ def draw_terms(
         Position of the first term. The seed of a term is made of the seed of the draw and its
         position, and a term inside another starts at the position of that one: so
         ``null:shuffle(A)`` shuffles what A draws in its place.
+    choice
+        Chooses each term's share from a pool of that term; terms inside others give whole pools.
 
     Returns
     -------
@@ -184,7 +246,8 @@ def draw_terms(
         weights of the sequences, None when no term has any.
     """
     drawn = []
-    for position, (term, part) in enumerate(zip(terms, shares(terms, count), strict=True), first):
+    parts = shares(terms, count) if terms else []
+    for position, (term, part) in enumerate(zip(terms, parts, strict=True), first):
 
         def inner(
             terms: tuple[SourceTerm, ...], count: int, position: int = position
@@ -193,14 +256,18 @@ def draw_terms(
             return sequences, records
 
         seed = derive_seed(base.seed, position)
-        drawn.append(_draw(term, pack, replace(base, count=part, seed=seed, draw=inner)))
+        asked = replace(base, count=part, seed=seed, draw=inner)
+        if choice is not None:
+            asked = choice.widened(term, asked)
+        made = _draw(term, pack, asked)
+        drawn.append(made if choice is None else _chosen(choice, made, part, asked))
     order = interleaved([len(part.sequences) for part in drawn])
     records = []
-    for number, made in enumerate(drawn):
+    for number, one in enumerate(drawn):
         rows = [row for row, (owner, _) in enumerate(order) if owner == number]
         # `weight` is the share that was asked for, `share` the one that came out.
         share = len(rows) / count if count else 0.0
-        records.append(made.record | {"share": share, "rows": rows})
+        records.append(one.record | {"share": share, "rows": rows})
     sequences = [drawn[owner].sequences[place] for owner, place in order]
     return sequences, records, _weights(drawn, order)
 
@@ -212,6 +279,28 @@ class _Drawn:
     sequences: list[list[int]]
     record: dict[str, Any]
     weights: list[float] | None = None
+
+
+def _chosen(choice: stage.Choice, made: _Drawn, count: int, context: Context) -> _Drawn:
+    """Keep the chosen sequences of a pool; ``indices`` become those of the chosen."""
+    if not count:
+        return made
+    places, facts = choice.choose(made.sequences, count, context)
+    indices = made.record["indices"]
+    record = made.record | {
+        "nsequences": count,
+        "selection": {k: v for k, v in facts.items() if k != "warnings"},
+        "warnings": [*made.record.get("warnings", ()), *facts.get("warnings", ())],
+        "indices": [indices[i] for i in places] if indices else [],
+        "chosen": places,
+    }
+    sequences = [made.sequences[i] for i in places]
+    weights = None
+    if made.weights is not None:  # a token counts once on average, as in the pool
+        weights = [made.weights[i] for i in places]
+        counted = sum(w * len(ids) for w, ids in zip(weights, sequences, strict=True))
+        weights = [w * sum(map(len, sequences)) / counted for w in weights]
+    return _Drawn(sequences, record, weights)
 
 
 def _weights(drawn: Sequence[_Drawn], order: Sequence[tuple[int, int]]) -> list[float] | None:
@@ -252,21 +341,29 @@ def _draw(term: SourceTerm, pack: str | None, context: Context) -> _Drawn:
         **(source.provenance() if context.count else {}),
         "indices": packed.indices,
     }
-    weights = source.weights() if isinstance(source, IdSource) and context.count else None
+    weights = packed.weights
+    if isinstance(source, IdSource) and context.count:
+        weights = source.weights()
     return _Drawn(packed.sequences, record, weights)
 
 
 def _packed(source: Source, pack: str, context: Context) -> Packed:
-    packer: Packer = registry.find("packing", pack, "pack").load()()
+    entry = registry.find("packing", pack, "pack")
+    given = {k: v for k, v in context.pack_options.items() if k in entry.options}
+    packer: Packer = entry.load()(**given)
+    chat = ChatWriter(context.tokenizer) if context.chat_template else None
 
     def windows(texts: Sequence[str]) -> int:
         usable = [text for text in texts if in_fold(text, context.fold)]
+        usable = [chat.written(text) for text in usable] if chat else usable
         return int(packer.windows(usable, context, source.joiner))
 
     asked = replace(context, order=packer.order, windows=windows, pack=pack)
     chosen = FoldFilter(context.fold)
-    packed = packer.pack(chosen(source.documents(asked)), asked, source.joiner)
-    return replace(packed, facts={**packed.facts, "left_out": chosen.left_out})
+    documents = chosen(source.documents(asked))
+    packed = packer.pack(chat(documents) if chat else documents, asked, source.joiner)
+    facts = {**packed.facts, "left_out": chosen.left_out}
+    return replace(packed, facts=facts | ({"chat_template": chat.record()} if chat else {}))
 
 
 def interleaved(lengths: Sequence[int]) -> list[tuple[int, int]]:

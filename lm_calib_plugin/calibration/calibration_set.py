@@ -14,7 +14,7 @@ from torch import Tensor
 from lm_calib_plugin.calibration.set_folder import damaged_identity, read_set, write_set
 from lm_calib_plugin.storage import digest
 
-_LONG_LISTS = ("indices", "rows")
+_LONG_LISTS = ("indices", "rows", "chosen")
 
 
 def identity(

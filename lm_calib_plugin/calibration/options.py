@@ -26,6 +26,8 @@ class Option:
         Bounds, included.
     above, below
         Bounds, excluded.
+    choices
+        The texts taken; empty: any.
     """
 
     kind: Literal["text", "whole", "number"] = "text"
@@ -34,11 +36,12 @@ class Option:
     highest: float | None = None
     above: float | None = None
     below: float | None = None
+    choices: tuple[str, ...] = ()
 
     def read(self, text: str) -> Any:
         """Return the value of a text; raise ValueError when it is none."""
         if self.kind == "text":
-            if not text:
+            if not text or (self.choices and text not in self.choices):
                 raise ValueError(text)
             return text
         number = float(text)
@@ -50,7 +53,7 @@ class Option:
     def allowed(self) -> str:
         """Say in words which values are taken."""
         if self.kind == "text":
-            return "a text that is not empty"
+            return listed(self.choices) or "a text that is not empty"
         words = [
             f"{sign} {bound:g}"
             for sign, bound in (

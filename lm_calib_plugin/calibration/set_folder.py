@@ -176,10 +176,10 @@ def damaged_identity(folder: Path, expected: str, found: str) -> CalibError:
 
 
 def licences(sources: Any) -> list[str]:
-    """Return ``source: note`` for every source of a set, those inside a stored set too."""
+    """Return ``source: note`` for every source of a set, those inside other sources too."""
     notes = []
     for source in sources:
-        inner = (source.get("set") or {}).get("sources") or []
+        inner = source.get("inner") or (source.get("set") or {}).get("sources") or []
         notes += licences(inner) if inner else [f"{source['source']}: {source.get('licence')}"]
     return [note.replace(": None", ": not known to this program") for note in notes]
 

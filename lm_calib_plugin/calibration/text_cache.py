@@ -17,16 +17,44 @@ FORMAT = "lm-calib-plugin self-generated text"
 class Written:
     """One generated text.
 
-    ``tokens`` are the tokens written after the prefix, ``perplexity`` is None for a text too
-    short to have one, ``kept`` tells whether the filter let it through, ``finished`` whether the
-    model ended it by itself.
+    Parameters
+    ----------
+    text
+        What a reader sees; with special tokens where those are used.
+    tokens
+        Tokens the model wrote.
+    finished
+        Whether the model ended the text by itself.
+    perplexity
+        exp of the mean negative log-likelihood by the model; None for a text too short to score.
+    dropped
+        Why the text is not used (:data:`...guards.REASONS`); empty: it is used.
+    ids
+        Token ids, of a source whose ids are used as they were written.
     """
 
     text: str
     tokens: int
     finished: bool
     perplexity: float | None
-    kept: bool
+    dropped: str = ""
+    ids: tuple[int, ...] = ()
+
+    @property
+    def kept(self) -> bool:
+        """Whether the text is used."""
+        return not self.dropped
+
+    def plain(self) -> dict[str, Any]:
+        """Return the text as JSON values."""
+        values = asdict(self)
+        ids = values.pop("ids")
+        return values | ({"ids": list(ids)} if ids else {})
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Written:
+        """Return the text of JSON values; TypeError when they are of another kind."""
+        return cls(**{**values, "ids": tuple(values.get("ids", ()))})
 
 
 def cache_path(settings: dict[str, Any]) -> Path:
@@ -38,7 +66,7 @@ def keep(
     path: Path, settings: dict[str, Any], statistics: dict[str, Any], texts: list[Written]
 ) -> None:
     """Write a header line and one line per text, atomically."""
-    body = "".join(json.dumps(asdict(text), ensure_ascii=False) + "\n" for text in texts)
+    body = "".join(json.dumps(text.plain(), ensure_ascii=False) + "\n" for text in texts)
     header = {
         "format": FORMAT,
         "digest": _digest(settings, statistics, body),
@@ -68,7 +96,7 @@ def recall(
         if found != expected or header["settings"] != settings:
             return None, f"{path.name} is damaged: expected digest {expected}, found {found}"
         # Not splitlines(): generated text may hold other line separators.
-        texts = [Written(**json.loads(line)) for line in body.split("\n") if line]
+        texts = [Written.of(json.loads(line)) for line in body.split("\n") if line]
     except (ValueError, KeyError, TypeError) as error:
         return None, f"{path.name} is damaged: {type(error).__name__}: {error}"
     return (statistics, texts), ""

@@ -1,26 +1,21 @@
-"""Writing a pool of texts: prefixes, batches that shrink when memory is short, scores, filter."""
+"""Writing numbered texts: batches that shrink when memory is short, scored, kept when done."""
 
 from __future__ import annotations
 
 import gc
-import math
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from lm_calib_plugin.calibration.generation import (
-    end_ids,
-    perplexity,
-    position_limit,
-    write_batch,
-)
+from lm_calib_plugin.calibration.generation import Continuation, write_batch
+from lm_calib_plugin.calibration.journal import Batch, Journal
 from lm_calib_plugin.calibration.options import ARGUMENT
-from lm_calib_plugin.calibration.sampling import Decoding, uniform_numbers
+from lm_calib_plugin.calibration.sampling import Decoding, Schedule, uniform_numbers
 from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.calibration.text_cache import Written
 from lm_calib_plugin.calibration.tokens import check_ids, encode, text_ids
@@ -29,12 +24,20 @@ from lm_calib_plugin.errors import CalibError, UserError
 
 @dataclass
 class Tally:
-    """What writing cost, summed over batches."""
+    """What writing cost, summed over batches; ``resumed`` texts were found on disk."""
 
     tokens: int = 0
     seconds: float = 0.0
     scoring_seconds: float = 0.0
     batch_size: int = 0
+    resumed: int = 0
+
+    def add(self, batch: Batch) -> None:
+        """Add a batch; the next one is as large as this one was allowed to be."""
+        self.tokens += batch.tokens
+        self.seconds += batch.seconds
+        self.scoring_seconds += batch.scoring_seconds
+        self.batch_size = batch.batch_size
 
 
 class Writer:
@@ -42,83 +45,90 @@ class Writer:
 
     Parameters
     ----------
-    model, tokenizer
-        The model that writes and its tokenizer.
+    model
+        The model that writes.
     prefixes
-        Equally long lists of ids; text ``i`` continues ``prefixes[i % len(prefixes)]``.
-    vocab_size
-        Rows of the embedding table.
+        Lists of ids; text ``i`` continues ``prefixes[i % len(prefixes)]``.
+    finish
+        Makes the text of a prefix and its continuation, scored.
+    decoding, schedule, restart
+        As for :func:`~lm_calib_plugin.calibration.generation.write_batch`.
+    allowed
+        ``[vocabulary]`` bool, False for tokens that must not be written.
+    ends
+        Ids that end a text.
+    journal
+        Keeps finished batches; those it holds already are not written again.
     """
 
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
         prefixes: Sequence[Sequence[int]],
+        finish: Callable[[Sequence[int], Continuation], Written],
         *,
         decoding: Decoding,
         seed: int,
         max_new_tokens: int,
         batch_size: int,
-        vocab_size: int,
+        allowed: torch.Tensor,
+        ends: frozenset[int],
+        schedule: Schedule | None = None,
+        restart: int | None = None,
+        journal: Journal | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.prefixes = model, tokenizer, prefixes
-        self.decoding, self.seed, self.max_new_tokens = decoding, seed, max_new_tokens
-        self.limit = position_limit(model)
-        self.ends = end_ids(model, tokenizer)
-        allowed = torch.zeros(vocab_size, dtype=torch.bool)
-        allowed[text_ids(tokenizer, vocab_size)] = True
-        allowed[[i for i in self.ends if 0 <= i < vocab_size]] = True
-        self.allowed = allowed
+        self.model, self.prefixes, self.finish = model, prefixes, finish
+        self.decoding, self.schedule, self.restart = decoding, schedule, restart
+        self.seed, self.max_new_tokens, self.ends = seed, max_new_tokens, ends
+        self.allowed = _as_long_as_the_head(allowed, model)
+        self.journal = journal or Journal(None, {})
         self.tally = Tally(batch_size=batch_size)
 
     def write(self, first: int, count: int, bar: tqdm[Any]) -> list[Written]:
-        """Return the texts ``first`` to ``first + count - 1``, scored, none filtered yet."""
+        """Return the texts ``first`` to ``first + count - 1``, scored, none judged yet."""
         written: list[Written] = []
         while len(written) < count:
-            size = min(self.tally.batch_size, count - len(written))
-            try:
-                rows = self._batch(first + len(written), size, bar)
-            except torch.OutOfMemoryError:
-                self._shrink(size)
-                continue
-            began = time.perf_counter()
-            written += [self._scored(prefix, row) for prefix, row in rows]
-            self.tally.scoring_seconds += time.perf_counter() - began
+            place = first + len(written)
+            batch = self.journal.batches.get(place)
+            if batch is None:
+                size = min(self.tally.batch_size, count - len(written))
+                try:
+                    batch = self._batch(place, size, bar)
+                except torch.OutOfMemoryError:
+                    self._shrink(size)
+                    continue
+                self.journal.add(batch)
+            else:
+                self.tally.resumed += len(batch.texts)
+                bar.update(batch.tokens)
+            self.tally.add(batch)
+            written += batch.texts
         return written
 
-    def _batch(
-        self, first: int, count: int, bar: tqdm[Any]
-    ) -> list[tuple[Sequence[int], list[int]]]:
+    def _batch(self, first: int, count: int, bar: tqdm[Any]) -> Batch:
         began = time.perf_counter()
         prefixes = [self.prefixes[i % len(self.prefixes)] for i in range(first, first + count)]
         rows = write_batch(
             self.model,
-            torch.tensor(prefixes, dtype=torch.int64),
+            prefixes,
             uniform_numbers(self.seed, first, count, self.max_new_tokens),
             self.decoding,
-            self._allowed_rows(),
+            self.allowed,
             self.ends,
-            lambda texts: bar.update(texts),
+            schedule=self.schedule,
+            restart=self.restart,
+            on_tokens=bar.update,
         )
-        self.tally.tokens += sum(map(len, rows))
-        self.tally.seconds += time.perf_counter() - began
-        return list(zip(prefixes, rows, strict=True))
-
-    def _allowed_rows(self) -> torch.Tensor:
-        """Return the mask, as long as the output head is (it may be longer than the table)."""
-        head = self.model.get_output_embeddings()
-        rows = len(self.allowed) if head is None else head.weight.shape[0]
-        return torch.nn.functional.pad(self.allowed, (0, rows - len(self.allowed)))
-
-    def _scored(self, prefix: Sequence[int], row: list[int]) -> Written:
-        text = self.tokenizer.decode(
-            [*prefix, *row], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        wrote = time.perf_counter()
+        texts = [self.finish(prefix, row) for prefix, row in zip(prefixes, rows, strict=True)]
+        return Batch(
+            first,
+            self.tally.batch_size,
+            sum(len(row.ids) for row in rows),
+            wrote - began,
+            time.perf_counter() - wrote,
+            texts,
         )
-        ids = encode(self.tokenizer, text, special=True)[: self.limit]
-        empty = not self.tokenizer.decode(row, skip_special_tokens=True).strip()
-        score = None if empty or len(ids) < 2 else perplexity(self.model, ids)
-        return Written(text, len(row), len(row) < self.max_new_tokens, score, kept=False)
 
     def _shrink(self, size: int) -> None:
         """Halve the batch after the device ran out of memory."""
@@ -131,6 +141,21 @@ class Writer:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def text_mask(tokenizer: Any, vocab_size: int, also: Iterable[int] = ()) -> torch.Tensor:
+    """Return ``[vocab_size]`` bool: ids that stand for text, and some others."""
+    allowed = torch.zeros(vocab_size, dtype=torch.bool)
+    allowed[text_ids(tokenizer, vocab_size)] = True
+    allowed[[i for i in also if 0 <= i < vocab_size]] = True
+    return allowed
+
+
+def _as_long_as_the_head(allowed: torch.Tensor, model: Any) -> torch.Tensor:
+    """Return the mask, as long as the output head is (it may be longer than the table)."""
+    head = model.get_output_embeddings()
+    rows = len(allowed) if head is None else head.weight.shape[0]
+    return torch.nn.functional.pad(allowed, (0, rows - len(allowed)))
 
 
 def cut_prefixes(
@@ -159,15 +184,3 @@ def cut_prefixes(
         )
     check_ids([i for prefix in prefixes for i in prefix], vocab_size)
     return prefixes
-
-
-def drop_least_likely(texts: Sequence[Written], drop: float) -> list[Written]:
-    """Mark the texts to keep: all but the ``floor(drop * n)`` of highest perplexity.
-
-    Texts without a perplexity (empty) are never kept and do not count in ``n``. Of equal
-    perplexities the later text goes first.
-    """
-    scored = [i for i, text in enumerate(texts) if text.perplexity is not None]
-    scored.sort(key=lambda i: (texts[i].perplexity, i))
-    kept = set(scored[: len(scored) - math.floor(len(scored) * drop + 1e-9)])
-    return [replace(text, kept=i in kept) for i, text in enumerate(texts)]

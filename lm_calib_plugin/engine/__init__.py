@@ -10,12 +10,13 @@ from lm_calib_plugin.engine.discovery import (
     text_config,
 )
 from lm_calib_plugin.engine.fingerprint import model_digest, weights_digest
-from lm_calib_plugin.engine.layers import CHOSEN, TargetLayer, find_layers, untied
+from lm_calib_plugin.engine.layers import CHOSEN, HEAD, TargetLayer, find_layers, untied
 from lm_calib_plugin.engine.selection import select_layers
 from lm_calib_plugin.engine.walk import Plan, WalkResult, run
 
 __all__ = [
     "CHOSEN",
+    "HEAD",
     "Blocks",
     "Plan",
     "TargetLayer",

@@ -11,8 +11,15 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lm_calib_plugin.calibration.sampling import Decoding, candidates, pick, uniform_numbers
-from lm_calib_plugin.errors import NumericalError
+from lm_calib_plugin.calibration.sampling import (
+    UNTRUNCATED,
+    Decoding,
+    Schedule,
+    candidates,
+    next_tokens,
+    pick,
+    uniform_numbers,
+)
 
 
 def reference(logits, history, decoding, allowed):
@@ -80,11 +87,52 @@ def test_pick_never_takes_what_was_cut():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_broken_logits_stop_with_the_stage(bad):
-    logits = torch.zeros(2, 10)
+@pytest.mark.parametrize("decoding", [Decoding(), UNTRUNCATED])
+def test_broken_logits_are_told_and_break_nothing(bad, decoding):
+    logits = torch.zeros(2, 100)
+    everything, history = torch.ones(100) > 0, torch.zeros(2, 1, dtype=torch.int64)
+    numbers = torch.tensor([0.3, 0.7])
+    assert bool(next_tokens(logits, history, decoding, everything, numbers)[1])
     logits[1, 4] = bad
-    with pytest.raises(NumericalError, match="self-generated text"):
-        candidates(logits, torch.zeros(2, 1, dtype=torch.int64), Decoding(), torch.ones(10) > 0)
+    ids, sound = next_tokens(logits, history, decoding, everything, numbers)
+    assert not bool(sound)
+    assert all(0 <= i < 100 for i in ids.tolist())
+    assert not bool(next_tokens(torch.zeros(2, 100), history, decoding, ~everything, numbers)[1])
+
+
+def test_a_draw_over_the_whole_vocabulary_follows_the_plain_softmax():
+    """Against a search, in Python, for the first place where the sum passes the number."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(200, 50, generator=generator) * 2
+    numbers, temperature = (torch.rand(200, generator=generator) for _ in range(2))
+    allowed = torch.rand(50, generator=generator) > 0.2
+    history = torch.zeros(200, 1, dtype=torch.int64)
+    ids, _ = next_tokens(logits, history, UNTRUNCATED, allowed, numbers, 0.5 + temperature)
+    for row, number, t, i in zip(
+        logits.double(), numbers.double(), temperature, ids.tolist(), strict=True
+    ):
+        weights = (row / (0.5 + t.double())).exp() * allowed
+        sums = weights.cumsum(0) / weights.sum()
+        assert i == next(place for place in range(50) if sums[place] > number)
+        assert allowed[i]
+
+
+def test_unlikely_tokens_are_drawn_from_the_start_token_on():
+    """A thousandth token of a flat distribution is beyond every usual top-k and top-p."""
+    logits = torch.zeros(4000, 1000)
+    numbers = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    history = torch.zeros(4000, 1, dtype=torch.int64)
+    ids, _ = next_tokens(logits, history, UNTRUNCATED, torch.ones(1000) > 0, numbers)
+    assert len(ids.unique()) > 950
+    cut, _ = next_tokens(logits, history, Decoding(), torch.ones(1000) > 0, numbers)
+    assert len(cut.unique()) <= 50
+
+
+def test_temperature_moves_along_a_straight_line():
+    schedule = Schedule(2.0, 1.0, 20)
+    wanted = [2.0 + (1.0 - 2.0) * min(1.0, t / 20) for t in range(40)]
+    assert schedule.at(torch.arange(40)).tolist() == pytest.approx(wanted)
+    assert Schedule(0.5, 1.5, 1).at(torch.arange(3)).tolist() == [0.5, 1.5, 1.5]
 
 
 def test_numbers_of_a_text_depend_on_seed_and_text_alone():

@@ -8,6 +8,7 @@ from conftest import WORDS, context, draw, numbered, write_jsonl
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.calibration.sources.files import Files
 from lm_calib_plugin.calibration.sources.random_ids import RandomIds
+from lm_calib_plugin.calibration.sources.text_files import open_documents
 from lm_calib_plugin.errors import UserError
 
 
@@ -194,3 +195,40 @@ def test_a_relative_folder_and_a_file_given_to_hf(words, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"is a file.*file:./a.jsonl"):
         draw("hf:./a.jsonl", words)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+TEXT = "one two\nthree\n\nfour five six\n\n\nseven\n"
+
+
+@pytest.mark.parametrize(
+    ("split", "documents"),
+    [
+        ("blanks", ["one two\nthree\n\nfour five six", "seven"]),
+        ("blank", ["one two\nthree", "four five six", "seven"]),
+        ("line", ["one two", "three", "four five six", "seven"]),
+    ],
+)
+def test_where_a_document_ends_can_be_said(tmp_path, split, documents):
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    assert list(open_documents(path, "text", split)) == documents
+
+
+def test_stretches_of_text_end_at_white_space_and_lose_nothing(tmp_path):
+    words = " ".join(f"word{i}" for i in range(500))
+    path = tmp_path / "a.txt"
+    path.write_text(words)
+    parts = list(open_documents(path, "text", "300"))
+    assert "".join(parts) == words
+    assert all(300 <= len(part) <= 310 for part in parts[:-1])
+    assert all(part.startswith("word") for part in parts)
+
+
+def test_a_split_that_does_not_exist_or_fit_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n')
+    with pytest.raises(UserError, match="split already"):
+        list(open_documents(path, "text", "line"))
+    for bad in ("lines", "12", "-5"):
+        with pytest.raises(UserError, match="allowed: blanks"):
+            Files(str(path), [("split", bad)]).validate()

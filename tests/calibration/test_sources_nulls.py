@@ -183,3 +183,10 @@ def test_a_tokenizer_without_punctuation_is_named(words, monkeypatch):
 def test_validation_looks_inside(text, message):
     with pytest.raises(UserError, match=message):
         validate_calibration(Recipe(method="wanda", sparsity=0.5, calibration=text))
+
+
+def test_a_fold_holds_inside_too(words, corpus):
+    fields = {"nsamples": 4, "pack": "concat", "fold": "choose"}
+    real, shuffled = (draw(t, words, **fields) for t in (corpus, f"null:shuffle({corpus})"))
+    assert Counter(flat(shuffled)) == Counter(flat(real))
+    assert shuffled.sources[0]["inner"][0]["fold"] == "choose"

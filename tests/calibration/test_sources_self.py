@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ from conftest import STORIES, draw, numbered, tiny_model, word_tokenizer, write_
 from test_build import states
 
 from lm_calib_plugin.calibration import openings, writer
-from lm_calib_plugin.calibration.sources import self_generated
-from lm_calib_plugin.calibration.text_cache import Written
-from lm_calib_plugin.calibration.writer import cut_prefixes, drop_least_likely
+from lm_calib_plugin.calibration.generation import Continuation
+from lm_calib_plugin.calibration.sources.self_prefix import SelfFromPrefix
+from lm_calib_plugin.calibration.writer import cut_prefixes
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.storage import cache_dir
 
@@ -38,9 +37,10 @@ def test_enough_text_is_written_and_recorded(words, model, start):
     (record,) = drawn.sources
     assert record["pack"] == "concat"
     facts = record["generation"]
-    assert facts["kept"] == facts["texts"] - facts["empty"] - int(
-        0.2 * (facts["texts"] - facts["empty"])
-    )
+    lost = facts["dropped"]
+    passed = facts["texts"] - sum(lost.values()) + lost["perplexity"]
+    assert lost["perplexity"] == int(0.2 * passed)
+    assert facts["kept"] == passed - lost["perplexity"]
     assert facts["tokens"] > 0
     assert facts["tokens_per_second"] > 0
     assert facts["perplexity"]["highest_kept"] <= facts["perplexity"]["highest"]
@@ -65,7 +65,9 @@ def test_same_text_with_and_without_cache(words, model, start):
     assert path.stat().st_mtime_ns == stamp
     header, *lines = path.read_text().splitlines()
     assert json.loads(header)["settings"]["model"] == "m"
-    assert set(json.loads(lines[0])) == {"text", "tokens", "finished", "perplexity", "kept"}
+    assert set(json.loads(lines[0])) == {"text", "tokens", "finished", "perplexity", "dropped"}
+    assert (cache_dir() / first.sources[0]["text_file"]) == path
+    assert plain.sources[0]["text_file"] is None
 
 
 def test_everything_that_decides_the_text_names_the_cache(words, model, start):
@@ -90,7 +92,7 @@ def test_a_damaged_cache_is_written_again_with_a_warning(words, model, start, da
     head, _, body = content.partition(b"\n")
     path.write_bytes(
         {
-            "flip": content.replace(b'"kept": true', b'"kept": false', 1),
+            "flip": content.replace(b'"dropped": ""', b'"dropped": "no"', 1),
             "cut": content[:-20],
             "bytes": b"\xff" + content,
             "header": head[:-5] + b"\n" + body,
@@ -176,17 +178,23 @@ def test_batches_shrink_when_memory_is_short(words, model, start):
 
 def test_a_model_that_writes_nothing_ends_in_a_message(words, model, start, monkeypatch):
     monkeypatch.setattr(
-        writer, "write_batch", lambda model, prefixes, *_: [[] for _ in range(len(prefixes))]
+        writer,
+        "write_batch",
+        lambda model, prefixes, *_, **__: [Continuation([], 2)] * len(prefixes),
     )
     with pytest.raises(UserError) as error:
         draw(start, words, model)
-    assert "of them empty" in str(error.value)
+    assert "dropped (empty)" in str(error.value)
     assert "found 0 windows of 8 tokens, recipe asks 4" in str(error.value)
 
 
 def test_more_rounds_are_written_when_texts_end_early(words, model, start, monkeypatch):
     original = writer.write_batch
-    monkeypatch.setattr(writer, "write_batch", lambda *a: [row[:3] for row in original(*a)])
+    monkeypatch.setattr(
+        writer,
+        "write_batch",
+        lambda *a, **n: [Continuation(row.ids[:3], 2) for row in original(*a, **n)],
+    )
     drawn = draw(start, words, model, nsamples=6)
     facts = drawn.sources[0]["generation"]
     assert facts["rounds"] > 1
@@ -217,17 +225,6 @@ def test_other_packings_of_generated_text(words, model, start):
     assert [len(ids) for ids in windows.sequences] == [8] * 6
 
 
-def test_the_filter_drops_the_least_likely_fifth():
-    texts = [Written("x", 3, False, float(p), False) for p in (5, 1, 9, 3, 7, 9, 2, 4, 6, 8)]
-    texts.insert(4, Written("", 0, True, None, False))
-    kept = [text.perplexity for text in drop_least_likely(texts, 0.2) if text.kept]
-    assert kept == [5, 1, 3, 7, 2, 4, 6, 8]
-    assert all(t.kept for t in drop_least_likely(texts, 0.0) if t.perplexity is not None)
-    same = [replace(text, perplexity=1.0) for text in texts]
-    marks = [text.kept for text in drop_least_likely(same, 0.2)]
-    assert marks == [True] * 9 + [False] * 2
-
-
 def test_prefixes_are_the_first_ids_in_a_seeded_order(words):
     texts = numbered(20, 6)
     prefixes = cut_prefixes(texts, words, 2, 0, 63)
@@ -251,7 +248,7 @@ def test_openings_from_other_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\n two \nthree\n\n\n\nfour")
     assert openings.read_openings(str(tmp_path / "a.txt")) == ["one", "two", "three", "four"]
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(UserError, match="one opening a line"):
+    with pytest.raises(UserError, match="one text a line"):
         openings.openings_file(str(tmp_path / "a.csv"))
 
 
@@ -302,6 +299,6 @@ def test_a_trained_model_writes_likely_text(stories):
     drawn = draw("self", stories.tokenizer, stories.model, nsamples=4, seqlen=64, vocab_size=512)
     facts = drawn.sources[0]["generation"]
     assert facts["perplexity"]["highest_kept"] < 10
-    assert self_generated.SelfGenerated.default_pack == drawn.sources[0]["pack"]
+    assert SelfFromPrefix.default_pack == drawn.sources[0]["pack"]
     text = stories.tokenizer.decode(drawn.sequences[0])
     assert sum(word in text for word in (" the ", " was ", " to ", " and ")) >= 2

@@ -47,6 +47,31 @@ def yaml_file(text: str | bytes, **typed: Any) -> Callable[[], Any]:
     return do
 
 
+def calibration(expression: str) -> Callable[[], Any]:
+    """Check an expression as far as it goes without data and model."""
+
+    def do() -> Any:
+        from lm_calib_plugin.calibration import validate_calibration
+
+        validate_calibration(Recipe(method="wanda", sparsity=0.5, calibration=expression))
+
+    return do
+
+
+def stored(expression: str, sequences: int = 3, **given: Any) -> Callable[[], Any]:
+    """Use the set of a folder `my-set`, made here, as the harness does before it loads a model."""
+
+    def do() -> Any:
+        from lm_calib_plugin.calibration import CalibrationSet, validate_calibration
+
+        CalibrationSet.of([[1, 2, 3]] * sequences, seqlen=3).save("my-set")
+        Path("texts").mkdir()
+        Path("texts/a.txt").write_text("a")
+        validate_calibration(Recipe(method="wanda", sparsity=0.5, calibration=expression, **given))
+
+    return do
+
+
 def layer(shape: tuple[int, int], **given: Any) -> Callable[[], Any]:
     """Check a layer against a recipe, as the engine does before it reads any data."""
 
@@ -282,6 +307,60 @@ CASES = [
         "calibration",
         ("True", "positive"),
     ),
+    Case(
+        "weights_do_not_sum_to_one",
+        wanda(calibration="c4*3+self*1"),
+        "calibration",
+        ("weights sum to 4", "fractions of the sequences", "type c4*0.75+self*0.25"),
+    ),
+    Case(
+        "weight_of_one_source_only",
+        wanda(calibration="c4*0.25+self"),
+        "calibration",
+        ("`self` has no weight", "equal shares", "type c4*0.25+self*0.75"),
+    ),
+    Case(
+        "parenthesis_not_closed",
+        wanda(calibration="null:shuffle(c4"),
+        "calibration",
+        ("'null:shuffle(c4'", "every `(` needs its `)`", '{"source": "file:PATH"}'),
+    ),
+    Case(
+        "parentheses_empty",
+        wanda(calibration="null:shuffle()"),
+        "calibration",
+        ("nothing stands inside", "`null:shuffle()`", "null:shuffle(c4)"),
+    ),
+    Case(
+        "parentheses_of_a_source_that_takes_none",
+        wanda(calibration="c4(self)"),
+        "calibration",
+        ("`c4` takes no source inside parentheses", "null"),
+    ),
+    Case(
+        "text_after_parentheses",
+        wanda(calibration="null:shuffle(c4)x"),
+        "calibration",
+        ("`null:shuffle(c4)x`", "?options and *weight"),
+    ),
+    Case(
+        "commas_in_place_of_plus",
+        wanda(calibration="c4,self"),
+        "calibration",
+        ("`c4,self`", "joined by +"),
+    ),
+    Case(
+        "language_missing",
+        wanda(calibration="lang"),
+        "calibration",
+        ("`lang` needs a language", "`fr`", "lang:fr"),
+    ),
+    Case(
+        "language_of_another_shape",
+        wanda(calibration="flores:fr"),
+        "calibration",
+        ("got `fr`", "`fra_Latn`", "flores:fra_Latn"),
+    ),
     Case("term_empty", wanda(calibration="c4+"), "calibration", ("no name", "c4")),
     Case(
         "source_option_without_value",
@@ -308,6 +387,37 @@ CASES = [
         wanda(calibration='[{"source": "c4"'),
         "calibration",
         ("not JSON", '[{"source": "c4"'),
+    ),
+    # --- text of the model itself
+    Case(
+        "self_variant_typo",
+        calibration("self:bso"),
+        "calibration",
+        ("no variant `bso`", "did you mean `bos`?", "self:prefix, self:bos, self:chat"),
+    ),
+    Case(
+        "self_option_of_another_variant",
+        calibration("self:bos?top_k=50"),
+        "calibration",
+        ("`self:bos` has no option `top_k`", "its options: ", "ramp"),
+    ),
+    Case(
+        "self_choice_unknown",
+        calibration("self:bos?eos=stop"),
+        "calibration",
+        ("`eos` of `self:bos`: got 'stop'", "restart, suppress", "self:bos?eos=restart"),
+    ),
+    Case(
+        "self_paper_contradicted",
+        calibration("self:prefix?mode=paper&dedup=1"),
+        "calibration",
+        ("mode=paper writes with dedup=0, got 1", "drop `dedup`, or drop `mode`"),
+    ),
+    Case(
+        "self_prompts_missing",
+        calibration("self:chat?prompts=mine.txt"),
+        "calibration",
+        ("prompts=mine.txt: no such file", "a .txt with one text a line"),
     ),
     # --- layers
     Case(
@@ -418,7 +528,91 @@ CASES = [
     ),
     # --- folds
     Case("fold_unknown", wanda(fold="juge"), "fold", ("'juge'", "did you mean `judge`?", "choose")),
+    # --- sets
+    Case("set_unnamed", stored("set"), "calibration", ("set:DIR", "lm-calib calibrate")),
+    Case(
+        "set_missing",
+        stored("set:mine"),
+        "calibration",
+        ("no folder 'mine'", "set:DIR", "lm-calib calibrate self --pretrained MODEL --out mine"),
+    ),
+    Case(
+        "set_of_texts",
+        stored("set:texts"),
+        "calibration",
+        ("'texts' holds no calibration.json", "there: a.txt", "file:PATH"),
+    ),
+    Case(
+        "set_too_small",
+        stored("set:my-set", nsamples=4),
+        "nsamples",
+        ("holds 3 sequences", "asks 4", "drop it to use the whole set"),
+    ),
+    Case(
+        "set_too_small_for_its_share",
+        stored("set:my-set*0.5+random*0.5"),
+        "nsamples",
+        ("holds 3 sequences", "asks 64", "lower nsamples"),
+    ),
+    # --- selection
+    Case(
+        "select_unknown",
+        wanda(select="kmean"),
+        "select",
+        ("'kmean'", "did you mean `kmeans`?", "gram_dopt"),
+    ),
+    Case(
+        "pool_too_small",
+        wanda(select="kmeans", nsamples=16, pool=8),
+        "pool",
+        ("got 8", "nsamples=16", "pool=128"),
+    ),
+    Case("pool_text", wanda(pool="large"), "pool", ("'large'", "whole number >= 1")),
+    Case(
+        "select_target_missing",
+        wanda(select="centroid"),
+        "select_target",
+        ("missing", "`centroid`", "select_target=task:arc_easy"),
+    ),
+    Case(
+        "select_target_of_a_selector_without",
+        wanda(select="kmeans", select_target="random"),
+        "select_target",
+        ("select=kmeans", "centroid, grad_match", "drop `select_target`"),
+    ),
+    Case(
+        "select_target_none",
+        wanda(select="centroid", select_target="none"),
+        "select_target",
+        ("'none'", "a source of text", "task:arc_easy"),
+    ),
+    Case(
+        "select_target_typo",
+        wanda(select="centroid", select_target="slef"),
+        "select_target",
+        ("slef", "did you mean `self`?"),
+    ),
+    # --- packing
+    Case("icl_examples_zero", wanda(pack="icl", icl_examples=0), "icl_examples", ("got 0", ">= 1")),
+    Case(
+        "icl_examples_of_another_packing",
+        wanda(pack="pad", icl_examples=3),
+        "icl_examples",
+        ("pack=pad", "add pack=icl"),
+    ),
+    Case(
+        "chat_template_text",
+        wanda(chat_template="llama"),
+        "chat_template",
+        ("'llama'", "true or false"),
+    ),
     # --- run time
+    Case(
+        "on_leak_typo",
+        lambda: Runtime(on_leak="erorr"),
+        "on_leak",
+        ("'erorr'", "did you mean `error`?", "warn, error, ignore"),
+    ),
     Case(
         "batch_size_zero",
         lambda: Runtime(calib_batch_size=0),

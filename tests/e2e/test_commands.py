@@ -79,6 +79,19 @@ def test_shell_examples(name: str, model: str) -> None:
     assert "calib_demo_cloze" in done.stdout
 
 
+def test_a_set_is_built_and_used(model: str, tmp_path: Path) -> None:
+    out, made = tmp_path / "out", tmp_path / "set"
+    command = ["bash", str(EXAMPLES / "calibrate.sh"), "--limit", "4", "--output_path", str(out)]
+    done = run(*command, MODEL=model, SET=str(made))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{made} (written)" in done.stdout
+    assert "[0] file:" in done.stdout
+    record = json.loads((made / "calibration.json").read_text())
+    found = json.loads(next(out.rglob("results_*.json")).read_text())["config"]["compression"]
+    assert found["calibration"]["calib_id"] == record["calib_id"]
+    assert found["leakage"]["calib_demo_cloze"]["items"] == 4
+
+
 def test_two_processes_end_with_the_same_weights(model: str) -> None:
     # Without a GPU, accelerate starts several processes only when told to do as with GPUs.
     environment = {"ACCELERATE_ARGS": "--multi_gpu", "ACCELERATE_USE_CPU": "1", "MODEL": model}

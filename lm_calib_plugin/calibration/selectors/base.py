@@ -26,6 +26,8 @@ class Selector(ABC):
     ----------
     facts
         Plain values for the record, filled by :meth:`select`.
+    warnings
+        What the user should know of this choice, filled by :meth:`select`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -34,6 +36,7 @@ class Selector(ABC):
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
+        self.warnings: list[str] = []
 
     @abstractmethod
     def select(

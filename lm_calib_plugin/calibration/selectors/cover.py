@@ -38,6 +38,11 @@ class OutlierCover(Selector):
         """Cover; when nothing more can be covered, begin again with those that remain."""
         sets, weights = covered_channels(features.maxima, len(candidates))
         chosen, covers = greedy_cover(sets, count, weights)
+        if not any(sets):
+            self.warnings.append(
+                "select=cover: no channel of this model is an outlier, so there is nothing to "
+                "cover; the first sequences of the pool were taken"
+            )
         reached = set().union(*(sets[i] for i in chosen))
         self.facts = {
             "outlier_channels": len(weights),

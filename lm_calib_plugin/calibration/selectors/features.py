@@ -37,7 +37,7 @@ NEEDS = frozenset({"nll", "means", "maxima", "gradients", "words"})
 DIMENSIONS = 64
 # Activations and logits of a batch are held to about these numbers of tokens and of values.
 CPU_TOKENS, GPU_TOKENS = 4096, 16384
-CPU_LOGITS, GPU_LOGITS = 1 << 26, 1 << 28
+CPU_LOGITS, GPU_LOGITS = 1 << 25, 1 << 28
 
 
 class Features:
@@ -78,6 +78,7 @@ class Features:
         self.batch_size, self.progress, self._target = batch_size, progress, target
         self._found: dict[str, Any] = {}
         self.cost: dict[str, Any] = {}
+        self._fits = 0
 
     @property
     def target(self) -> Features:
@@ -156,16 +157,13 @@ class Features:
         began = time.perf_counter()
         makers = {"means": MeanProbe, "maxima": MaximaProbe, "gradients": GradientProbe}
         probes: dict[str, Probe] = {n: make() for n, make in makers.items() if n in self.needs}
-        losses: list[Tensor] = []
-        size = self.batch_size or self._automatic_size()
         handles: list[Any] = []
         with left_as_found(self.model), keep_parameters_still(self.model):
             try:
                 blocks = decoder_blocks(self.model, self.blocks) if probes else nn.ModuleList()
                 for probe in probes.values():
                     handles += probe.attach(blocks)
-                for found, size in self._batches(probes, size):
-                    losses.append(found)
+                losses = list(self._batches(probes))
             finally:
                 for handle in handles:
                     handle.remove()
@@ -175,12 +173,13 @@ class Features:
         self.cost = {
             "sequences": len(self.sequences),
             "tokens": sum(map(len, self.sequences)),
-            "batch_size": size,
+            "batch_size": self._fits,
             "seconds": round(time.perf_counter() - began, 3),
         }
 
-    def _batches(self, probes: dict[str, Probe], size: int) -> Iterator[tuple[Tensor, int]]:
-        """Yield losses of batch after batch, and the size that fits."""
+    def _batches(self, probes: dict[str, Probe]) -> Iterator[Tensor]:
+        """Yield losses of batch after batch; the size is halved when memory runs out."""
+        size = self.batch_size or self._automatic_size()
         done, total = 0, len(self.sequences)
         with tqdm(
             total=total, desc="pool features", unit="sequence", disable=not self.progress
@@ -202,7 +201,8 @@ class Features:
                     continue
                 done += len(part)
                 bar.update(len(part))
-                yield losses, size
+                self._fits = size
+                yield losses
 
     def _one(self, part: Sequence[Tensor], probes: dict[str, Probe]) -> Tensor:
         batch = Batch.of(part, input_device(self.model))
@@ -237,7 +237,7 @@ def sequence_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Return the mean NLL per predicted token of each sequence, ``[batch]`` float32."""
     ids = batch.ids.to(logits.device)
     there = batch.mask.to(logits.device)[:, 1:].float()
-    each = functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none"
-    )
-    return (each * there).sum(1) / there.sum(1).clamp(min=1)
+    # One long list of positions: the loss over a transposed view takes several times as long.
+    scores = logits[:, :-1].flatten(0, 1).float()
+    each = functional.cross_entropy(scores, ids[:, 1:].flatten(), reduction="none")
+    return (each.view_as(there) * there).sum(1) / there.sum(1).clamp(min=1)

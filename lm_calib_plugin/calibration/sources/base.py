@@ -68,6 +68,13 @@ class Context:
     fold
         Part of the documents that will be used; the others are left out after the source. A
         source need not look at it, unless it keeps what it made for ``count`` windows.
+    pack_options
+        Fields of the recipe that packers read, those that were given.
+    chat_template
+        Whether documents are written with the chat template, which is done after the source.
+    count_of
+        The argument that ``count`` comes from, for messages: ``nsamples``, ``pool`` or
+        ``select_target``, whose number is fixed.
     """
 
     tokenizer: Any
@@ -83,11 +90,26 @@ class Context:
     pack: str = ""
     draw: Draw | None = None
     fold: str = "all"
+    pack_options: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: bool = False
+    count_of: str = "nsamples"
 
     @property
     def of_fold(self) -> str:
         """What a message says after a number of documents or texts; nothing without a fold."""
         return "" if self.fold == "all" else f" of fold `{self.fold}`"
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """What decides, beside ``pack``, how many windows a text gives; empty by default."""
+        chat = {"chat_template": True} if self.chat_template else {}
+        return {**self.pack_options, **chat}
+
+    @property
+    def to_lower(self) -> str:
+        """What a message says may be lowered when there is too little text."""
+        fewer = "seqlen" if self.count_of == "select_target" else f"{self.count_of} or seqlen"
+        return f"lower {fewer}" + (", set fold=all" if self.of_fold else "")
 
 
 class Source(ABC):
@@ -124,6 +146,11 @@ class Source(ABC):
     ) -> None:
         self.argument, self.inner = argument, tuple(inner)
         self.settings = read_options(self.name or type(self).__name__, self.options, options)
+
+    @classmethod
+    def of(cls, argument: str, options: Iterable[tuple[str, str]]) -> Source:
+        """Return the source of an argument; a class of several variants chooses one of them."""
+        return cls(argument, options)
 
     def validate(self) -> None:
         """Raise a UserError for everything wrong that shows without network and model."""

@@ -1,8 +1,8 @@
 """``file:PATH``: a file of your own text, or a folder of files.
 
-``.txt`` is split into documents at two or more blank lines; ``.jsonl``, ``.json`` (a list) and
-``.parquet`` hold one document a record, in the column ``text`` or in ``?column=NAME``. A folder
-gives all such files below it, sorted by path.
+``.txt`` is split into documents at two or more blank lines, or as ``?split=`` says; ``.jsonl``,
+``.json`` (a list) and ``.parquet`` hold one document a record, in the column ``text`` or in
+``?column=NAME``. A folder gives all such files below it, sorted by path.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from typing import Any
 
 from lm_calib_plugin.calibration.options import ARGUMENT, Option
 from lm_calib_plugin.calibration.sources.base import Context, Document, Source, visiting_order
-from lm_calib_plugin.calibration.sources.text_files import READERS, open_documents
+from lm_calib_plugin.calibration.sources.text_files import (
+    READERS,
+    check_split,
+    open_documents,
+)
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.storage import digest, file_digest
 
@@ -26,15 +30,18 @@ class Files(Source):
     """Text of local files. Documents are numbered in file order, then in order of the file."""
 
     name = "file"
-    options = {"column": Option(default="text")}
+    options = {"column": Option(default="text"), "split": Option()}
 
     def __init__(self, argument: str = "", options: Any = ()) -> None:
         super().__init__(argument, options)
+        self.columns: str | tuple[str, ...] = self.settings["column"]
         self._digests: list[tuple[str, str]] = []
         self._total = 0
 
     def validate(self) -> None:
         """Check that there is something to read; nothing is opened yet."""
+        if self.settings["split"] is not None:
+            check_split(self.settings["split"])
         find_files(self.argument)
 
     def documents(self, context: Context) -> Iterator[Document]:
@@ -45,7 +52,7 @@ class Files(Source):
             (path.relative_to(root).as_posix() if path != root else "", file_digest(path))
             for path in paths
         ]
-        parts = [open_documents(path, self.settings["column"]) for path in paths]
+        parts = [open_documents(path, self.columns, self.settings["split"]) for path in paths]
         ends = list(itertools.accumulate(len(part) for part in parts))
         self._total = ends[-1]
         for index in visiting_order(self._total, context):

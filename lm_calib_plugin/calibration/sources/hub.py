@@ -38,7 +38,10 @@ class HubDataset(Source):
         parts = [*argument.split(":"), "", "", ""]
         self.path = parts[0]
         self.config, self.split, self.column = (parts[1] or None, parts[2] or "train", parts[3])
-        self.column = self.column or "text"
+        self.columns: tuple[str, ...] = (self.column or "text",)
+        self.pinned: str | None = None
+        self.files = ""
+        self.keep: tuple[str, tuple[str, ...]] | None = None
         self.default_pack = "concat" if self.path in _LINES else "longdoc"
         self._facts: dict[str, Any] = {}
 
@@ -77,7 +80,7 @@ class HubDataset(Source):
         if not streaming:
             self._facts["documents_held"] = len(dataset)
             for index in visiting_order(len(dataset), context):
-                yield Document(index, self._text(dataset[index], index))
+                yield from self._document(dataset[index], index)
             return
         if context.order == "shuffled":
             buffer = self.settings["buffer"]
@@ -86,7 +89,7 @@ class HubDataset(Source):
         index = -1
         try:
             for index, row in enumerate(dataset):
-                yield Document(index, self._text(row, index))
+                yield from self._document(row, index)
         except hub_access.connection_errors() as error:
             raise CalibError(
                 f"hf:{self.path}: the stream broke after {index + 1} rows ({error}); run again, "
@@ -106,26 +109,40 @@ class HubDataset(Source):
                 dataset = hub_access.open_local(self.local, self.config, self.split)
             self._facts = {"fingerprint": getattr(dataset, "_fingerprint", None)}
             return dataset, False
-        answer = hub_access.look_up(self.path, self.settings["revision"])
+        answer = hub_access.look_up(self.path, self.settings["revision"], self.pinned, self.name)
         if answer is None:  # offline, but an earlier download is there
             with hub_access.explained(self.path, self.config, self.split):
                 dataset = datasets.load_dataset(self.path, self.config, split=self.split)
             self._facts = {"fingerprint": getattr(dataset, "_fingerprint", None), "cached": True}
             return dataset, False
         with hub_access.explained(self.path, self.config, self.split):
-            stream = datasets.load_dataset(
-                self.path, self.config, split=self.split, streaming=True, revision=answer.revision
-            )
+            if self.files:
+                place = f"hf://datasets/{self.path}@{answer.revision}/{self.files}"
+                stream = datasets.load_dataset(
+                    "json", data_files=place, split=self.split, streaming=True
+                )
+            else:
+                stream = datasets.load_dataset(
+                    self.path,
+                    self.config,
+                    split=self.split,
+                    streaming=True,
+                    revision=answer.revision,
+                )
         self._facts = {"fingerprint": answer.revision, "licence": answer.licence}
         return stream, True
 
     def _check_column(self, dataset: Any) -> None:
         names = dataset.column_names
-        if names and self.column not in names:
-            raise missing_column(self.column, list(names), f"hf:{self.path}")
+        for column in self.columns if names else ():
+            if column not in names:
+                raise missing_column(column, list(names), f"hf:{self.path}")
 
-    def _text(self, row: Any, index: int) -> str:
-        return text_of(row, self.column, f"hf:{self.path}, row {index}")
+    def _document(self, row: Any, index: int) -> Iterator[Document]:
+        """Give the row as a document, or nothing when it is none of those kept."""
+        if self.keep is not None and row.get(self.keep[0]) not in self.keep[1]:
+            return
+        yield Document(index, text_of(row, self.columns, f"hf:{self.path}, row {index}"))
 
 
 def licence_of(dataset: Any) -> str | None:

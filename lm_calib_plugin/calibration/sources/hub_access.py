@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lm_calib_plugin import registry
 from lm_calib_plugin.calibration.options import ARGUMENT
-from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.corpora import CORPORA
+from lm_calib_plugin.errors import UserError, listed
 
-OFFLINE_SOURCES = (
-    "without network: calibration=self, file:PATH, hf:./FOLDER, random, task:NAME with local data"
-)
 SITE = "https://huggingface.co/datasets"
 
 
@@ -49,8 +48,22 @@ def ask_hub(path: str, revision: str | None) -> HubAnswer:
     return HubAnswer(str(info.sha), stated or None)
 
 
-def look_up(path: str, revision: str | None) -> HubAnswer | None:
+def look_up(
+    path: str, revision: str | None, pinned: str | None = None, name: str = "hf"
+) -> HubAnswer | None:
     """Return what to load, or None when the hub is away but an earlier download is here.
+
+    Parameters
+    ----------
+    path
+        ``ORG/NAME``.
+    revision
+        What the user asked for.
+    pinned
+        Commit taken when the user asked for none; None: the newest one. An earlier download is
+        taken in place of a pinned commit, never of one that the user asked for.
+    name
+        How the user called the data set.
 
     Raises
     ------
@@ -61,12 +74,14 @@ def look_up(path: str, revision: str | None) -> HubAnswer | None:
 
     no_answer: tuple[type[BaseException], ...] = (*connection_errors(), errors.HfHubHTTPError)
     try:
-        return ask_hub(path, revision)
+        return ask_hub(path, revision or pinned)
     except errors.GatedRepoError:
         raise _gated(path) from None
     except errors.RevisionNotFoundError:
         raise UserError(
-            ARGUMENT, f"hf:{path} has no revision `{revision}`", f"see {SITE}/{path}/commits/main"
+            ARGUMENT,
+            f"hf:{path} has no revision `{revision or pinned}`",
+            f"see {SITE}/{path}/commits/main",
         ) from None
     except errors.RepositoryNotFoundError:
         raise UserError(
@@ -78,15 +93,33 @@ def look_up(path: str, revision: str | None) -> HubAnswer | None:
     except no_answer as error:
         if in_local_cache(path) and revision is None:
             return None
-        raise _unreachable(path, error) from None
+        raise _unreachable(path, error, name) from None
 
 
 def in_local_cache(path: str) -> bool:
     """Tell whether the data set library keeps an earlier download of this data set."""
     import datasets
+    from datasets.naming import camelcase_to_snakecase
 
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")
-    return folder.is_dir() and any(folder.iterdir())
+    owner, _, name = path.rpartition("/")
+    for spelled in (name, camelcase_to_snakecase(name)):
+        folder = Path(datasets.config.HF_DATASETS_CACHE) / "___".join(
+            filter(None, (owner, spelled))
+        )
+        if folder.is_dir() and any(folder.iterdir()):
+            return True
+    return False
+
+
+def usable_now() -> str:
+    """Say in one sentence which sources need no network, corpora downloaded earlier included."""
+    found = [name for name, row in CORPORA.items() if in_local_cache(row.dataset)]
+    cached = f", and from earlier downloads {listed(found)}" if found else ""
+    kept = "set:DIR, " if "set" in registry.table("calibration") else ""
+    return (
+        "usable without network: calibration=self, null:KIND, random, file:PATH, hf:./FOLDER, "
+        f"{kept}task:NAME with local data{cached}"
+    )
 
 
 def open_local(folder: Path, config: str | None, split: str) -> Any:
@@ -148,11 +181,13 @@ def _gated(path: str) -> UserError:
     )
 
 
-def _unreachable(path: str, error: BaseException) -> UserError:
+def _unreachable(path: str, error: BaseException, name: str = "hf") -> UserError:
+    own = f"your copy of it: {name}?path=FILE, or " if name in CORPORA else ""
     return UserError(
         ARGUMENT,
-        f"hf:{path} cannot be reached (offline? {one_line(error, 120)})",
-        OFFLINE_SOURCES,
-        f"or where there is network: hf download {path} --repo-type dataset --include FILES "
+        ("" if name == "hf" else f"{name}: ")
+        + f"hf:{path} cannot be reached (offline? {one_line(error, 120)})",
+        usable_now(),
+        f"{own}where there is network: hf download {path} --repo-type dataset --include FILES "
         "--local-dir FOLDER, then hf:./FOLDER",
     )

@@ -38,7 +38,7 @@ class StoredSet(IdSource):
         """Read the whole folder: a damaged set stops the run before a model is loaded."""
         if not self.argument:
             raise UserError(
-                ARGUMENT, "`set` needs a folder", "set:DIR", "made by lm-calib calibrate"
+                ARGUMENT, "`set` needs a folder", "set:DIR, a folder made by lm-calib calibrate"
             )
         _ = self.stored
 
@@ -85,15 +85,27 @@ class StoredSet(IdSource):
                 f"give seqlen>={self.longest}, or build it again with --seqlen {most}",
             )
 
-    def check_count(self, count: int) -> None:
+    def check_count(self, count: int, named: str = "nsamples") -> None:
         """Raise when fewer sequences are stored."""
         if count > self.stored.nsamples:
             raise UserError(
-                "nsamples",
+                named,
                 f"`set:{self.argument}` holds {self.stored.nsamples} sequences, "
                 f"recipe asks {count}",
                 f"at most {self.stored.nsamples}",
-                "lower nsamples, or drop it to use the whole set",
+                f"lower {named}"
+                + (", or drop it to use the whole set" if named == "nsamples" else ""),
+            )
+
+    def check_made_with(self, name: str, wanted: str) -> None:
+        """Raise when a source of the set was made with another ``fold`` or ``pack``."""
+        made = {source.get(name) for source in self.stored.sources} - {wanted, None}
+        if made:
+            raise UserError(
+                name,
+                f"got {wanted!r}, `set:{self.argument}` was built with {min(made)!r}",
+                "documents of a set can not be told apart again",
+                f"drop {name}, or build it again with --{name} {wanted}",
             )
 
     def first(self, count: int | None) -> CalibrationSet:
@@ -115,7 +127,7 @@ class StoredSet(IdSource):
         """Draw ``context.count`` sequences without replacement."""
         self.check_fits(context.tokenizer, context.vocab_size, context.seqlen)
         stored = self.stored
-        self.check_count(context.count)
+        self.check_count(context.count, context.count_of)
         generator = random.Random(derive_seed(context.seed, "set"))  # noqa: S311
         self._rows = generator.sample(range(stored.nsamples), context.count)
         return [stored.sequences[row] for row in self._rows]

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lm_calib_plugin.calibration.chat import Exchange
 from lm_calib_plugin.calibration.options import ARGUMENT, Option
 from lm_calib_plugin.calibration.sources.base import Context, Document, Source, visiting_order
 from lm_calib_plugin.calibration.sources.hub import licence_of
 from lm_calib_plugin.calibration.sources.hub_access import (
-    OFFLINE_SOURCES,
     connection_errors,
     one_line,
+    usable_now,
 )
 from lm_calib_plugin.errors import UserError, listed, nearest
 
@@ -90,7 +91,7 @@ class HarnessTask(Source):
                 ARGUMENT,
                 f"the data of task `{self.argument}` cannot be reached "
                 f"(offline? {one_line(error, 120)})",
-                OFFLINE_SOURCES,
+                usable_now(),
             ) from None
         except Exception as error:
             raise UserError(
@@ -150,7 +151,7 @@ def document_text(task: Any, row: Any) -> str:
 
     A multiple-choice answer given by number is looked up among the choices. When the *prompts*
     are the choices (WinoGrande), the prompt given by number is the correct one. Of several right
-    answers the first is taken.
+    answers the first is taken. The text remembers prompt and answer as an exchange.
     """
     config = getattr(task, "config", None)
     prompt, answer = task.doc_to_text(row), task.doc_to_target(row)
@@ -173,7 +174,11 @@ def document_text(task: Any, row: Any) -> str:
     delimiter = getattr(config, "target_delimiter", None)
     if delimiter is None:
         delimiter = "" if answer[:1].isspace() else " "
-    return f"{prompt}{delimiter}{answer}"
+    messages = [
+        {"role": "user", "content": prompt.strip()},
+        {"role": "assistant", "content": answer.strip()},
+    ]
+    return Exchange.of(messages, f"{prompt}{delimiter}{answer}")
 
 
 def _manager_with(name: str, folder: str | None) -> Any:

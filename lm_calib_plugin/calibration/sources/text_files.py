@@ -12,15 +12,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_calib_plugin.calibration.chat import Exchange, are_messages
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.errors import UserError, listed, nearest
 
-# A document of a .txt ends at two or more blank lines. One blank line parts the paragraphs of a
-# document; splitting there would leave no document long enough for `longdoc`.
-_BETWEEN = re.compile(r"(?:[^\S\n]*\n){3,}")
+Columns = str | tuple[str, ...]
+# A document of a .txt ends at two or more blank lines, if not told otherwise. One blank line parts
+# the paragraphs of a document; splitting there would leave none long enough for `longdoc`.
+DEFAULT_SPLIT = "blanks"
+_BETWEEN = {
+    "blanks": re.compile(r"(?:[^\S\n]*\n){3,}"),
+    "blank": re.compile(r"(?:[^\S\n]*\n){2,}"),
+    "line": re.compile(r"\n"),
+}
+SHORTEST_STRETCH = 100
 
 
-def open_documents(path: Path, column: str) -> Sequence[str]:
+def open_documents(path: Path, column: Columns, split: str | None = None) -> Sequence[str]:
     """Return the documents of a file as a sequence of texts, read when asked for.
 
     Parameters
@@ -28,16 +36,26 @@ def open_documents(path: Path, column: str) -> Sequence[str]:
     path
         An existing file with one of the endings of :data:`READERS`.
     column
-        Field of the text in .jsonl, .json and .parquet.
+        Field of the text in .jsonl, .json and .parquet; the texts of several are joined.
+    split
+        Where a document of a .txt ends; see :func:`check_split`. None: at two or more blank lines.
 
     Raises
     ------
     UserError
-        When the file is empty, binary, broken or has no such column.
+        When the file is empty, binary, broken or has no such column, or when ``split`` is given
+        for a file of records.
     """
+    if split is not None and path.suffix.lower() != ".txt":
+        raise UserError(
+            ARGUMENT, f"split={split} with {path}", "a file of records is split already", "drop it"
+        )
     if path.stat().st_size == 0:
         raise UserError(ARGUMENT, f"{path} is empty", "text is needed")
-    documents = READERS[path.suffix.lower()](path, column)
+    if split is not None:
+        documents: Sequence[str] = _split_text(path, split)
+    else:
+        documents = READERS[path.suffix.lower()](path, column)
     if not len(documents):
         raise UserError(ARGUMENT, f"{path} holds no document", "text is needed")
     return documents
@@ -55,16 +73,58 @@ def _decoded(path: Path, raw: bytes, line: int | None = None) -> str:
         raise UserError(ARGUMENT, f"{place}: {what}", "UTF-8 text is needed") from None
 
 
-def _read_txt(path: Path, column: str) -> list[str]:
+def _read_txt(path: Path, column: Columns) -> list[str]:
+    return _split_text(path, DEFAULT_SPLIT)
+
+
+def check_split(split: str) -> None:
+    """Raise when ``split`` is no way to end a document.
+
+    ``blanks``: two or more blank lines; ``blank``: one or more; ``line``: every line is a document;
+    a number N: stretches of N characters or a little more, ended at white space, for text whose
+    documents are not marked.
+    """
+    if split in _BETWEEN or (split.isdecimal() and int(split) >= SHORTEST_STRETCH):
+        return
+    raise UserError(
+        ARGUMENT,
+        f"split={split}",
+        f"allowed: {listed(_BETWEEN)}, or {SHORTEST_STRETCH} or more characters",
+        "for instance file:my.txt?split=4000",
+    )
+
+
+def _split_text(path: Path, split: str) -> list[str]:
+    check_split(split)
     text = _decoded(path, path.read_bytes()).replace("\r\n", "\n")
-    parts = (part.strip("\n") for part in _BETWEEN.split(text))
-    return [part for part in parts if part.strip()]
+    between = _BETWEEN.get(split)
+    parts = between.split(text) if between else _stretches(text, int(split))
+    stripped = (part.strip("\n") for part in parts)
+    return [part for part in stripped if part.strip()]
 
 
-def text_of(record: Any, column: str, place: str) -> str:
-    """Return the text of a record: a bare text, or the column of a mapping; null is ``""``."""
+def _stretches(text: str, length: int) -> list[str]:
+    """Cut a text at the first white space after every ``length`` characters."""
+    space = re.compile(r"\s")
+    parts, start = [], 0
+    while start < len(text):
+        found = space.search(text, start + length)
+        end = found.end() if found else len(text)
+        parts.append(text[start:end])
+        start = end
+    return parts
+
+
+def text_of(record: Any, column: Columns, place: str) -> str:
+    """Return the text of a record: a bare text, or the column of a mapping; null is ``""``.
+
+    Several columns are joined by a blank line. A list of messages becomes their contents joined by
+    blank lines, and stays known as messages.
+    """
     if isinstance(record, str):
         return record
+    if not isinstance(column, str):
+        return "\n\n".join(filter(None, (text_of(record, name, place) for name in column)))
     if not isinstance(record, dict):
         raise UserError(
             ARGUMENT, f"{place}: a {type(record).__name__}", "an object with a text is needed"
@@ -72,6 +132,8 @@ def text_of(record: Any, column: str, place: str) -> str:
     if column not in record:
         raise missing_column(column, list(record), place)
     value = record[column]
+    if are_messages(value):
+        return Exchange.of(value)
     if value is not None and not isinstance(value, str):
         texts = [name for name, other in record.items() if isinstance(other, str)]
         raise UserError(
@@ -97,7 +159,7 @@ def missing_column(column: str, columns: Sequence[str], place: str) -> UserError
 class JsonLines(Sequence[str]):
     """Documents of a .jsonl file; only the places of the lines are kept in memory."""
 
-    def __init__(self, path: Path, column: str) -> None:
+    def __init__(self, path: Path, column: Columns) -> None:
         self.path, self.column = path, column
         self._starts = array("q")
         self._lines = array("q")
@@ -131,7 +193,7 @@ class JsonLines(Sequence[str]):
         return text_of(record, self.column, f"{self.path}, line {number}")
 
 
-def _read_json(path: Path, column: str) -> list[str]:
+def _read_json(path: Path, column: Columns) -> list[str]:
     text = _decoded(path, path.read_bytes())
     try:
         content = json.loads(text)
@@ -149,22 +211,24 @@ def _read_json(path: Path, column: str) -> list[str]:
     return [text_of(item, column, f"{path}, item {n}") for n, item in enumerate(content, 1)]
 
 
-def _read_parquet(path: Path, column: str) -> list[str]:
+def _read_parquet(path: Path, column: Columns) -> list[str]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
     try:
         names = parquet.read_schema(path).names
-        if column not in names:
-            raise missing_column(column, names, str(path))
-        values = parquet.read_table(path, columns=[column])[column].to_pylist()
+        wanted = [column] if isinstance(column, str) else list(column)
+        for name in wanted:
+            if name not in names:
+                raise missing_column(name, names, str(path))
+        values = parquet.read_table(path, columns=wanted).to_pylist()
     except (arrow.ArrowException, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(ARGUMENT, f"{path}: not a readable parquet file ({first})") from None
-    return [text_of({column: v}, column, f"{path}, row {n}") for n, v in enumerate(values, 1)]
+    return [text_of(row, column, f"{path}, row {n}") for n, row in enumerate(values, 1)]
 
 
-READERS: dict[str, Callable[[Path, str], Sequence[str]]] = {
+READERS: dict[str, Callable[[Path, Columns], Sequence[str]]] = {
     ".txt": _read_txt,
     ".jsonl": JsonLines,
     ".json": _read_json,

@@ -1,0 +1,124 @@
+"""Two arms against each other: one draw each, or pair by pair."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from lm_calib_plugin.comparison.numbers import (
+    RESAMPLES,
+    Interval,
+    differences,
+    draws_by_items,
+    finite,
+    paired_table,
+    percentile_interval,
+)
+
+RESOLVED = 0.75
+_CHUNK = 1 << 22  # numbers drawn at a time: 32 MiB
+
+
+@dataclass(frozen=True)
+class PairedDelta:
+    """Mean of ``a - b`` over pairs of equal draw and item.
+
+    ``better``, ``worse`` and ``ties`` are shares of all pairs: those where a is above, below and
+    equal to b. With scores of 0 and 1 and b the dense model, ``worse`` are harmful flips.
+    """
+
+    delta: Interval
+    better: float
+    worse: float
+    ties: float
+
+    @property
+    def churn(self) -> float:
+        """Share of the pairs that differ."""
+        return self.better + self.worse
+
+
+def probability_better(a: ArrayLike, b: ArrayLike) -> float:
+    """Return P(A > B) with one draw each: the share of all draw pairs, ties counted as 0.5.
+
+    Parameters
+    ----------
+    a, b
+        ``[draws]``, scores where more is better; lengths may differ.
+    """
+    first, second = finite("a", a, 1), finite("b", b, 1)
+    signs = np.sign(first[:, None] - second)
+    return float((signs.mean() + 1) / 2)
+
+
+def probability_better_normal(mean_a: float, sd_a: float, mean_b: float, sd_b: float) -> float:
+    """Return P(A > B) with one draw each, from summaries of normal draws."""
+    gap, sd = finite("mean", [mean_a - mean_b], 1)[0], math.hypot(sd_a, sd_b)
+    if sd == 0:
+        return float((np.sign(gap) + 1) / 2)
+    return float(stats.norm.cdf(gap / sd))
+
+
+def resolved(probability: float, delta: Interval) -> bool:
+    """Tell whether a difference may be called one.
+
+    One draw must tell the two apart (P(A > B) at least 0.75, or at most 0.25) and the interval of
+    the paired delta must exclude 0.
+    """
+    return (probability >= RESOLVED or probability <= 1 - RESOLVED) and delta.excludes_zero
+
+
+def winner_flips(a: ArrayLike, b: ArrayLike) -> bool:
+    """Tell whether paired draws disagree on the winner: A above B in one, below in another."""
+    gaps = differences("a", a, b, 1)
+    return bool((gaps > 0).any() and (gaps < 0).any())
+
+
+def two_level_bootstrap(
+    a: ArrayLike, b: ArrayLike | None = None, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Return the mean of a, or of ``a - b``, with the interval over draws and items.
+
+    Each resample draws draws with replacement, then items. Every draw is judged on the same items,
+    so one set of items serves all draws of a resample; draws and items are the same for both arms.
+
+    Parameters
+    ----------
+    a, b
+        ``[draws, items]``; or ``[draws]``, where only draws are resampled.
+    """
+    scores = draws_by_items("a", a) if b is None else paired_table(a, b)
+    draws, items = scores.shape
+    rng = np.random.default_rng(seed)
+    found = []
+    step = max(1, _CHUNK // max(draws, items))
+    for start in range(0, resamples, step):
+        count = min(step, resamples - start)
+        # How often each draw and each item was taken.
+        rows = rng.multinomial(draws, np.full(draws, 1 / draws), count) / draws
+        columns = rng.multinomial(items, np.full(items, 1 / items), count) / items
+        found.append(((rows @ scores) * columns).sum(1))
+    return percentile_interval(float(scores.mean()), np.concatenate(found))
+
+
+def paired_delta(
+    a: ArrayLike, b: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
+) -> PairedDelta:
+    """Compare two arms pair by pair; see :func:`two_level_bootstrap` for the interval.
+
+    Parameters
+    ----------
+    a, b
+        ``[draws, items]`` or ``[draws]``, of one shape; equal places are one pair.
+    """
+    gaps = paired_table(a, b)
+    return PairedDelta(
+        two_level_bootstrap(a, b, resamples, seed),
+        better=float((gaps > 0).mean()),
+        worse=float((gaps < 0).mean()),
+        ties=float((gaps == 0).mean()),
+    )

@@ -1,0 +1,122 @@
+"""Rank correlations, and how well the ranking of one draw tells that of the mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from lm_calib_plugin.comparison.numbers import (
+    RESAMPLES,
+    Array,
+    Interval,
+    differences,
+    finite,
+    percentile_interval,
+)
+from lm_calib_plugin.comparison.pairs import probability_better_normal
+from lm_calib_plugin.errors import UserError
+
+
+def spearman(a: ArrayLike, b: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Return Spearman's rank correlation of pairs, with the bootstrap interval over pairs.
+
+    A resample in which one side is constant ranks nothing and counts as 0.
+    """
+    return _correlation(lambda x, y: float(stats.spearmanr(x, y).statistic), a, b, resamples, seed)
+
+
+def kendall_tau_b(
+    a: ArrayLike, b: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Return Kendall's tau-b of pairs, with the bootstrap interval over pairs.
+
+    A resample in which one side is constant ranks nothing and counts as 0.
+    """
+    return _correlation(lambda x, y: float(stats.kendalltau(x, y).statistic), a, b, resamples, seed)
+
+
+def expected_tau(draws: Sequence[ArrayLike], resamples: int = RESAMPLES, seed: int = 0) -> float:
+    """Return the expected tau-b of a ranking from one draw against that of the mean scores.
+
+    Each resample takes one draw of every entry, independently.
+
+    Parameters
+    ----------
+    draws
+        The scores of each entry (source, method), at least two entries; numbers of draws may
+        differ.
+    """
+    entries = [finite("draws", scores, 1) for scores in draws]
+    reference = _pair_signs(np.array([[scores.mean() for scores in entries]]))
+    rng = np.random.default_rng(seed)
+    sampled = np.stack([rng.choice(scores, resamples) for scores in entries], 1)
+    return float(_tau_b(_pair_signs(sampled), _ranked(reference)).mean())
+
+
+def expected_tau_normal(means: ArrayLike, sds: ArrayLike) -> float:
+    """Return what :func:`expected_tau` tends to for normal draws, from their summaries.
+
+    Exact, nothing is simulated: draws have no ties, so tau-b is linear in the signs of the pairs
+    and the expectation of a sign is ``2 P(i > j) - 1``. With every ``sd`` 0 the ranking is that of
+    the means.
+
+    Parameters
+    ----------
+    means, sds
+        ``[entries]``.
+    """
+    centers, spread = finite("means", means, 1, least=2), finite("sds", sds, 1, least=2)
+    reference = _ranked(_pair_signs(centers[None]))[0]
+    i, j = np.triu_indices(len(centers), 1)
+    chances = [
+        probability_better_normal(centers[x], spread[x], centers[y], spread[y])
+        for x, y in zip(i, j, strict=True)
+    ]
+    signs = 2 * np.array(chances) - 1
+    # Only ties that no draw can break (no spread at all) are ties of the draws too.
+    never = (signs == 0) & (np.hypot(spread[i], spread[j]) == 0)
+    norm = math.sqrt(np.count_nonzero(reference) * np.count_nonzero(~never))
+    return float((signs * reference).sum() / norm)
+
+
+def _correlation(
+    statistic: Callable[[Array, Array], float],
+    a: ArrayLike,
+    b: ArrayLike,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    differences("a", a, b, 1)
+    x, y = finite("a", a, 1, least=2), finite("b", b, 1, least=2)
+    for name, side in (("a", x), ("b", y)):
+        if np.ptp(side) == 0:
+            raise UserError(name, "all values are equal", "equal values rank nothing")
+    rng = np.random.default_rng(seed)
+    found = np.zeros(resamples)
+    for number in range(resamples):
+        taken = rng.integers(len(x), size=len(x))
+        if np.ptp(x[taken]) and np.ptp(y[taken]):
+            found[number] = statistic(x[taken], y[taken])
+    return percentile_interval(statistic(x, y), found)
+
+
+def _pair_signs(scores: Array) -> Array:
+    """Return the signs of all pairs, ``[rankings, pairs]``, of scores ``[rankings, entries]``."""
+    i, j = np.triu_indices(scores.shape[1], 1)
+    return np.asarray(np.sign(scores[:, i] - scores[:, j]))
+
+
+def _ranked(signs: Array) -> Array:
+    if not signs.any():
+        raise UserError("scores", "all means are equal", "two entries that differ are needed")
+    return signs
+
+
+def _tau_b(signs: Array, reference: Array) -> Array:
+    """Return tau-b of each row of pair signs; a row of ties only counts as 0."""
+    norm = np.sqrt(np.count_nonzero(signs, 1) * np.count_nonzero(reference))
+    return np.asarray((signs * reference).sum(1) / np.where(norm > 0, norm, 1.0))
