@@ -11,20 +11,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lm_calib_plugin import engine
-from lm_calib_plugin.bank.mixtures import draw, make_mixture, make_task, mixture_of
+from lm_calib_plugin.bank.mixtures import draw, make_task, mixture_of
 from lm_calib_plugin.builtin_models import PREFIX, resolve_pretrained
 from lm_calib_plugin.calibration import (
     CalibrationSet,
     build_calibration,
     model_needed,
-    validate_calibration,
 )
 from lm_calib_plugin.calibration.set_folder import licences, may_replace, read_record
-from lm_calib_plugin.compression import sequence_length
+from lm_calib_plugin.compression import check_calibration, sequence_length
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.guard import left_as_found, random_state_untouched
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
+
+# What else of a recipe decides the shares of a mixture, beside the method and its options.
+_SERVED = ("exclude_first_token", "targets", "ignore", "blocks")
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,7 @@ def calibrate(
             "calibration=set:DIR could not name it",
             "choose a folder name without + * ? , ( )",
         )
-    validate_calibration(recipe)
-    mixture = mixture_of(recipe)
-    if mixture is not None:
-        make_mixture(mixture)
+    check_calibration(recipe)
     with_model = model_needed(recipe)
     factors = _factors(recipe, loading, with_model)
     if out.exists() or out.is_symlink():
@@ -114,7 +113,7 @@ def calibrate(
             out, tokenizer=tokenizer, vocab_size=vocab_size, factors=factors, overwrite=overwrite
         )
     what = "this set was there already, nothing was written" if kept else "written"
-    return _summary(drawn, loading, out, what, time.perf_counter() - began)
+    return _summary(drawn, recipe, loading, out, what, time.perf_counter() - began)
 
 
 def _build(
@@ -156,7 +155,8 @@ def _factors(recipe: Recipe, loading: Loading, with_model: bool) -> dict[str, An
     plain = recipe.to_metadata()
     chosen = {name: plain[name] for name in Recipe.calibration_fields() if name in plain}
     if mixture_of(recipe) is not None:
-        chosen |= {"for": {"method": recipe.method, **recipe.method_options()}}
+        served = {name: plain[name] for name in _SERVED if plain.get(name)}
+        chosen |= {"for": {"method": recipe.method, **recipe.method_options(), **served}}
     model = {
         "pretrained": loading.pretrained,
         "revision": loading.revision,
@@ -228,7 +228,29 @@ def cannot_load(loading: Loading, error: Exception) -> Exception:
     )
 
 
-def _summary(drawn: CalibrationSet, loading: Loading, out: Path, what: str, seconds: float) -> str:
+def _served(recipe: Recipe, drawn: CalibrationSet) -> tuple[str, str]:
+    """Return the model class and the method to type: those that a mixture was found for.
+
+    The ridge found with it is an option of the method, which a set cannot hold.
+    """
+    if mixture_of(recipe) is None:
+        return "calib_pruned", "method=wanda,sparsity=0.5"
+    options = {"method": recipe.method, **recipe.method_options()}
+    found = next(source["mixture"] for source in drawn.sources if "mixture" in source)
+    if found.get("damp") is not None:
+        options["damp"] = found["damp"]
+    kind = "calib_pruned" if recipe.entry.kind == "pruning" else "calib_quantized"
+    return kind, ",".join(f"{name}={value}" for name, value in options.items())
+
+
+def _summary(
+    drawn: CalibrationSet,
+    recipe: Recipe,
+    loading: Loading,
+    out: Path,
+    what: str,
+    seconds: float,
+) -> str:
     rows = [
         ("set", f"{out} ({what})"),
         ("calib_id", drawn.calib_id),
@@ -242,10 +264,11 @@ def _summary(drawn: CalibrationSet, loading: Loading, out: Path, what: str, seco
     model = loading.pretrained
     if not model.startswith(PREFIX) and loading.revision != "main":
         model += f",revision={loading.revision}"
+    kind, method = _served(recipe, drawn)
     lines = [f"{name:<10} {text}" for name, text in rows]
     lines += [
         "next:",
-        f"  lm_eval --model calib_pruned --model_args pretrained={model},method=wanda,"
-        f"sparsity=0.5,calibration=set:{out} --tasks TASK",
+        f"  lm_eval --model {kind} --model_args pretrained={model},{method},"
+        f"calibration=set:{out} --tasks TASK",
     ]
     return "\n".join(lines)

@@ -79,11 +79,8 @@ def compress(
     method = recipe.entry.load().from_options(recipe.method_options())
     seqlen = sequence_length(recipe, model.config)
     given = calibration is not None
-    mixture = None if given else mixture_of(recipe)
     if not given:
-        validate_calibration(recipe)
-    if mixture is not None:
-        make_mixture(mixture)
+        check_calibration(recipe)
     blocks = engine.find_blocks(model, recipe.blocks)
     layers, left = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
     for layer in layers:
@@ -154,6 +151,20 @@ def compress(
         folder = runtime.report_dir
         report.write(Path(folder) if folder else storage.cache_dir() / "reports")
     return report
+
+
+def check_calibration(recipe: Recipe) -> None:
+    """Check the calibration of a recipe, mixtures too, without network, data or model.
+
+    Raises
+    ------
+    UserError
+        For an option, file, folder, task or number of sources that cannot be used.
+    """
+    validate_calibration(recipe)
+    mixture = mixture_of(recipe)
+    if mixture is not None:
+        make_mixture(mixture)
 
 
 def is_main_process() -> bool:
