@@ -98,6 +98,12 @@ def make_set(
         raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
     # Any method that uses data will do, unless a mixture is found for one.
     method = _recipe_arguments([purpose]) if purpose else {"method": "wanda", "sparsity": 0}
+    for name in Recipe.calibration_fields():
+        if name in method:
+            own = "EXPR" if name == "calibration" else _flag(name)
+            raise UserError(
+                "for", f"got {name}={method[name]}", "the method to serve and its options", own
+            )
     recipe = Recipe(**{**method, "calibration": expression, **_extra_options(ctx, _set_fields())})
     check_purpose(recipe, purpose is not None)
 

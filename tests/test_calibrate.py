@@ -178,6 +178,11 @@ BAD = [
     (["none"], "calibration: got none"),
     (["random", "--nsample", "4"], "did you mean `--nsamples`?"),
     (["random", "--sparsity", "0.5"], "--sparsity: unknown option"),
+    (
+        ["cross(self+random)", "--for", "method=wanda,sparsity=0.5,nsamples=4"],
+        "for: got nsamples=4",
+    ),
+    (["cross(self+random)", "--for", "method=wanda,sparsity=0.5,calibration=c4"], "; EXPR."),
     (["random", "--nsamples"], "--nsamples: has no value"),
     (["random", "--nsamples=0"], "nsamples: got '0'"),
     (["random", "--seqlen", "4096"], "the model accepts 64 positions"),
