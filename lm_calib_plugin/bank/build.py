@@ -33,7 +33,6 @@ from lm_calib_plugin.errors import CalibError, NumericalError, UserError
 from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.runtime import Runtime
 
-
 # Gram matrices of one input that stay on the model's device; more of them wait in main memory.
 DEVICE_BYTES = 4 << 30
 
