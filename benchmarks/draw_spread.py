@@ -93,7 +93,11 @@ def main() -> None:
     parts += [Part(n, "judge", draw(e, "judge", given.windows, 1000)) for n, e in domains.items()]
     parts += [
         Part(
-            n, "choose", draw(e, "choose", given.pool, 500), second_order=second, groups=given.pool
+            n,
+            "choose",
+            draw(e, "choose", given.pool if n in sources else given.nsamples, 500),
+            second_order=second,
+            groups=given.pool if n in sources else 1,
         )
         for n, e in domains.items()
     ]
