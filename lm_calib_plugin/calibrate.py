@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lm_calib_plugin import engine
-from lm_calib_plugin.bank.mixtures import draw, make_mixture, make_task, mixture_of
+from lm_calib_plugin.bank.mixtures import check_mixture, draw, make_task, mixture_of
 from lm_calib_plugin.builtin_models import PREFIX, resolve_pretrained
 from lm_calib_plugin.calibration import (
     CalibrationSet,
@@ -25,6 +25,9 @@ from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.guard import left_as_found, random_state_untouched
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
+
+# Fields beside the method that a mixture is found for.
+_LAYERS = ("targets", "ignore", "blocks", "exclude_first_token")
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,7 @@ def calibrate(
             "choose a folder name without + * ? , ( )",
         )
     validate_calibration(recipe)
-    mixture = mixture_of(recipe)
-    if mixture is not None:
-        make_mixture(mixture)
+    check_mixture(recipe)
     with_model = model_needed(recipe)
     factors = _factors(recipe, loading, with_model)
     if out.exists() or out.is_symlink():
@@ -114,7 +115,8 @@ def calibrate(
             out, tokenizer=tokenizer, vocab_size=vocab_size, factors=factors, overwrite=overwrite
         )
     what = "this set was there already, nothing was written" if kept else "written"
-    return _summary(drawn, loading, out, what, time.perf_counter() - began)
+    purpose = _served(recipe, drawn)
+    return _summary(drawn, loading, out, what, time.perf_counter() - began, purpose)
 
 
 def _build(
@@ -156,7 +158,7 @@ def _factors(recipe: Recipe, loading: Loading, with_model: bool) -> dict[str, An
     plain = recipe.to_metadata()
     chosen = {name: plain[name] for name in Recipe.calibration_fields() if name in plain}
     if mixture_of(recipe) is not None:
-        chosen |= {"for": {"method": recipe.method, **recipe.method_options()}}
+        chosen |= {"for": _purpose(recipe)}
     model = {
         "pretrained": loading.pretrained,
         "revision": loading.revision,
@@ -165,6 +167,13 @@ def _factors(recipe: Recipe, loading: Loading, with_model: bool) -> dict[str, An
     if with_model:
         model |= {"dtype": loading.dtype, "device": loading.place().split(":")[0]}
     return chosen | {k: v for k, v in model.items() if v is not None}
+
+
+def _purpose(recipe: Recipe) -> dict[str, Any]:
+    """Return what decides the shares of a mixture, beside the set's own fields."""
+    plain = recipe.to_metadata()
+    served = {"method": recipe.method, **recipe.method_options()}
+    return served | {name: plain[name] for name in _LAYERS if plain.get(name)}
 
 
 def _check_existing(out: Path, factors: dict[str, Any], overwrite: bool) -> None:
@@ -206,7 +215,21 @@ def cannot_load(loading: Loading, error: Exception) -> Exception:
     )
 
 
-def _summary(drawn: CalibrationSet, loading: Loading, out: Path, what: str, seconds: float) -> str:
+def _served(recipe: Recipe, drawn: CalibrationSet) -> str:
+    """Return the method to type next; for a mixture the one it was found for, with its ridge."""
+    if mixture_of(recipe) is None:
+        return "method=wanda,sparsity=0.5"
+    damp = drawn.sources[0]["mixture"].get("damp")
+    served = _purpose(recipe) | ({} if damp is None else {"damp": damp})
+    return ",".join(
+        f"{name}={'+'.join(value) if isinstance(value, list) else value}"
+        for name, value in served.items()
+    )
+
+
+def _summary(
+    drawn: CalibrationSet, loading: Loading, out: Path, what: str, seconds: float, method: str
+) -> str:
     rows = [
         ("set", f"{out} ({what})"),
         ("calib_id", drawn.calib_id),
@@ -223,7 +246,7 @@ def _summary(drawn: CalibrationSet, loading: Loading, out: Path, what: str, seco
     lines = [f"{name:<10} {text}" for name, text in rows]
     lines += [
         "next:",
-        f"  lm_eval --model calib_pruned --model_args pretrained={model},method=wanda,"
-        f"sparsity=0.5,calibration=set:{out} --tasks TASK",
+        f"  lm_eval --model calib --model_args pretrained={model},{method},"
+        f"calibration=set:{out} --tasks TASK",
     ]
     return "\n".join(lines)

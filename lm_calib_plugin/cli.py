@@ -97,8 +97,15 @@ def make_set(
     if expression.strip().lower() == NO_DATA:
         raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
     # Any method that uses data will do, unless a mixture is found for one.
-    method = _recipe_arguments([purpose]) if purpose else {"method": "wanda", "sparsity": 0}
-    recipe = Recipe(**{**method, "calibration": expression, **_set_options(ctx.args)})
+    plain = {"method": "wanda", "sparsity": 0}
+    method = plain if purpose is None else _recipe_arguments([purpose])
+    ours = [name for name in Recipe.calibration_fields() if name in method]
+    if ours:
+        fix = "EXPR" if ours[0] == "calibration" else f"{_flag(ours[0])} VALUE"
+        raise UserError("for", f"`{ours[0]}` says what the set is", "a method, its options, layers",
+            f"give {fix} instead")  # fmt: skip
+    given = {**method, "calibration": expression, **_set_options(ctx.args)}
+    recipe = Recipe.from_model_args(given)
     check_purpose(recipe, purpose is not None)
 
     from lm_calib_plugin.calibrate import Loading, calibrate
@@ -124,7 +131,7 @@ def judge_sets(
     ),
     judged: int = typer.Option(None, min=1, help="Sequences of a domain to judge on."),
     bank: str = typer.Option(None, help="Folder of the statistics bank, kept for later."),
-    out: str = typer.Option(None, help="Folder for the table, a JSON file and a plot."),
+    out: str = typer.Option(None, help="Folder for the table and a JSON file."),
     tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
     revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
     dtype: str = typer.Option("auto", help="Of the model."),

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lm_calib_plugin import engine, storage
-from lm_calib_plugin.bank.mixtures import Task, draw, make_mixture, mixture_of
+from lm_calib_plugin.bank.mixtures import Task, check_mixture, draw
 from lm_calib_plugin.calibration import (
     CalibrationSet,
     stored_sets,
@@ -79,11 +79,9 @@ def compress(
     method = recipe.entry.load().from_options(recipe.method_options())
     seqlen = sequence_length(recipe, model.config)
     given = calibration is not None
-    mixture = None if given else mixture_of(recipe)
     if not given:
         validate_calibration(recipe)
-    if mixture is not None:
-        make_mixture(mixture)
+        check_mixture(recipe)
     blocks = engine.find_blocks(model, recipe.blocks)
     layers, left = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
     for layer in layers:
