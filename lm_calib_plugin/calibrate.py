@@ -11,23 +11,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lm_calib_plugin import engine
-from lm_calib_plugin.bank.mixtures import check_mixture, draw, make_task, mixture_of
+from lm_calib_plugin.bank.mixtures import draw, make_task, mixture_of
 from lm_calib_plugin.builtin_models import PREFIX, resolve_pretrained
 from lm_calib_plugin.calibration import (
     CalibrationSet,
     build_calibration,
     model_needed,
-    validate_calibration,
 )
 from lm_calib_plugin.calibration.set_folder import licences, may_replace, read_record
-from lm_calib_plugin.compression import sequence_length
+from lm_calib_plugin.compression import check_calibration, sequence_length
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.guard import left_as_found, random_state_untouched
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
 
-# Fields beside the method that a mixture is found for.
-_LAYERS = ("targets", "ignore", "blocks", "exclude_first_token")
+# What else of a recipe decides the shares of a mixture, beside the method and its options.
+_SERVED = ("exclude_first_token", "targets", "ignore", "blocks")
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,7 @@ def calibrate(
             "calibration=set:DIR could not name it",
             "choose a folder name without + * ? , ( )",
         )
-    validate_calibration(recipe)
-    check_mixture(recipe)
+    check_calibration(recipe)
     with_model = model_needed(recipe)
     factors = _factors(recipe, loading, with_model)
     if out.exists() or out.is_symlink():
@@ -115,8 +113,7 @@ def calibrate(
             out, tokenizer=tokenizer, vocab_size=vocab_size, factors=factors, overwrite=overwrite
         )
     what = "this set was there already, nothing was written" if kept else "written"
-    purpose = _served(recipe, drawn)
-    return _summary(drawn, loading, out, what, time.perf_counter() - began, purpose)
+    return _summary(drawn, recipe, loading, out, what, time.perf_counter() - began)
 
 
 def _build(
@@ -158,7 +155,8 @@ def _factors(recipe: Recipe, loading: Loading, with_model: bool) -> dict[str, An
     plain = recipe.to_metadata()
     chosen = {name: plain[name] for name in Recipe.calibration_fields() if name in plain}
     if mixture_of(recipe) is not None:
-        chosen |= {"for": _purpose(recipe)}
+        served = {name: plain[name] for name in _SERVED if plain.get(name)}
+        chosen |= {"for": {"method": recipe.method, **recipe.method_options(), **served}}
     model = {
         "pretrained": loading.pretrained,
         "revision": loading.revision,
@@ -167,13 +165,6 @@ def _factors(recipe: Recipe, loading: Loading, with_model: bool) -> dict[str, An
     if with_model:
         model |= {"dtype": loading.dtype, "device": loading.place().split(":")[0]}
     return chosen | {k: v for k, v in model.items() if v is not None}
-
-
-def _purpose(recipe: Recipe) -> dict[str, Any]:
-    """Return what decides the shares of a mixture, beside the set's own fields."""
-    plain = recipe.to_metadata()
-    served = {"method": recipe.method, **recipe.method_options()}
-    return served | {name: plain[name] for name in _LAYERS if plain.get(name)}
 
 
 def _check_existing(out: Path, factors: dict[str, Any], overwrite: bool) -> None:
@@ -203,6 +194,28 @@ def _other_set(out: Path, calib_id: str) -> UserError:
     )
 
 
+def load_model(loading: Loading) -> tuple[Any, Any]:
+    """Return model and tokenizer.
+
+    Raises
+    ------
+    UserError
+        When they cannot be loaded, or the model is of a kind that cannot be compressed.
+    """
+    folder = resolve_pretrained(loading.pretrained)
+    common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
+    with random_state_untouched():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(loading.tokenizer or folder, **common)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=loading.dtype, **common
+            ).to(loading.place())
+        except (OSError, ValueError) as error:
+            raise cannot_load(loading, error) from None
+    engine.check_supported(model)
+    return model, tokenizer
+
+
 def cannot_load(loading: Loading, error: Exception) -> Exception:
     """Return the error for a model that cannot be loaded."""
     if isinstance(error, UserError):
@@ -215,20 +228,28 @@ def cannot_load(loading: Loading, error: Exception) -> Exception:
     )
 
 
-def _served(recipe: Recipe, drawn: CalibrationSet) -> str:
-    """Return the method to type next; for a mixture the one it was found for, with its ridge."""
+def _served(recipe: Recipe, drawn: CalibrationSet) -> tuple[str, str]:
+    """Return the model class and the method to type: those that a mixture was found for.
+
+    The ridge found with it is an option of the method, which a set cannot hold.
+    """
     if mixture_of(recipe) is None:
-        return "method=wanda,sparsity=0.5"
-    damp = drawn.sources[0]["mixture"].get("damp")
-    served = _purpose(recipe) | ({} if damp is None else {"damp": damp})
-    return ",".join(
-        f"{name}={'+'.join(value) if isinstance(value, list) else value}"
-        for name, value in served.items()
-    )
+        return "calib_pruned", "method=wanda,sparsity=0.5"
+    options = {"method": recipe.method, **recipe.method_options()}
+    found = next(source["mixture"] for source in drawn.sources if "mixture" in source)
+    if found.get("damp") is not None:
+        options["damp"] = found["damp"]
+    kind = "calib_pruned" if recipe.entry.kind == "pruning" else "calib_quantized"
+    return kind, ",".join(f"{name}={value}" for name, value in options.items())
 
 
 def _summary(
-    drawn: CalibrationSet, loading: Loading, out: Path, what: str, seconds: float, method: str
+    drawn: CalibrationSet,
+    recipe: Recipe,
+    loading: Loading,
+    out: Path,
+    what: str,
+    seconds: float,
 ) -> str:
     rows = [
         ("set", f"{out} ({what})"),
@@ -243,10 +264,11 @@ def _summary(
     model = loading.pretrained
     if not model.startswith(PREFIX) and loading.revision != "main":
         model += f",revision={loading.revision}"
+    kind, method = _served(recipe, drawn)
     lines = [f"{name:<10} {text}" for name, text in rows]
     lines += [
         "next:",
-        f"  lm_eval --model calib --model_args pretrained={model},{method},"
+        f"  lm_eval --model {kind} --model_args pretrained={model},{method},"
         f"calibration=set:{out} --tasks TASK",
     ]
     return "\n".join(lines)

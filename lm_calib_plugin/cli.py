@@ -99,13 +99,13 @@ def make_set(
     # Any method that uses data will do, unless a mixture is found for one.
     plain = {"method": "wanda", "sparsity": 0}
     method = plain if purpose is None else _recipe_arguments([purpose])
-    ours = [name for name in Recipe.calibration_fields() if name in method]
-    if ours:
-        fix = "EXPR" if ours[0] == "calibration" else f"{_flag(ours[0])} VALUE"
-        raise UserError("for", f"`{ours[0]}` says what the set is", "a method, its options, layers",
-            f"give {fix} instead")  # fmt: skip
-    given = {**method, "calibration": expression, **_set_options(ctx.args)}
-    recipe = Recipe.from_model_args(given)
+    for name in Recipe.calibration_fields():
+        if name in method:
+            own = "EXPR" if name == "calibration" else _flag(name)
+            raise UserError(
+                "for", f"got {name}={method[name]}", "the method to serve and its options", own
+            )
+    recipe = Recipe(**{**method, "calibration": expression, **_extra_options(ctx, _set_fields())})
     check_purpose(recipe, purpose is not None)
 
     from lm_calib_plugin.calibrate import Loading, calibrate
@@ -131,7 +131,7 @@ def judge_sets(
     ),
     judged: int = typer.Option(None, min=1, help="Sequences of a domain to judge on."),
     bank: str = typer.Option(None, help="Folder of the statistics bank, kept for later."),
-    out: str = typer.Option(None, help="Folder for the table and a JSON file."),
+    out: str = typer.Option(None, help="Folder for the table, a JSON file and a plot."),
     tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
     revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
     dtype: str = typer.Option("auto", help="Of the model."),
@@ -159,6 +159,121 @@ def judge_sets(
         runtime=Runtime(progress=not quiet),
     )
     typer.echo(answer.table())
+
+
+class _WithMethod(TyperCommand):
+    """A command that also takes every option of a method."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        from lm_calib_plugin.recipe import Recipe
+
+        super().format_options(ctx, formatter)
+        meanings = _documented(Recipe)
+        with formatter.section("Options of the method"):
+            formatter.write_dl(
+                [(f"{_flag(f)} VALUE", meanings.get(f, "")) for f in _method_fields()]
+            )
+
+
+_EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command("bank", cls=_WithRecipe, context_settings=_EXTRA)
+def make_bank(
+    ctx: typer.Context,
+    pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
+    out: str = typer.Option(..., help="Folder of the bank."),
+    source: list[str] = typer.Option([], metavar="NAME=EXPR", help="Give one or more."),  # noqa: B008
+    folds: str = typer.Option("choose,judge", help="Folds that every source is drawn from."),
+    groups: int = typer.Option(1, help="Gram matrices a part; 16 for draws of gptq, sparsegpt."),
+    second_order: bool = typer.Option(True, help="Keep Gram matrices, or input norms alone."),
+    exclude_first_token: bool = typer.Option(False, "--exclude-first-token"),
+    targets: str = typer.Option(None, help="Layers, name patterns joined by +."),
+    ignore: str = typer.Option(None, help="Layers to leave out, name patterns joined by +."),
+    blocks: str = typer.Option(None, help="Path of the list of decoder blocks."),
+    tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
+    revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
+    dtype: str = typer.Option("auto", help="Of the model."),
+    device: str = typer.Option(None, help="Of the model."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code"),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
+) -> None:
+    """Keep what the dense model sees of candidate sources, for draws and mixes without passes."""
+    from pathlib import Path
+
+    options: dict[str, Any] = dict(_extra_options(ctx, [f for f in _set_fields() if f != "fold"]))
+    given = {"targets": targets, "ignore": ignore, "blocks": blocks}
+    options |= {name: value for name, value in given.items() if value is not None}
+    options["exclude_first_token"] = exclude_first_token
+
+    from lm_calib_plugin.bank_commands import fill
+    from lm_calib_plugin.calibrate import Loading
+    from lm_calib_plugin.runtime import Runtime
+
+    typer.echo(
+        fill(
+            _named("source", source),
+            options,
+            Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code),
+            Path(out).expanduser(),
+            folds=[fold.strip() for fold in folds.split(",") if fold.strip()],
+            groups=groups,
+            second_order=second_order,
+            runtime=Runtime(progress=not quiet),
+        )
+    )
+
+
+@app.command("draws", cls=_WithMethod, context_settings=_EXTRA)
+def compare_draws(
+    ctx: typer.Context,
+    bank: str = typer.Argument(metavar="BANK", help="Folder made by lm-calib bank."),
+    pretrained: str = typer.Option(..., help="The model that the bank was built with."),
+    method: str = typer.Option(..., help="A name of lm-calib ls methods."),
+    source: str = typer.Option(..., help="Name of a source in the bank."),
+    nsamples: int = typer.Option(..., help="Sequences of a draw."),
+    draws: int = typer.Option(200, help="How many."),
+    rows: int = typer.Option(16, help="Output rows looked at in each layer; 0: all."),
+    domain: list[str] = typer.Option([], help="Sources to judge on. Default: all."),  # noqa: B008
+    fold: str = typer.Option("choose", help="Fold that draws are taken from."),
+    judge_fold: str = typer.Option("judge", help="Fold that domains are judged on."),
+    seed: int = typer.Option(0, help="Of the resampling."),
+    out: str = typer.Option(None, help="Folder for draws.json and draws.png."),
+    revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
+    dtype: str = typer.Option("auto", help="Of the model."),
+    device: str = typer.Option(None, help="Of the model."),
+    trust_remote_code: bool = typer.Option(False, "--trust-remote-code"),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
+) -> None:
+    """Say how much another draw of the calibration set would change, without a forward pass."""
+    from pathlib import Path
+
+    from lm_calib_plugin.recipe import Recipe
+    from lm_calib_plugin.runtime import Runtime
+
+    options: dict[str, Any] = dict(_extra_options(ctx, _method_fields()))
+    recipe = Recipe(method=method, **options)
+
+    from lm_calib_plugin.bank_commands import study_draws
+    from lm_calib_plugin.calibrate import Loading
+
+    typer.echo(
+        study_draws(
+            Path(bank).expanduser(),
+            Loading(pretrained, None, revision, dtype, device, trust_remote_code),
+            recipe,
+            source,
+            nsamples,
+            domains=domain,
+            fold=fold,
+            judge_fold=judge_fold,
+            draws=draws,
+            rows=rows or None,
+            seed=seed,
+            out=Path(out).expanduser() if out else None,
+            runtime=Runtime(progress=not quiet),
+        )
+    )
 
 
 @app.command("ls")
@@ -263,36 +378,33 @@ def _set_fields() -> list[str]:
     return [name for name in Recipe.calibration_fields() if name != "calibration"]
 
 
+def _method_fields() -> list[str]:
+    """Return the recipe fields that are options of a method."""
+    from lm_calib_plugin import registry
+
+    rows = [*registry.table("pruning").values(), *registry.table("quantization").values()]
+    return list(dict.fromkeys(name for row in rows for name in row.options))
+
+
 def _flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def _set_options(texts: Sequence[str]) -> dict[str, str]:
-    """Read ``--field VALUE`` and ``--field=VALUE`` of recipe fields."""
-    fields = {_flag(name): name for name in _set_fields()}
-    own = (
-        "out",
-        "pretrained",
-        "for",
-        "overwrite",
-        "tokenizer",
-        "revision",
-        "dtype",
-        "device",
-        "quiet",
-    )
+def _extra_options(ctx: Any, names: Iterable[str]) -> dict[str, str]:
+    """Read ``--field VALUE`` and ``--field=VALUE`` of recipe fields that a command also takes."""
+    fields = {_flag(name): name for name in names}
+    own = [flag for p in ctx.command.params for flag in p.opts if flag.startswith("--")]
     found: dict[str, str] = {}
-    rest = list(texts)
+    rest = list(ctx.args)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         flag = flag.replace("_", "-")
         if flag not in fields:
-            known = [*fields, *map(_flag, own), "--trust-remote-code"]
             raise UserError(
                 flag,
                 "unknown option",
-                nearest(flag, known),
-                "all options: lm-calib calibrate --help",
+                nearest(flag, [*fields, *own]),
+                f"all options: lm-calib {ctx.command.name} --help",
             )
         if not equals and not rest:
             raise UserError(flag, "has no value", f"for instance {flag} VALUE")

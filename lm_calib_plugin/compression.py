@@ -80,8 +80,7 @@ def compress(
     seqlen = sequence_length(recipe, model.config)
     given = calibration is not None
     if not given:
-        validate_calibration(recipe)
-        check_mixture(recipe)
+        check_calibration(recipe)
     blocks = engine.find_blocks(model, recipe.blocks)
     layers, left = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
     for layer in layers:
@@ -152,6 +151,18 @@ def compress(
         folder = runtime.report_dir
         report.write(Path(folder) if folder else storage.cache_dir() / "reports")
     return report
+
+
+def check_calibration(recipe: Recipe) -> None:
+    """Check the calibration of a recipe, mixtures too, without network, data or model.
+
+    Raises
+    ------
+    UserError
+        For an option, file, folder, task or number of sources that cannot be used.
+    """
+    validate_calibration(recipe)
+    check_mixture(recipe)
 
 
 def is_main_process() -> bool:

@@ -44,6 +44,9 @@ class Method(ABC):
         Whether permuting output rows permutes the result the same way.
     rows_independent
         Whether the result of an output row does not depend on the other rows.
+    elementwise
+        Whether what happens to a weight depends on the input statistics of its own channel only by
+        products of whole tensors, so that moments may differ from row to row, ``[out, in]``.
     inert
         Options taken for the sake of uniform commands, without any effect on this method.
     revision
@@ -56,6 +59,7 @@ class Method(ABC):
     statistic: ClassVar[str] = "none"
     permutation_safe: ClassVar[bool] = False
     rows_independent: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
     inert: ClassVar[tuple[str, ...]] = ()
     revision: ClassVar[int] = 1
     paper: ClassVar[str] = ""

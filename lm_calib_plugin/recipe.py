@@ -525,7 +525,7 @@ def check_purpose(recipe: Recipe, given: bool) -> None:
         raise UserError(
             "for",
             f"`{name}` looks for a mix that serves a method, none was named",
-            "--for KEY=VALUE,...",
+            "the method and its options",
             "for instance --for method=wanda,sparsity=0.5",
         )
     if given and not mixture:

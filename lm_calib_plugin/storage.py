@@ -62,11 +62,16 @@ def _beside(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically: a sibling temporary file, then a rename."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically, as :func:`write_text` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    require_space(path.parent, 4 * len(text) + 4096, path.name)
+    require_space(path.parent, len(content) + 4096, path.name)
     temporary = _beside(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

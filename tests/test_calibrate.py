@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lm_calib_plugin import CalibrationSet, cli
+from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.harness import CalibPruned
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.registry import table
@@ -137,12 +138,51 @@ def test_the_summary_says_what_to_type_next(
     assert arguments == f"pretrained={model},method=wanda,sparsity=0.5,calibration=set:{out}"
 
 
+def test_the_summary_of_a_mixture_names_its_method_and_ridge(
+    model: str, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "set"
+    mixture, served = f"minimax({texts}+random)", "method=sparsegpt,sparsity=0.5,ignore=*down_proj"
+    flags = {"pretrained": model, "out": str(out), "device": "cpu", "nsamples": "4"}
+    long = tmp_path / "texts.jsonl"  # enough documents for every fold
+    long.write_text("".join(json.dumps({"text": f"a {i} b c d " * 20}) + "\n" for i in range(40)))
+    assert calibrate(mixture, **flags, **{"for": served}, seqlen="16") == 0
+    record = json.loads((out / "calibration.json").read_text())
+    assert record["factors"]["for"]["ignore"] == ["*down_proj"]
+    (found,) = [s["mixture"]["damp"] for s in record["sources"] if "mixture" in s]
+    shown = capsys.readouterr().out
+    typed = shown.split("--model_args ")[1].split(" ")[0]
+    arguments = dict(pair.split("=", 1) for pair in typed.split(","))
+    assert arguments["method"] == "sparsegpt"
+    assert float(arguments["damp"]) == found
+    assert "--model calib_pruned" in shown
+    # Same numbers as the expression in place, which takes the ridge that it finds.
+    given = {"device": "cpu", "progress": False, "ignore": "*down_proj"}
+    stored = CalibPruned(**arguments, **given).report
+    arguments |= {"calibration": mixture, "nsamples": "4", "seqlen": "16"}
+    del arguments["damp"]
+    inline = CalibPruned(**arguments, **given).report
+    assert stored.key == inline.key
+    assert stored.weights_digest == inline.weights_digest
+
+
+def test_a_mixture_is_checked_before_a_model_is_loaded() -> None:
+    for expression in ("minimax(random)", "cross(random+random)", "minimax(self+random)?limit=2"):
+        with pytest.raises(UserError, match="calibration: "):
+            compressed("/nowhere/model", calibration=expression)
+
+
 BAD = [
     (["random", "--out", "a+b"], "out: 'a+b' holds `+`"),
     (["slef"], "did you mean `self`?"),
     (["none"], "calibration: got none"),
     (["random", "--nsample", "4"], "did you mean `--nsamples`?"),
     (["random", "--sparsity", "0.5"], "--sparsity: unknown option"),
+    (
+        ["cross(self+random)", "--for", "method=wanda,sparsity=0.5,nsamples=4"],
+        "for: got nsamples=4",
+    ),
+    (["cross(self+random)", "--for", "method=wanda,sparsity=0.5,calibration=c4"], "; EXPR."),
     (["random", "--nsamples"], "--nsamples: has no value"),
     (["random", "--nsamples=0"], "nsamples: got '0'"),
     (["random", "--seqlen", "4096"], "the model accepts 64 positions"),

@@ -110,7 +110,7 @@ def test_write_text_makes_folders_and_replaces(tmp_path: Path) -> None:
     assert list(file.parent.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("broken", ["write_text", "replace"])
+@pytest.mark.parametrize("broken", ["write_bytes", "replace"])
 def test_failed_write_leaves_the_old_file_and_no_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
@@ -118,8 +118,9 @@ def test_failed_write_leaves_the_old_file_and_no_rest(
     storage.write_text(file, "old")
 
     def fail(self: Path, *args: Any, **kwargs: Any) -> Any:
-        if broken == "write_text":
-            self.write_bytes(b"hal")
+        if broken == "write_bytes":
+            with self.open("wb") as stream:
+                stream.write(b"hal")
         raise OSError("no")
 
     with monkeypatch.context() as patched:

@@ -17,6 +17,7 @@ from lm_calib_plugin.bank.layout import (
     FORMAT_VERSION,
     HEADER,
     PLAN,
+    SETS,
     Header,
     InputRow,
     PartRow,
@@ -31,8 +32,6 @@ from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
 from lm_calib_plugin.errors import CalibError, NumericalError, UserError
 from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.runtime import Runtime
-
-SETS = "sets"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lm_calib_plugin import engine
-from lm_calib_plugin.bank.errors import layers_by_input, quadratic
+from lm_calib_plugin.bank.errors import layers_by_input, quadratic, spread_rows
 from lm_calib_plugin.bank.layout import InputRow
 from lm_calib_plugin.bank.store import Bank
+from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.method import Method
@@ -23,6 +24,7 @@ from lm_calib_plugin.statistics import LayerStats, Moments
 DRAWS = 200
 ROWS = 16  # output rows of a layer that are looked at, when rows do not depend on each other
 FEWEST_GROUPS = 16
+_ELEMENTS = 2**21  # weights of several draws compressed at a time, where that is possible
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class LayerDraws:
     """One layer over all draws.
 
     ``flip`` is the probability that two draws disagree about a weight (kept or removed; or its
-    level), averaged over the weights looked at; ``jaccard`` the mean overlap of what two draws
-    remove (None for quantization); ``errors`` the relative output error on every judged domain,
-    float64 ``[draws, domains]``.
+    level), averaged over the weights looked at and over neighboring draws; ``jaccard`` the mean
+    overlap of what two draws remove (None for quantization); ``errors`` the relative output error
+    on every judged domain, float64 ``[draws, domains]``.
     """
 
     name: str
@@ -41,7 +43,7 @@ class LayerDraws:
     errors: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draws:
     """Resampled calibration sets of one source.
 
@@ -49,27 +51,41 @@ class Draws:
     ----------
     source, fold
         What was resampled.
-    pool, nsamples, draws
-        Sequences in the bank, sequences of each draw, number of draws.
+    nsamples
+        Sequences of each draw, as asked. Second-order methods draw whole groups of sequences.
     domains
         What the errors were judged on.
     layers
         One entry per layer.
     rows
         Output rows looked at in each layer; None: all.
+    counts
+        How often each sequence of the pool stands in each draw, float64 ``[draws, pool]``.
+    seed
+        Of the resampling.
     seconds
         What it took.
     """
 
     source: str
     fold: str
-    pool: int
     nsamples: int
-    draws: int
     domains: tuple[str, ...]
     layers: tuple[LayerDraws, ...]
     rows: int | None
+    counts: Tensor
+    seed: int
     seconds: float
+
+    @property
+    def draws(self) -> int:
+        """Number of draws."""
+        return int(self.counts.shape[0])
+
+    @property
+    def pool(self) -> int:
+        """Number of sequences that were resampled."""
+        return int(self.counts.shape[1])
 
     @property
     def flip(self) -> float:
@@ -88,14 +104,23 @@ class Draws:
         return torch.stack([layer.errors[:, column] for layer in self.layers]).nansum(0)
 
     def relative_spread(self, domain: str) -> float:
-        """Return the standard deviation over draws of E_g, relative to its mean."""
+        """Return the standard deviation over draws of E_g, relative to its mean.
+
+        Exactly 0 when all draws give the same errors.
+        """
         errors = self.errors(domain)
-        return float(errors.std() / errors.mean())
+        # Rounding in the mean would make a tiny spread of equal numbers.
+        same = bool((errors == errors[0]).all())
+        return 0.0 if same else float(errors.std() / errors.mean())
 
     def percentile_draw(self, domain: str, percent: float) -> int:
         """Return the number of the draw at a percentile of E_g, for a full evaluation."""
-        order = self.errors(domain).argsort()
+        order = self.errors(domain).argsort(stable=True)
         return int(order[round(percent / 100 * (len(order) - 1))])
+
+    def calibration(self, bank: Bank, number: int) -> CalibrationSet:
+        """Return a draw as a calibration set: the sequences it holds, weighted by their count."""
+        return bank.calibration(self.source, self.fold, self.counts[number])
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -105,6 +130,7 @@ class Draws:
             "pool": self.pool,
             "nsamples": self.nsamples,
             "draws": self.draws,
+            "seed": self.seed,
             "rows": self.rows,
             "seconds": round(self.seconds, 3),
             "flip": self.flip,
@@ -113,6 +139,8 @@ class Draws:
                 d: {
                     "mean": float(self.errors(d).mean()),
                     "relative_spread": self.relative_spread(d),
+                    "errors": self.errors(d).tolist(),
+                    "draws": {str(p): self.percentile_draw(d, p) for p in (10, 50, 90)},
                 }
                 for d in self.domains
             },
@@ -166,29 +194,33 @@ def draw_uncertainty(
     Raises
     ------
     UserError
-        When the bank cannot resample the source for this method.
+        When the bank cannot resample the source for this method, or holds other layers.
     """
     began = time.perf_counter()
-    pool = bank.rows(source, fold)
+    for name, value, least in (("draws", draws, 2), ("nsamples", nsamples, 1), ("rows", rows, 1)):
+        if value is not None and value < least:
+            raise UserError(name, f"got {value}", f"{least} or more")
     counts = _counts(bank, method, source, fold, nsamples, draws, seed)
     judges = {domain: bank.mixture({domain: 1.0}, judge_fold) for domain in domains}
     sample = rows if method.rows_independent else None
+    work = _Work(bank, method, bank.spread(source, fold, counts))
     found: list[LayerDraws] = []
-    work = layers_by_input(bank, layers)
-    for row, own in tqdm(work, desc=f"{draws} draws of {source}", disable=not progress):
-        statistics = _statistics(bank, row, method, counts)
-        grams = [bank.gram(row, weights).gram() for weights in judges.values()]
-        for layer in own:
-            found.append(_layer(layer, method, statistics, grams, sample))
+    inputs = layers_by_input(bank, layers)
+    for row, own in tqdm(inputs, desc=f"{draws} draws of {source}", disable=not progress):
+        device = own[0].parameter.device
+        grams = [bank.gram(row, weights, device).gram() for weights in judges.values()]
+        tallies = [_Tally(layer, method, grams, sample) for layer in own]
+        work.compress(row, tallies, device)
+        found += [tally.result(draws) for tally in tallies]
     return Draws(
         source,
         fold,
-        len(pool),
         nsamples,
-        draws,
         tuple(domains),
         tuple(found),
         sample,
+        counts,
+        seed,
         time.perf_counter() - began,
     )
 
@@ -196,79 +228,126 @@ def draw_uncertainty(
 def _counts(
     bank: Bank, method: Method, source: str, fold: str, nsamples: int, draws: int, seed: int
 ) -> Tensor:
-    """Return weights of all sequences of the bank for every draw, ``[draws, sequences]``."""
+    """Return how often each sequence of the part stands in each draw, ``[draws, pool]``."""
     part = bank.part(source, fold)
     rows = bank.rows(source, fold)
-    weights = torch.zeros(draws, bank.sequences, dtype=torch.float64)
     if method.statistic != "gram":
-        weights[:, rows] = resampled(len(rows), nsamples, draws, seed)
-        return weights
+        return resampled(len(rows), nsamples, draws, seed)
     groups = bank.header.parts[part].groups
-    if groups < FEWEST_GROUPS:
+    if groups < FEWEST_GROUPS or not bank.header.parts[part].second_order:
         raise UserError(
             "bank",
-            f"`{source}` ({fold}) is kept in {groups} groups",
-            f"draws of a second-order method need {FEWEST_GROUPS} or more",
+            f"`{source}` ({fold}) is kept in {groups} groups"
+            if bank.header.parts[part].second_order
+            else f"`{source}` ({fold}) has no Gram matrices",
+            f"draws of a second-order method need {FEWEST_GROUPS} groups or more",
             f"build the bank with --groups {FEWEST_GROUPS}",
         )
     # Whole groups are drawn: as many as hold the sequences asked for.
     size = max(1, round(nsamples * groups / len(rows)))
     drawn = resampled(groups, size, draws, seed)
-    owner = torch.tensor([bank.header.sequences[int(i)].group for i in rows])
-    weights[:, rows] = drawn[:, owner]
-    return weights
+    return drawn[:, [bank.header.sequences[int(i)].group for i in rows]]
 
 
-def _statistics(bank: Bank, row: InputRow, method: Method, counts: Tensor) -> list[LayerStats]:
-    """Return the statistics of every draw."""
-    if method.statistic == "gram":
-        return [bank.gram(row, weights) for weights in counts]
-    found: list[LayerStats] = []
-    for sums in bank.energies(row, counts):
-        stats = Moments.empty(row.width)
-        stats.sum_squares, stats.tokens = sums, 1
-        found.append(stats)
-    return found
+class _Tally:
+    """One layer over the draws, of which results arrive one after another."""
+
+    def __init__(
+        self,
+        layer: engine.TargetLayer,
+        method: Method,
+        grams: Sequence[Tensor],
+        sample: int | None,
+    ) -> None:
+        self.name, self.dtype = layer.name, layer.parameter.dtype
+        self.before = spread_rows(layer.read(), sample)
+        self.pruning = method.kind == "pruning"
+        self.grams = grams
+        self.sizes = [quadratic(self.before, gram) for gram in grams]
+        self._last: Tensor | None = None
+        self._flips: list[Tensor] = []
+        self._overlaps: list[Tensor] = []
+        self._errors: list[Tensor] = []
+
+    def add(self, after: Tensor) -> None:
+        """Take the weights ``[k, rows, in]`` of the next k draws."""
+        after = after.to(self.dtype).float()
+        state = after == 0 if self.pruning else after
+        if self._last is not None:
+            state = torch.cat([self._last, state])
+        self._last = state[-1:]
+        # Draws are independent of each other, so neighbors are a fair sample of all pairs.
+        one, two = state[:-1], state[1:]
+        self._flips.append((one != two).double().mean(dim=(1, 2)).cpu())
+        if self.pruning:
+            both = (one & two).sum(dim=(1, 2)).double()
+            either = (one | two).sum(dim=(1, 2)).double()
+            overlap = torch.where(either > 0, both / either.clamp_min(1), torch.ones_like(both))
+            self._overlaps.append(overlap.cpu())
+        if self.grams:
+            self._errors.append(self._judged(after - self.before))
+
+    def _judged(self, change: Tensor) -> Tensor:
+        flat = change.reshape(-1, change.shape[-1])
+        columns = []
+        for gram, size in zip(self.grams, self.sizes, strict=True):
+            each = ((flat @ gram) * flat).reshape(change.shape).sum(dim=(1, 2), dtype=torch.float64)
+            columns.append(each / size if size > 0 else torch.full_like(each, float("nan")))
+        return torch.stack(columns, dim=1).cpu()
+
+    def result(self, draws: int) -> LayerDraws:
+        """Return the summary; a single result stands for all draws."""
+        flips = torch.cat(self._flips)
+        overlaps = torch.cat(self._overlaps) if self.pruning else None
+        if not self.grams:
+            errors = torch.zeros(draws, 0, dtype=torch.float64)
+        else:
+            errors = torch.cat(self._errors).expand(draws, -1)
+        jaccard = None
+        if overlaps is not None:
+            jaccard = float(overlaps.mean()) if len(overlaps) else 1.0
+        return LayerDraws(self.name, float(flips.mean()) if len(flips) else 0.0, jaccard, errors)
 
 
-def _layer(
-    layer: engine.TargetLayer,
-    method: Method,
-    statistics: Sequence[LayerStats],
-    grams: Sequence[Tensor],
-    sample: int | None,
-) -> LayerDraws:
-    # Draws are a study beside the model, made where the bank's tensors are.
-    before = layer.read().cpu()
-    if sample is not None and sample < before.shape[0]:
-        before = before[(torch.arange(sample) * before.shape[0]) // sample]
-    previous: Tensor | None = None
-    overlaps: list[float] = []
-    differs: list[float] = []
-    errors: list[list[float]] = []
-    sizes = [quadratic(before, gram) for gram in grams]
-    for stats in statistics:
-        after = method.compress(before, stats, layer.parameter.dtype).weight
-        after = after.to(layer.parameter.dtype).float()
-        state = after == 0 if method.kind == "pruning" else after
-        if previous is not None:
-            # Neighboring draws are independent, so are their differences from any third.
-            differs.append(float((state != previous).double().mean()))
-            if method.kind == "pruning":
-                both = float((state & previous).sum())
-                either = float((state | previous).sum())
-                overlaps.append(both / either if either else 1.0)
-        previous = state
-        change = after - before
-        errors.append(
-            [
-                quadratic(change, gram) / size if size > 0 else float("nan")
-                for gram, size in zip(grams, sizes, strict=True)
-            ]
-        )
-    return LayerDraws(
-        layer.name,
-        sum(differs) / max(1, len(differs)),
-        sum(overlaps) / len(overlaps) if overlaps else None,
-        torch.tensor(errors, dtype=torch.float64).reshape(len(statistics), len(grams)),
-    )
+class _Work:
+    """Compresses the layers of an input once a draw, several draws at a time where possible."""
+
+    def __init__(self, bank: Bank, method: Method, weights: Tensor) -> None:
+        self.bank, self.method, self.weights = bank, method, weights
+        gram = method.statistic == "gram"
+        self.shares = [bank.cell_weights(own) for own in weights] if gram else []
+
+    def compress(self, row: InputRow, tallies: Sequence[_Tally], device: torch.device) -> None:
+        """Show every tally the result of every draw."""
+        if self.method.statistic == "none":
+            for tally in tallies:
+                tally.add(self._one(tally, None))
+        elif self.method.statistic == "gram":
+            for gram in self.bank.grams(row, self.shares, device):
+                for tally in tallies:
+                    tally.add(self._one(tally, gram))
+        else:
+            energies = self.bank.energies(row, self.weights).to(device)
+            for tally in tallies:
+                for after in self._by_energy(tally, energies):
+                    tally.add(after)
+
+    def _one(self, tally: _Tally, stats: LayerStats | None) -> Tensor:
+        return self.method.compress(tally.before, stats, tally.dtype).weight[None]
+
+    def _by_energy(self, tally: _Tally, energies: Tensor) -> Iterator[Tensor]:
+        if not (self.method.elementwise and self.method.rows_independent):
+            yield from (self._one(tally, _moments(sums)) for sums in energies)
+            return
+        # Rows know nothing of each other: those of several draws make one tall matrix.
+        rows, width = tally.before.shape
+        for some in energies.split(max(1, _ELEMENTS // (rows * width))):
+            tall = tally.before.repeat(len(some), 1)
+            stats = _moments(some.repeat_interleave(rows, dim=0))
+            yield self.method.compress(tall, stats, tally.dtype).weight.view(-1, rows, width)
+
+
+def _moments(sums: Tensor) -> Moments:
+    stats = Moments.empty(sums.shape[-1], sums.device)
+    stats.sum_squares, stats.tokens = sums, 1
+    return stats

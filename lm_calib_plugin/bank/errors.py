@@ -11,25 +11,65 @@ from tqdm import tqdm
 from lm_calib_plugin import engine
 from lm_calib_plugin.bank.layout import InputRow
 from lm_calib_plugin.bank.store import Bank
+from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.method import Method
 
 
 def layers_by_input(
-    bank: Bank, layers: Sequence[engine.TargetLayer]
+    bank: Bank, layers: Sequence[engine.TargetLayer], share: tuple[int, int] = (0, 1)
 ) -> list[tuple[InputRow, list[engine.TargetLayer]]]:
-    """Return the inputs of the bank with the layers that read them, in the order of the model."""
+    """Return the inputs of the bank with the layers that read them, in the order of the model.
+
+    Parameters
+    ----------
+    layers
+        All or some of the layers that the bank was built for.
+    share
+        ``(i, k)``: the i-th of k nearly equal parts of the inputs, dealt so that every kind of
+        layer comes into every part.
+
+    Raises
+    ------
+    UserError
+        When a layer is not in the bank.
+    """
     by_name = {layer.name: layer for layer in layers}
+    missing = by_name.keys() - {name for row in bank.inputs for name in row.layers}
+    if missing or not by_name:
+        first = sorted(missing)[:3]
+        more = f" and {len(missing) - len(first)} more" if len(missing) > len(first) else ""
+        raise UserError(
+            "bank",
+            f"{bank.folder} does not hold {listed(first) + more if first else 'no layer at all'}",
+            f"it holds {sum(len(row.layers) for row in bank.inputs)} layers",
+            "choose among these (targets=, ignore=), or build another bank",
+        )
     found = []
     for row in bank.inputs:
         own = [by_name[name] for name in row.layers if name in by_name]
         if own:
             found.append((row, own))
-    return found
+    first_part, parts = share
+    # Blocks repeat: with `i % parts` alone a part could hold one kind of layer only.
+    return [item for i, item in enumerate(found) if (i + i // parts) % parts == first_part]
+
+
+def parts_of(bank: Bank, layers: Sequence[engine.TargetLayer], wanted: int) -> int:
+    """Return into how many parts the inputs can be dealt with something in each."""
+    return max(1, min(wanted, len(layers_by_input(bank, layers))))
 
 
 def quadratic(change: Tensor, gram: Tensor) -> float:
     """Return ``tr(D G D^T)``, the squared output error of a weight change ``D [out, in]``."""
     return float(((change @ gram) * change).sum(dtype=torch.float64))
+
+
+def spread_rows(weight: Tensor, rows: int | None) -> Tensor:
+    """Return ``rows`` evenly spread rows of a weight ``[out, in]``; None: all of them."""
+    out = weight.shape[0]
+    if rows is None or rows >= out:
+        return weight
+    return weight[torch.arange(rows, device=weight.device) * out // rows]
 
 
 def layer_errors(
@@ -39,12 +79,13 @@ def layer_errors(
     judges: Mapping[str, Tensor],
     *,
     share: tuple[int, int] = (0, 1),
+    rows: int | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor]:
     """Compress every layer in several ways and judge each on several domains.
 
     No forward pass: statistics come from the bank, weights from the dense model, which is not
-    changed. One-shot: every layer sees dense activations.
+    changed; the work is done where each layer is. One-shot: every layer sees dense activations.
 
     Parameters
     ----------
@@ -56,31 +97,50 @@ def layer_errors(
     judges
         Name of a domain -> weights of the sequences that it is judged on.
     share
-        ``(i, k)``: only every k-th input, beginning with the i-th.
+        ``(i, k)``: only the i-th of k parts of the inputs; see :func:`layers_by_input`.
+    rows
+        Look at so many evenly spread output rows only, when the rows of no method depend on each
+        other; None: all.
 
     Returns
     -------
     dict
         Name -> relative squared output errors ``tr(D H D^T) / tr(W H W^T)``, float64
         ``[layers, domains]``; NaN where the dense output is zero on a domain.
+
+    Raises
+    ------
+    UserError
+        When the bank does not hold a layer.
     """
     found: dict[str, list[list[float]]] = {name: [] for name in methods}
-    first, step = share
-    work = layers_by_input(bank, layers)[first::step]
+    if not all(method.rows_independent for method, _ in methods.values()):
+        rows = None
+    work = layers_by_input(bank, layers, share)
     for row, own in tqdm(work, desc="layer errors", disable=not progress):
-        grams = [bank.gram(row, weights).gram() for weights in judges.values()]
-        stats = {
-            name: None if weights is None else bank.statistics(row, method.statistic, weights)
-            for name, (method, weights) in methods.items()
-        }
-        for layer in own:
-            before = layer.read()
-            sizes = [quadratic(before, gram.to(before.device)) for gram in grams]
-            for name, (method, _) in methods.items():
-                result = method.compress(before, stats[name], layer.parameter.dtype)
-                change = result.weight.to(layer.parameter.dtype).float() - before
-                errors = [quadratic(change, gram.to(before.device)) for gram in grams]
-                found[name].append(
-                    [e / s if s > 0 else float("nan") for e, s in zip(errors, sizes, strict=True)]
+        device = own[0].parameter.device
+        grams = [bank.gram(row, weights, device).gram() for weights in judges.values()]
+        before = [spread_rows(layer.read(), rows) for layer in own]
+        sizes = [[quadratic(weight, gram) for gram in grams] for weight in before]
+        errors: dict[str, list[list[float]]] = {}
+        for name, (method, weights) in methods.items():
+            # One set of statistics at a time: Gram matrices of wide layers are large.
+            stats = bank.statistics(
+                row, "none" if weights is None else method.statistic, weights, device
+            )
+            errors[name] = []
+            for layer, weight, size in zip(own, before, sizes, strict=True):
+                result = method.compress(weight, stats, layer.parameter.dtype).weight
+                change = result.to(layer.parameter.dtype).float() - weight
+                errors[name].append(
+                    [
+                        quadratic(change, gram) / s if s > 0 else float("nan")
+                        for gram, s in zip(grams, size, strict=True)
+                    ]
                 )
-    return {name: torch.tensor(rows, dtype=torch.float64) for name, rows in found.items()}
+        for name in methods:
+            found[name] += errors[name]
+    return {
+        name: torch.tensor(values, dtype=torch.float64).reshape(-1, len(judges))
+        for name, values in found.items()
+    }

@@ -8,7 +8,7 @@ from typing import Any
 
 FORMAT = "lm-calib-plugin statistics bank"
 FORMAT_VERSION = 1
-HEADER, PLAN = "bank.json", "plan.json"
+HEADER, PLAN, SETS = "bank.json", "plan.json", "sets"
 
 
 @dataclass(frozen=True)

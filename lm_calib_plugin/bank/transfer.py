@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin import engine, registry
-from lm_calib_plugin.bank.errors import layer_errors
+from lm_calib_plugin.bank.errors import layer_errors, layers_by_input
 from lm_calib_plugin.bank.store import Bank
+from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.method import Method
 
 NO_USE = 0.9  # median T of the layers: hardly better than no data
@@ -32,7 +33,7 @@ class Entry:
     """One calibration set on one domain.
 
     ``error`` is E_g, ``regret`` R_g, ``against_no_data`` the median over layers of T_g, ``worst``
-    its largest value, and ``worst_layer`` where.
+    its largest value, and ``worst_layer`` where. Medians are the lower one of two middle values.
     """
 
     set: str
@@ -148,8 +149,14 @@ def transfer(
     Raises
     ------
     UserError
-        When the bank does not hold a domain, or holds no Gram matrices of it.
+        When the bank does not hold a domain or a layer, or holds no Gram matrices of a domain,
+        or when there is nothing to compare.
     """
+    if not sets or not domains:
+        raise UserError(
+            "bank", f"{len(sets)} sets and {len(domains)} domains", "one or more of each"
+        )
+    refuse_nothing(method)
     baseline = baseline_of(method)
     methods: dict[str, tuple[Method, Tensor | None]] = {
         f"set {name}": (method, weights) for name, weights in sets.items()
@@ -159,7 +166,7 @@ def transfer(
     methods[BASELINE] = (baseline, None)
     judges = {domain: bank.mixture({domain: 1.0}, judge_fold) for domain in domains}
     found = layer_errors(bank, layers, methods, judges, progress=progress)
-    names = [name for row in bank.inputs for name in row.layers]
+    names = [layer.name for _, own in layers_by_input(bank, layers) for layer in own]
     entries = []
     for name in sets:
         for column, domain in enumerate(domains):
@@ -179,6 +186,17 @@ def transfer(
                 )
             )
     return Transfer(type(method).__name__, type(baseline).__name__, tuple(entries))
+
+
+def refuse_nothing(method: Method) -> None:
+    """Raise a UserError for a method that leaves all weights alone: its errors have no ratio."""
+    if method.does_nothing:
+        raise UserError(
+            "method",
+            "with these options no weight is changed",
+            "sparsity above 0, or fewer than 16 bits",
+            "for instance sparsity=0.5",
+        )
 
 
 def log_regrets(errors: Tensor, own: Tensor) -> Tensor:

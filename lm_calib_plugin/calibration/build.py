@@ -63,13 +63,20 @@ def validate_calibration(recipe: Recipe) -> None:
     """
     with random_state_untouched():
         _validate(recipe.terms)
-        counts = shares(recipe.terms, recipe.nsamples) if recipe.terms else []
-        for term, count in zip(recipe.terms, counts, strict=True):
-            if term.name == StoredSet.name:
-                _check_stored(term, count, recipe)
+        _check_sets(recipe.terms, recipe.nsamples, recipe)
         with _about_the_target():
             _validate(recipe.select_target or ())
         stage.make_selector(recipe.select)
+
+
+def _check_sets(terms: Sequence[SourceTerm], count: int, recipe: Recipe) -> None:
+    """Check every ``set:DIR``, those inside other sources too, against the share it gives."""
+    for term, part in zip(terms, shares(terms, count) if terms else (), strict=True):
+        if term.name == StoredSet.name:
+            _check_stored(term, part, recipe)
+        # A mixture shares the sequences out itself, and checks how many there are.
+        mixture = term.name in registry.table("mixture")
+        _check_sets(term.inner, 0 if mixture else part, recipe)
 
 
 def _check_stored(term: SourceTerm, count: int, recipe: Recipe) -> None:
@@ -91,9 +98,15 @@ def _validate(terms: Sequence[SourceTerm]) -> None:
 
 
 def stored_sets(recipe: Recipe) -> list[StoredSet]:
-    """Return the ``set:DIR`` terms of a recipe; nothing is read yet."""
-    made = [make_source(term) for term in recipe.terms if term.name == StoredSet.name]
-    return [source for source in made if isinstance(source, StoredSet)]
+    """Return the ``set:DIR`` terms of a recipe, inside others too; nothing is read yet."""
+    found: list[StoredSet] = []
+    waiting = list(recipe.terms)
+    while waiting:
+        term = waiting.pop(0)
+        waiting = [*term.inner, *waiting]
+        source = make_source(term) if term.name == StoredSet.name else None
+        found += [source] if isinstance(source, StoredSet) else []
+    return found
 
 
 def needs_model(terms: Sequence[SourceTerm]) -> bool:

@@ -9,10 +9,13 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from lm_calib_plugin import engine
-from lm_calib_plugin.bank.mixtures import check_mixture
 from lm_calib_plugin.builtin_models import resolve_pretrained
-from lm_calib_plugin.calibration import validate_calibration
-from lm_calib_plugin.compression import compress, is_main_process, sequence_length
+from lm_calib_plugin.compression import (
+    check_calibration,
+    compress,
+    is_main_process,
+    sequence_length,
+)
 from lm_calib_plugin.errors import CalibError, UserError, install_short_excepthook, listed
 from lm_calib_plugin.harness.arguments import (
     merge_harness,
@@ -44,8 +47,7 @@ class Calib(HFLM):
         ours, theirs = split_arguments(arguments)
         self.recipe, runtime = read_arguments(ours)
         self._check_kind()
-        validate_calibration(self.recipe)
-        check_mixture(self.recipe)
+        check_calibration(self.recipe)
         if isinstance(pretrained, str):
             pretrained = resolve_pretrained(pretrained)
         super().__init__(pretrained=pretrained, **theirs)

@@ -7,6 +7,7 @@ of every domain that no set has seen, layer by layer, without evaluating the mod
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Mapping
@@ -14,19 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from lm_calib_plugin import engine, storage
+from lm_calib_plugin import storage
 from lm_calib_plugin.bank import Bank, Part, build_bank
 from lm_calib_plugin.bank.mixtures import draw, make_task
+from lm_calib_plugin.bank.plots import plot_transfer
 from lm_calib_plugin.bank.transfer import Transfer, transfer
-from lm_calib_plugin.builtin_models import resolve_pretrained
-from lm_calib_plugin.calibrate import Loading, cannot_load
+from lm_calib_plugin.calibrate import Loading, load_model
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.calibration.contamination import ContaminationIndex, words
 from lm_calib_plugin.compression import sequence_length
 from lm_calib_plugin.errors import UserError
-from lm_calib_plugin.guard import left_as_found, random_state_untouched
+from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.preflight.question import JUDGE, SET, Question, checked_recipes
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
@@ -104,7 +103,7 @@ def preflight(
     bank
         Folder of the statistics bank, kept and used again; default: in the cache.
     out
-        Folder for ``preflight.json`` and ``preflight.txt``.
+        Folder for ``preflight.json``, ``preflight.txt`` and, with matplotlib, ``preflight.png``.
 
     Raises
     ------
@@ -116,7 +115,7 @@ def preflight(
     for what, folder in (("bank", bank), ("out", out)):
         _check_folder(what, folder)
     recipes = checked_recipes(question)
-    model, tokenizer = _load(loading)
+    model, tokenizer = load_model(loading)
     recipe = question.recipe
     seqlen = sequence_length(recipe, model.config)
     seconds: dict[str, float] = {}
@@ -173,22 +172,6 @@ def _check_folder(what: str, folder: Path | None) -> None:
             raise UserError(what, f"{path} is a file", "name a folder")
 
 
-def _load(loading: Loading) -> tuple[Any, Any]:
-    """Return model and tokenizer."""
-    folder = resolve_pretrained(loading.pretrained)
-    common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
-    with random_state_untouched():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(loading.tokenizer or folder, **common)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=loading.dtype, **common
-            ).to(loading.place())
-        except (OSError, ValueError) as error:
-            raise cannot_load(loading, error) from None
-    engine.check_supported(model)
-    return model, tokenizer
-
-
 def _cached(digest: str, parts: list[Part], recipe: Recipe) -> Path:
     """Return a folder of the cache named after everything that decides the bank."""
     content = {
@@ -222,3 +205,5 @@ def _overlaps(
 def _write(answer: Preflight, out: Path) -> None:
     storage.write_text(out / "preflight.json", json.dumps(answer.to_json(), indent=1) + "\n")
     storage.write_text(out / "preflight.txt", answer.table() + "\n")
+    if importlib.util.find_spec("matplotlib") is not None:
+        plot_transfer(answer.transfer, out / "preflight.png")

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lm_calib_plugin.bank.mixtures import checked_mixture, mixture_of, stored_inside
-from lm_calib_plugin.calibration import validate_calibration
+from lm_calib_plugin.bank.transfer import refuse_nothing
+from lm_calib_plugin.compression import check_calibration
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.expression import expression_text
 from lm_calib_plugin.method import Method
@@ -82,13 +83,13 @@ def checked_recipes(question: Question) -> dict[tuple[str, str], Recipe]:
     for name in question.sets:
         with _about("set"):
             recipes[name, SET] = question.of_set(name)
-            validate_calibration(recipes[name, SET])
+            check_calibration(recipes[name, SET])
     for name in question.domains:
         with _about("domain"):
             for fold in (CHOOSE, JUDGE):
                 recipes[name, fold] = question.of_domain(name, fold)
                 _check_domain(name, recipes[name, fold])
-                validate_calibration(recipes[name, fold])
+                check_calibration(recipes[name, fold])
     return recipes
 
 
@@ -100,13 +101,7 @@ def _check_recipe(recipe: Recipe) -> None:
             f"`{recipe.method}` uses no calibration data",
             "a method that does, such as wanda, sparsegpt or gptq",
         )
-    if _method(recipe).does_nothing:
-        raise UserError(
-            "method",
-            "with these options no weight is changed",
-            "sparsity above 0, or fewer than 16 bits",
-            "for instance sparsity=0.5",
-        )
+    refuse_nothing(_method(recipe))
     if recipe.calibration is not None:
         raise UserError(
             "calibration",

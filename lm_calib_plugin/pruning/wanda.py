@@ -21,6 +21,7 @@ class Wanda(ScorePruning):
     statistic: ClassVar[str] = "moments"
     permutation_safe: ClassVar[bool] = True
     rows_independent: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.11695"
     group: ClassVar[str] = "row"
     inert: ClassVar[tuple[str, ...]] = ("compat",)

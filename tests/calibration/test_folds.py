@@ -138,6 +138,7 @@ def test_a_fold_that_is_too_small_is_named(words, tmp_path):
         f"found {len(judged)} windows of 8 tokens in {len(judged)} documents of fold `judge`, "
         "recipe asks 9; lower nsamples or seqlen, set fold=all, or" in str(caught.value)
     )
+    assert "file:my.txt?split=2000" in str(caught.value)
 
 
 def test_unknown_fold_names_the_nearest(words):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import draw, numbered, tiny_model, word_tokenizer, write_jsonl
+from transformers import LlamaConfig
 
 from lm_calib_plugin.calibration import CalibrationSet, build_calibration, validate_calibration
 from lm_calib_plugin.compression import compress, sequence_length
@@ -148,6 +149,15 @@ def test_a_set_is_never_cut(words, stored, tmp_path):
         sequence_length(recipe(), config)
 
 
+@pytest.mark.parametrize("expression", ["{}", "null:shuffle({})", "cross({}+random)"])
+def test_a_set_gives_its_length_wherever_it_stands(expression, words, stored, tmp_path):
+    recipe = Recipe(
+        method="wanda", sparsity=0.5, calibration=expression.format(f"set:{tmp_path / 'set'}")
+    )
+    config = LlamaConfig(max_position_embeddings=64)
+    assert sequence_length(recipe, config) == stored.seqlen
+
+
 def test_what_is_wrong_shows_before_a_model_is_loaded(stored, tmp_path):
     def validate(expression):
         validate_calibration(Recipe(method="wanda", sparsity=0.5, calibration=expression))
@@ -193,6 +203,12 @@ def test_a_set_has_the_fold_and_packing_it_was_built_with(words, texts, tmp_path
         validate(fold="choose")
     with pytest.raises(UserError, match="was built with 'judge'"):
         validate(f"{expression}+random", fold="choose", nsamples=2)
+    for inside in (f"null:shuffle({expression})", f"cross({expression}+random)"):
+        with pytest.raises(UserError, match="got 'choose', .* was built with 'judge'"):
+            validate(inside, fold="choose", nsamples=2)
+        validate(inside, fold="judge", nsamples=2)
+    with pytest.raises(UserError, match="holds 2 sequences, recipe asks 3"):
+        validate(f"null:unigram({expression})", nsamples=3)
     with pytest.raises(UserError, match="got 'concat', .* was built with 'pad'"):
         validate(pack="concat")
     validate(f"{expression}+random", pack="concat", nsamples=2)

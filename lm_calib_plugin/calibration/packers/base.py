@@ -69,6 +69,9 @@ class Packer(ABC):
 
 def too_few(found: int, seen: int, context: Context, way_out: str) -> UserError:
     """Return the error for a source that holds too little, with the numbers."""
+    if context.of_fold and seen < context.count:
+        # A .txt without double blank lines is one document, which is in one fold only.
+        way_out += "; more and shorter documents fill every fold: file:my.txt?split=2000"
     return UserError(
         context.count_of,
         f"found {found} windows of {context.seqlen} tokens in {seen} documents{context.of_fold}, "
