@@ -97,7 +97,8 @@ def make_set(
     if expression.strip().lower() == NO_DATA:
         raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
     # Any method that uses data will do, unless a mixture is found for one.
-    method = _recipe_arguments([purpose]) if purpose else {"method": "wanda", "sparsity": 0}
+    plain = {"method": "wanda", "sparsity": 0}
+    method = plain if purpose is None else _recipe_arguments([purpose])
     for name in Recipe.calibration_fields():
         if name in method:
             own = "EXPR" if name == "calibration" else _flag(name)

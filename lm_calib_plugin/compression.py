@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lm_calib_plugin import engine, storage
-from lm_calib_plugin.bank.mixtures import Task, draw, make_mixture, mixture_of
+from lm_calib_plugin.bank.mixtures import Task, check_mixture, draw
 from lm_calib_plugin.calibration import (
     CalibrationSet,
     stored_sets,
@@ -162,9 +162,7 @@ def check_calibration(recipe: Recipe) -> None:
         For an option, file, folder, task or number of sources that cannot be used.
     """
     validate_calibration(recipe)
-    mixture = mixture_of(recipe)
-    if mixture is not None:
-        make_mixture(mixture)
+    check_mixture(recipe)
 
 
 def is_main_process() -> bool:

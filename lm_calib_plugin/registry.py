@@ -59,7 +59,8 @@ class Entry:
 _PRUNING = "lm_calib_plugin.pruning."
 _QUANTIZATION = "lm_calib_plugin.quantization."
 _SOURCES = "lm_calib_plugin.calibration.sources."
-_MIXTURES = "lm_calib_plugin.bank.mixtures:"
+_SEARCHED = "lm_calib_plugin.bank.searched:"
+_BLENDS = "lm_calib_plugin.bank.blends:"
 _SELECTORS = "lm_calib_plugin.calibration.selectors."
 _PACKERS = "lm_calib_plugin.calibration.packers:"
 
@@ -159,28 +160,28 @@ _BUILTIN: tuple[Entry, ...] = (
     Entry(
         "mixture",
         "minimax",
-        _MIXTURES + "Minimax",
+        _SEARCHED + "Minimax",
         "minimax(A+B+C), shares for which the worst domain is as good as can be",
         nested="many",
     ),
     Entry(
         "mixture",
         "weighted",
-        _MIXTURES + "Weighted",
+        _SEARCHED + "Weighted",
         "weighted(A*0.7+B*0.3), shares for a mean over domains with this traffic",
         nested="many",
     ),
     Entry(
         "mixture",
         "no_worse",
-        _MIXTURES + "NoWorse",
+        _SEARCHED + "NoWorse",
         "no_worse(A+B)?limit=1.1, the mean, with no domain worse than its own text by more",
         nested="many",
     ),
     Entry(
         "mixture",
         "cross",
-        _MIXTURES + "Cross",
+        _BLENDS + "Cross",
         "cross(DOMAIN+GENERAL)?lambda=0.5, statistics of both, weighed",
         "https://arxiv.org/abs/2502.18424",
         nested="many",
@@ -188,7 +189,7 @@ _BUILTIN: tuple[Entry, ...] = (
     Entry(
         "mixture",
         "tasa",
-        _MIXTURES + "Tasa",
+        _BLENDS + "Tasa",
         "tasa(TARGET+A+B), shares of A and B with the gradient traces of the target",
         "https://arxiv.org/abs/2607.00908",
         nested="many",

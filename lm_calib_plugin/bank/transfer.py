@@ -77,17 +77,30 @@ class Transfer:
         return max((e for e in self.entries if e.set == name), key=lambda e: e.regret)
 
     def advice(self) -> str:
-        """Return one line: which set to use, and which not."""
-        best = min(self.sets, key=lambda name: self.worst_regret(name).regret)
+        """Return one line: which set to use, and which not, by set."""
+        where: dict[str, list[str]] = {name: [] for name in self.sets}
+        for entry in self.entries:
+            if not entry.transfers:
+                where[entry.set].append(entry.domain)
+        count = len(self.domains)
+        useful = [name for name in self.sets if len(where[name]) < count]
+        if not useful:
+            return (
+                f"no set transfers to any domain: use {self.baseline.lower()}, which needs no "
+                "data, or text that is nearer to the domains"
+            )
+        best = min(useful, key=lambda name: self.worst_regret(name).regret)
         worst = self.worst_regret(best)
-        line = (
+        parts = [
             f"use `{best}`: at worst {worst.regret:.2f} times the error of a domain's own text "
             f"({worst.domain})"
-        )
-        bad = [f"{e.set} on {e.domain}" for e in self.entries if not e.transfers]
-        if bad:
-            line += f"; does not transfer: {', '.join(bad)}"
-        return line
+        ]
+        for name, domains in where.items():
+            if domains:
+                any_of_many = len(domains) == count > 1
+                named = "any domain" if any_of_many else ", ".join(domains)
+                parts.append(f"`{name}` does not transfer to {named}")
+        return "; ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

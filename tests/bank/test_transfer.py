@@ -124,13 +124,51 @@ def test_advice_is_the_set_whose_worst_domain_is_best() -> None:
     assert found.worst_regret("x").domain == "q"
     assert found.advice() == (
         "use `y`: at worst 1.40 times the error of a domain's own text (p); "
-        "does not transfer: x on q, y on q"
+        "`x` does not transfer to q; `y` does not transfer to q"
     )
     plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert [e["transfers"] for e in plain["entries"]] == [True, False, True, False]
     assert plain["entries"][1]["regret"] == 1.9
     assert plain["thresholds"] == {"median": module.NO_USE, "layer": module.BROKEN}
     assert plain["advice"] == found.advice()
+
+
+@pytest.mark.parametrize(
+    ("bad", "advice"),
+    [
+        ([], "use `x`: at worst 2.00 times the error of a domain's own text (q)"),
+        (
+            [("y", "p"), ("y", "q"), ("y", "r"), ("x", "q"), ("x", "r")],
+            "use `x`: at worst 2.00 times the error of a domain's own text (q); "
+            "`x` does not transfer to q, r; `y` does not transfer to any domain",
+        ),
+        (
+            [("x", "p"), ("x", "q"), ("x", "r"), ("y", "q")],
+            "use `y`: at worst 5.00 times the error of a domain's own text (r); "
+            "`x` does not transfer to any domain; `y` does not transfer to q",
+        ),
+        (
+            [(s, d) for s in "xy" for d in "pqr"],
+            "no set transfers to any domain: use magnitude, which needs no data, or text that is "
+            "nearer to the domains",
+        ),
+    ],
+)
+def test_advice_groups_by_set(bad: list[tuple[str, str]], advice: str) -> None:
+    regrets = {"x": (1.0, 2.0, 1.5), "y": (4.0, 3.0, 5.0)}
+    entries = tuple(
+        entry(name, domain, regret, 0.95 if (name, domain) in bad else 0.5, 1.0)
+        for name, row in regrets.items()
+        for domain, regret in zip("pqr", row, strict=True)
+    )
+    assert Transfer("Wanda", "Magnitude", entries).advice() == advice
+
+
+def test_advice_about_one_domain_names_it() -> None:
+    entries = (entry("x", "p", 1.0, 0.5, 1.0), entry("y", "p", 9.0, 0.95, 1.0))
+    assert Transfer("GPTQ", "RTN", entries).advice().endswith("`y` does not transfer to p")
+    (last,) = (Transfer("GPTQ", "RTN", entries[1:]).advice(),)
+    assert last.startswith("no set transfers to any domain: use rtn")
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:

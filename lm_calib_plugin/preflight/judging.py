@@ -1,4 +1,4 @@
-"""``lm-calib preflight``: which calibration set will serve which domain, before any evaluation.
+"""Every set is judged on every domain.
 
 One dense pass over the sets and over text of the domains; then every set is judged on documents
 of every domain that no set has seen, layer by layer, without evaluating the model.
@@ -7,6 +7,7 @@ of every domain that no set has seen, layer by layer, without evaluating the mod
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Mapping
@@ -16,64 +17,18 @@ from typing import Any
 
 from lm_calib_plugin import storage
 from lm_calib_plugin.bank import Bank, Part, build_bank
-from lm_calib_plugin.bank.mixtures import draw, make_mixture, make_task, mixture_of
+from lm_calib_plugin.bank.mixtures import draw, make_task
+from lm_calib_plugin.bank.plots import plot_transfer
 from lm_calib_plugin.bank.transfer import Transfer, transfer
 from lm_calib_plugin.calibrate import Loading, load_model
-from lm_calib_plugin.calibration import CalibrationSet, validate_calibration
+from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.calibration.contamination import ContaminationIndex, words
 from lm_calib_plugin.compression import sequence_length
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.guard import left_as_found
-from lm_calib_plugin.recipe import ALL_FOLDS, Recipe
+from lm_calib_plugin.preflight.question import JUDGE, SET, Question, checked_recipes
+from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
-
-SET, CHOOSE, JUDGE = "set", "choose", "judge"
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked.
-
-    Parameters
-    ----------
-    recipe
-        Method, strength, ``nsamples``, ``seqlen``, ``calib_seed``; its calibration is not used.
-    sets
-        Name -> calibration expression. Documents come from the fold ``choose``, unless the
-        expression is a finished set.
-    domains
-        Name -> calibration expression of text of the domain; its fold ``choose`` calibrates the
-        domain's own reference, its fold ``judge`` is what all sets are judged on.
-    judged
-        Sequences of each domain to judge on; default: ``nsamples``.
-    """
-
-    recipe: Recipe
-    sets: Mapping[str, str]
-    domains: Mapping[str, str]
-    judged: int | None = None
-
-    def of_set(self, name: str) -> Recipe:
-        """Return the recipe of a set."""
-        recipe = self.recipe.replaced(calibration=self.sets[name])
-        # A finished set has its fold already; a mixture divides the folds itself.
-        plain = not recipe.whole_set and mixture_of(recipe) is None and recipe.fold == ALL_FOLDS
-        if recipe.whole_set:
-            given = recipe.model_fields_set - {"nsamples", "seqlen", "pack", "fold", "calib_seed"}
-            return Recipe(**{field: getattr(recipe, field) for field in given})
-        return recipe.replaced(fold=CHOOSE) if plain else recipe
-
-    def of_domain(self, name: str, fold: str) -> Recipe:
-        """Return the recipe of a fold of a domain."""
-        count = self.recipe.nsamples if fold == CHOOSE else self.judged or self.recipe.nsamples
-        return self.recipe.replaced(
-            calibration=self.domains[name],
-            fold=fold,
-            nsamples=count,
-            select="random",
-            pool=None,
-            select_target=None,
-        )
 
 
 @dataclass(frozen=True)
@@ -157,7 +112,9 @@ def preflight(
         before the model is loaded where that shows earlier.
     """
     runtime = runtime or Runtime()
-    recipes = _checked(question)
+    for what, folder in (("bank", bank), ("out", out)):
+        _check_folder(what, folder)
+    recipes = checked_recipes(question)
     model, tokenizer = load_model(loading)
     recipe = question.recipe
     seqlen = sequence_length(recipe, model.config)
@@ -208,39 +165,11 @@ def preflight(
     return answer
 
 
-def _checked(question: Question) -> dict[tuple[str, str], Recipe]:
-    """Return the recipe of every part, all checked without the model."""
-    if not question.recipe.entry.needs_data:
-        raise UserError(
-            "method",
-            f"`{question.recipe.method}` uses no calibration data",
-            "a method that does, such as wanda, sparsegpt or gptq",
-        )
-    for what, given in (("set", question.sets), ("domain", question.domains)):
-        if not given:
-            raise UserError(
-                what, "none given", f"--{what} NAME=EXPR, once or more", f"for instance --{what} "
-                + ("c4=c4" if what == "set" else "code=file:code.txt"),
-            )  # fmt: skip
-    recipes = {(name, SET): question.of_set(name) for name in question.sets}
-    for name in question.domains:
-        for fold in (CHOOSE, JUDGE):
-            recipes[name, fold] = question.of_domain(name, fold)
-    for (name, fold), recipe in recipes.items():
-        mixture = mixture_of(recipe)
-        if recipe.whole_set and fold != SET:
-            raise UserError(
-                "domain",
-                f"{name}={question.domains[name]}",
-                "a source of documents, part of which no set has seen",
-                f"for instance --domain {name}=file:{name}.txt",
-            )
-        if mixture is not None and fold != SET:
-            raise UserError("domain", f"{name}={question.domains[name]}", "a plain source or a sum")
-        validate_calibration(recipe)
-        if mixture is not None:
-            make_mixture(mixture)
-    return recipes
+def _check_folder(what: str, folder: Path | None) -> None:
+    """Refuse a folder that is a file, or stands in one, before any work."""
+    for path in (folder, *folder.parents) if folder else ():
+        if path.exists() and not path.is_dir():
+            raise UserError(what, f"{path} is a file", "name a folder")
 
 
 def _cached(digest: str, parts: list[Part], recipe: Recipe) -> Path:
@@ -276,3 +205,5 @@ def _overlaps(
 def _write(answer: Preflight, out: Path) -> None:
     storage.write_text(out / "preflight.json", json.dumps(answer.to_json(), indent=1) + "\n")
     storage.write_text(out / "preflight.txt", answer.table() + "\n")
+    if importlib.util.find_spec("matplotlib") is not None:
+        plot_transfer(answer.transfer, out / "preflight.png")
