@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lm_calib_plugin import engine
+from lm_calib_plugin import engine, storage
 from lm_calib_plugin.bank.mixtures import draw, make_task, mixture_of
 from lm_calib_plugin.builtin_models import PREFIX, resolve_pretrained
 from lm_calib_plugin.calibration import (
@@ -243,6 +243,21 @@ def _served(recipe: Recipe, drawn: CalibrationSet) -> tuple[str, str]:
     return kind, ",".join(f"{name}={value}" for name, value in options.items())
 
 
+def _written(source: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what generation cost and where its text is to read, if the model wrote it."""
+    cost, file = source.get("generation"), source.get("text_file")
+    if not cost:
+        return []
+    rows = [
+        (
+            "written",
+            f"{cost['tokens']} tokens at {cost['tokens_per_second']} a second, "
+            f"{cost['kept']} of {cost['texts']} texts kept",
+        )
+    ]
+    return rows + ([("text", str(storage.cache_dir() / file))] if file else [])
+
+
 def _summary(
     drawn: CalibrationSet,
     recipe: Recipe,
@@ -258,6 +273,7 @@ def _summary(
     ]
     for source in drawn.sources:
         rows.append(("source", f"{source['source']}: {source['nsequences']} sequences"))
+        rows += _written(source)
         rows += [("warning", str(note)) for note in source.get("warnings", ())]
     rows += [("license", note) for note in licences(drawn.sources)]
     rows.append(("seconds", f"{seconds:.1f}"))
