@@ -56,8 +56,8 @@ class Cross(Mixture):
     """``cross(DOMAIN+GENERAL)?lambda=0.5``: statistics of a domain and of general text, weighed.
 
     Cross-calibration (Williams et al., arXiv 2502.18424): the Hessian of in-domain and that of
-    general text are combined. Here each gives half of the sequences, and the sequences of the
-    first count ``lambda`` in all, those of the second ``1 - lambda``.
+    general text are combined. Here each gives half of the sequences; the tokens of the first count
+    ``lambda`` of all, those of the second ``1 - lambda``, also where one has shorter sequences.
     """
 
     name = "cross"
@@ -84,7 +84,8 @@ class Cross(Mixture):
         for source, share in zip(drawn.sources, (asked, 1 - asked), strict=True):
             rows = source["rows"]
             # Sequences of one source keep their weights relative to each other.
-            scale = share * drawn.nsamples / sum(weights[row] for row in rows)
+            counted = sum(weights[row] * len(drawn.sequences[row]) for row in rows)
+            scale = share * drawn.tokens / counted
             for row in rows:
                 weights[row] *= scale
         record = {"expression": self.term.text(), "lambda": asked}

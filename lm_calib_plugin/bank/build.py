@@ -33,6 +33,9 @@ from lm_calib_plugin.errors import CalibError, NumericalError, UserError
 from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.runtime import Runtime
 
+# Gram matrices of one input that stay on the model's device; more of them wait in main memory.
+DEVICE_BYTES = 4 << 30
+
 
 @dataclass(frozen=True)
 class Part:
@@ -232,7 +235,20 @@ class _State:
         self.maximum = torch.zeros(count, width, device=device)
         self.total = torch.zeros(count, width, dtype=torch.float64, device=device)
         self.rows = torch.zeros(count, dtype=torch.float64, device=device)
-        self.grams = {cell: torch.zeros(width, width, device=device) for cell in grams}
+        # By a fixed rule, never by free memory, so that a build repeats.
+        small = 4 * width * width * len(grams) <= DEVICE_BYTES
+        place = device if small else torch.device("cpu")
+        self.grams = {cell: torch.zeros(width, width, device=place) for cell in grams}
+
+    def add_gram(self, cell: tuple[int, int], x: Tensor, weight: float) -> None:
+        """Add ``weight * x^T x`` to the Gram matrix of a cell, if it keeps one."""
+        gram = self.grams.get(cell)
+        if gram is None:
+            return
+        if gram.device == x.device:
+            gram.addmm_(x.t(), x, alpha=weight)
+        else:
+            gram.add_((x.t() @ x).to(gram.device), alpha=weight)
 
 
 class _Writer:
@@ -284,9 +300,7 @@ class _Writer:
             seen.maximum[sequence] = torch.maximum(seen.maximum[sequence], size.amax(0))
             seen.total[sequence] += size.sum(0)
             seen.rows[sequence] += len(own)
-            gram = seen.grams.get((info.part, info.group))
-            if gram is not None:
-                gram.addmm_(own.t(), own, alpha=info.weight)
+            seen.add_gram((info.part, info.group), own, info.weight)
 
     def finish(
         self, index: int, groups: Sequence[Sequence[engine.TargetLayer]], state: list[_State]

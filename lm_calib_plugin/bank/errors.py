@@ -99,8 +99,8 @@ def layer_errors(
     share
         ``(i, k)``: only the i-th of k parts of the inputs; see :func:`layers_by_input`.
     rows
-        Look at so many evenly spread output rows only, when the rows of no method depend on each
-        other; None: all.
+        Judge so many evenly spread output rows only; None: all. Methods whose rows depend on each
+        other compress all of them.
 
     Returns
     -------
@@ -114,13 +114,12 @@ def layer_errors(
         When the bank does not hold a layer.
     """
     found: dict[str, list[list[float]]] = {name: [] for name in methods}
-    if not all(method.rows_independent for method, _ in methods.values()):
-        rows = None
     work = layers_by_input(bank, layers, share)
     for row, own in tqdm(work, desc="layer errors", disable=not progress):
         device = own[0].parameter.device
         grams = [bank.gram(row, weights, device).gram() for weights in judges.values()]
-        before = [spread_rows(layer.read(), rows) for layer in own]
+        whole = [layer.read() for layer in own]
+        before = [spread_rows(weight, rows) for weight in whole]
         sizes = [[quadratic(weight, gram) for gram in grams] for weight in before]
         errors: dict[str, list[list[float]]] = {}
         for name, (method, weights) in methods.items():
@@ -129,9 +128,13 @@ def layer_errors(
                 row, "none" if weights is None else method.statistic, weights, device
             )
             errors[name] = []
-            for layer, weight, size in zip(own, before, sizes, strict=True):
-                result = method.compress(weight, stats, layer.parameter.dtype).weight
-                change = result.to(layer.parameter.dtype).float() - weight
+            for layer, full, weight, size in zip(own, whole, before, sizes, strict=True):
+                dtype = layer.parameter.dtype
+                if method.rows_independent:
+                    result = method.compress(weight, stats, dtype).weight
+                else:
+                    result = spread_rows(method.compress(full, stats, dtype).weight, rows)
+                change = result.to(dtype).float() - weight
                 errors[name].append(
                     [
                         quadratic(change, gram) / s if s > 0 else float("nan")

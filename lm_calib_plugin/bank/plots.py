@@ -17,6 +17,7 @@ import torch
 from lm_calib_plugin import storage
 from lm_calib_plugin.bank.draws import Draws
 from lm_calib_plugin.bank.transfer import Transfer
+from lm_calib_plugin.comparison import spearman
 from lm_calib_plugin.errors import UserError
 
 FORMATS = ("png", "pdf", "svg")
@@ -131,27 +132,11 @@ def plot_proxy(points: Sequence[Point], file: str | Path) -> Path:
         x, y = [p.proxy for p in own], [p.measured for p in own]
         axis.scatter(x, y, color=_color(number), label=source)
     rank = spearman([p.proxy for p in points], [p.measured for p in points])
-    shown = "undefined" if rank is None else f"{rank:.2f}"
-    axis.set_title(f"Spearman {shown}, {len(points)} points", fontsize=9)
+    axis.set_title(f"Spearman {rank.value:.2f}, {len(points)} points", fontsize=9)
     axis.set_xlabel("proxy: relative error of layer outputs")
     axis.set_ylabel("measured")
     axis.legend()
     return _write(figure, file)
-
-
-def spearman(one: Sequence[float], two: Sequence[float]) -> float | None:
-    """Return the rank correlation, ties given their mean rank; None when a side is constant."""
-    ranks = torch.stack([_ranks(one), _ranks(two)])
-    centered = ranks - ranks.mean(dim=1, keepdim=True)
-    size = centered.square().sum(dim=1).prod().sqrt()
-    return float(centered.prod(dim=0).sum() / size) if size > 0 else None
-
-
-def _ranks(values: Sequence[float]) -> torch.Tensor:
-    numbers = torch.tensor(values, dtype=torch.float64)
-    below = (numbers[None, :] < numbers[:, None]).sum(dim=1)
-    same = (numbers[None, :] == numbers[:, None]).sum(dim=1)
-    return below + (same - 1).double() / 2
 
 
 def _check(file: str | Path, content: Sequence[Any]) -> Path:

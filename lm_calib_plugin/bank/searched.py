@@ -23,7 +23,7 @@ from lm_calib_plugin.calibration.build import interleaved
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.expression import SourceTerm, shares
 
-REVISION = 1  # raised when the same expression begins to give other shares
+REVISION = 2  # raised when the same expression begins to give other shares
 FEWEST_CHECKED = 8
 FIT, CHECK = "choose", "validate"
 
@@ -194,6 +194,9 @@ def joined(
             if len(own.get(name) or ()) == part.nsamples
         }
         found = {"nsequences": count, "weight": terms[number].weight, "rows": rows}
+        if not count:
+            note = f"a share of {terms[number].weight:.3f} of {sum(counts)} sequences is none"
+            found["warnings"] = [*own.get("warnings", ()), note]
         sources.append(own | first | found | {"share": count / sum(counts)})
     weights = [_weights(part, count) for part, count in zip(parts, counts, strict=True)]
     return CalibrationSet.of(

@@ -25,6 +25,7 @@ from lm_calib_plugin.method import Method
 
 NO_USE = 0.9  # median T of the layers: hardly better than no data
 BROKEN = 10.0  # T of one layer: far worse than no data
+ROWS = 128
 OWN, BASELINE = "own text of", "without data"
 
 
@@ -52,11 +53,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Every set on every domain."""
+    """Every set on every domain, judged on ``rows`` output rows of each layer (None: all)."""
 
     method: str
     baseline: str
     entries: tuple[Entry, ...]
+    rows: int | None = None
 
     @property
     def sets(self) -> list[str]:
@@ -89,7 +91,8 @@ class Transfer:
                 f"no set transfers to any domain: use {self.baseline.lower()}, which needs no "
                 "data, or text that is nearer to the domains"
             )
-        best = min(useful, key=lambda name: self.worst_regret(name).regret)
+        # A set that serves every domain before one that is better where it serves.
+        best = min(useful, key=lambda name: (len(where[name]), self.worst_regret(name).regret))
         worst = self.worst_regret(best)
         parts = [
             f"use `{best}`: at worst {worst.regret:.2f} times the error of a domain's own text "
@@ -107,6 +110,7 @@ class Transfer:
         return {
             "method": self.method,
             "baseline": self.baseline,
+            "rows": self.rows,
             "thresholds": {"median": NO_USE, "layer": BROKEN},
             "entries": [vars(e) | {"transfers": e.transfers} for e in self.entries],
             "advice": self.advice(),
@@ -131,6 +135,7 @@ def transfer(
     *,
     own_fold: str = "choose",
     judge_fold: str = "judge",
+    rows: int | None = ROWS,
     progress: bool = False,
 ) -> Transfer:
     """Judge calibration sets on domains.
@@ -145,6 +150,8 @@ def transfer(
         Fold of a domain that its own calibration uses.
     judge_fold
         Fold of a domain that errors are judged on.
+    rows
+        Evenly spread output rows of a layer that are judged; None: all.
 
     Raises
     ------
@@ -165,7 +172,7 @@ def transfer(
         methods[f"{OWN} {domain}"] = (method, bank.mixture({domain: 1.0}, own_fold))
     methods[BASELINE] = (baseline, None)
     judges = {domain: bank.mixture({domain: 1.0}, judge_fold) for domain in domains}
-    found = layer_errors(bank, layers, methods, judges, progress=progress)
+    found = layer_errors(bank, layers, methods, judges, rows=rows, progress=progress)
     names = [layer.name for _, own in layers_by_input(bank, layers) for layer in own]
     entries = []
     for name in sets:
@@ -185,7 +192,7 @@ def transfer(
                     worst_layer=names[place],
                 )
             )
-    return Transfer(type(method).__name__, type(baseline).__name__, tuple(entries))
+    return Transfer(type(method).__name__, type(baseline).__name__, tuple(entries), rows)
 
 
 def refuse_nothing(method: Method) -> None:

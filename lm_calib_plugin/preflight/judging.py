@@ -80,7 +80,11 @@ class Preflight:
                         f"warning: {share:.0%} of what `{domain}` is judged on overlaps with the "
                         f"set `{name}`; build it with --fold choose"
                     )
-        lines += ["", f"advice: {self.transfer.advice()}"]
+        lines += [
+            "",
+            f"bank: {self.bank.folder} (another sparsity needs no pass; delete it when done)",
+            f"advice: {self.transfer.advice()}",
+        ]
         return "\n".join(lines)
 
 

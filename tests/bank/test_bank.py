@@ -240,3 +240,23 @@ def test_experts_and_tokens_that_can_not_be_told_apart(tmp_path: Path) -> None:
 def test_the_sets_are_kept_with_the_bank(tmp_path: Path) -> None:
     opened(tmp_path)
     assert CalibrationSet.load(tmp_path / "bank" / "sets" / "001").calib_id == B.calib_id
+
+
+def test_gram_matrices_on_another_device_get_the_same_sum() -> None:
+    from lm_calib_plugin.bank.build import _State
+
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    state = _State(7, 1, [(0, 0)], "cpu")
+    state.add_gram((0, 0), x, 2.0)
+    state.add_gram((1, 0), x, 2.0)  # a cell that keeps none
+    torch.testing.assert_close(state.grams[0, 0], 2 * x.t() @ x)
+    state.grams[0, 0] = state.grams[0, 0].to("meta")
+    state.add_gram((0, 0), x, 1.0)  # moved to where the sum is
+
+
+def test_many_gram_matrices_wait_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_calib_plugin.bank.build import _State
+
+    monkeypatch.setattr("lm_calib_plugin.bank.build.DEVICE_BYTES", 7 * 7 * 4)
+    assert _State(7, 1, [(0, 0)], "meta").grams[0, 0].device.type == "meta"
+    assert _State(7, 1, [(0, 0), (0, 1)], "meta").grams[0, 0].device.type == "cpu"

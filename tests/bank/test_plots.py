@@ -12,7 +12,7 @@ import torch
 
 from lm_calib_plugin.bank import plots
 from lm_calib_plugin.bank.draws import Draws, LayerDraws
-from lm_calib_plugin.bank.plots import Point, plot_draws, plot_proxy, plot_transfer, spearman
+from lm_calib_plugin.bank.plots import Point, plot_draws, plot_proxy, plot_transfer
 from lm_calib_plugin.bank.transfer import Entry, Transfer
 from lm_calib_plugin.errors import UserError
 
@@ -68,16 +68,6 @@ def test_values_and_marks_are_on_the_map(tmp_path: Path, monkeypatch: pytest.Mon
     assert {"1.00", "3.00 ×", "1.20", "0.98", "x", "y", "p", "q"} <= set(seen)
     plot_proxy(POINTS, tmp_path / "p.png")
     assert any("Spearman 0.80, 4 points" in t for t in seen)
-
-
-def test_rank_correlation_is_that_of_scipy() -> None:
-    scipy = pytest.importorskip("scipy.stats")
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        one = torch.randint(0, 6, (15,), generator=generator).tolist()
-        two = torch.randint(0, 6, (15,), generator=generator).tolist()
-        assert spearman(one, two) == pytest.approx(scipy.spearmanr(one, two).statistic)
-    assert spearman([1, 1], [1, 2]) is None
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
