@@ -638,7 +638,7 @@ CASES = [
         "cross_of_one_source_alone",
         mixture("cross(random+null:ascii)?lambda=1"),
         "calibration",
-        ("`lambda` of `cross`", "a number > 0 and < 1"),
+        ("`lambda` of `cross(A+B)`", "a number > 0 and < 1", "cross(A+B)?lambda=0.5"),
     ),
     # --- preflight
     Case(
