@@ -126,7 +126,8 @@ class Mixture(ABC):
 
     def __init__(self, term: SourceTerm) -> None:
         self.term = term
-        self.settings = read_options(self.name, self.options, term.options)
+        written = f"{self.name}({'+'.join('ABC'[: self.fewest])})"
+        self.settings = read_options(written, self.options, term.options)
         example = f"{self.name}({'+'.join(('c4', 'self', 'code')[: self.fewest])})"
         if term.argument:
             raise UserError(

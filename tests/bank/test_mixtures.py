@@ -323,6 +323,7 @@ def test_a_share_may_come_to_no_sequence(
     monkeypatch.setattr(searched, "search_mix", lopsided)
     drawn = run(recipe(SEARCHED["minimax"], text)).calibration_set
     assert [s["nsequences"] for s in drawn.sources] == [6, 0]
+    assert drawn.sources[1]["warnings"] == ["a share of 0.020 of 6 sequences is none"]
     assert drawn.nsamples == 6
 
 
@@ -335,6 +336,9 @@ def test_sequences_of_several_lengths_keep_their_weights(text: dict[str, str]) -
             # Inside a source every sequence counts alike, whatever its length.
             sizes = [drawn.weights[r] * len(drawn.sequences[r]) for r in source["rows"]]
             assert sizes == pytest.approx([sizes[0]] * len(sizes))
+    sizes = [w * len(ids) for w, ids in zip(drawn.weights, drawn.sequences, strict=True)]
+    assert sum(sizes[row] for row in drawn.sources[0]["rows"]) == pytest.approx(sum(sizes) / 4)
+    assert sum(sizes) == pytest.approx(drawn.tokens)
 
 
 def test_selection_chooses_and_never_judges(
@@ -432,7 +436,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("cross({a}*0.7+{b}*0.3)", {}, "calibration", "got weights"),
     ("minimax(set:{set}+{b})", {}, "calibration", "a finished set has no documents left"),
     ("minimax(null:shuffle(set:{set})+{b})", {}, "calibration", "a finished set"),
-    ("minimax({a}+{b})?limit=1.1", {}, "calibration", "`minimax` has no option `limit`"),
+    ("minimax({a}+{b})?limit=1.1", {}, "calibration", r"`minimax\(A\+B\)` has no option `limit`"),
     ("no_worse({a}+{b})?limt=1.1", {}, "calibration", "did you mean `limit`"),
     ("no_worse({a}+{b})?limit=0.5", {}, "calibration", "got '0.5'; a number >= 1 is needed"),
     ("cross({a}+{b})?lambda=0", {}, "calibration", "a number > 0 and < 1 is needed"),

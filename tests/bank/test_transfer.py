@@ -143,6 +143,11 @@ def test_advice_is_the_set_whose_worst_domain_is_best() -> None:
             "`x` does not transfer to q, r; `y` does not transfer to any domain",
         ),
         (
+            [("x", "r")],
+            "use `y`: at worst 5.00 times the error of a domain's own text (r); "
+            "`x` does not transfer to r",
+        ),
+        (
             [("x", "p"), ("x", "q"), ("x", "r"), ("y", "q")],
             "use `y`: at worst 5.00 times the error of a domain's own text (r); "
             "`x` does not transfer to any domain; `y` does not transfer to q",

@@ -72,6 +72,37 @@ def stored(expression: str, sequences: int = 3, **given: Any) -> Callable[[], An
     return do
 
 
+def mixture(expression: str, **given: Any) -> Callable[[], Any]:
+    """Check a mixture as the harness does before it loads a model."""
+
+    def do() -> Any:
+        from lm_calib_plugin.calibration import CalibrationSet
+        from lm_calib_plugin.compression import check_calibration
+
+        CalibrationSet.of([[1, 2, 3]] * 3, seqlen=3).save("my-set")
+        fields = {"method": "wanda", "sparsity": 0.5, **given}
+        check_calibration(Recipe(**fields, calibration=expression))
+
+    return do
+
+
+def preflight(
+    sets: dict[str, str] | None = None, domains: dict[str, str] | None = None, **given: Any
+) -> Callable[[], Any]:
+    """Ask a preflight that is refused before a model is loaded."""
+
+    def do() -> Any:
+        from lm_calib_plugin.preflight.question import Question, checked_recipes
+
+        asked = Recipe(**{"method": "wanda", "sparsity": 0.5, **given})
+        plain = {"web": "random"}
+        checked_recipes(
+            Question(asked, plain if sets is None else sets, plain if domains is None else domains)
+        )
+
+    return do
+
+
 def layer(shape: tuple[int, int], **given: Any) -> Callable[[], Any]:
     """Check a layer against a recipe, as the engine does before it reads any data."""
 
@@ -553,6 +584,104 @@ CASES = [
         stored("set:my-set*0.5+random*0.5"),
         "nsamples",
         ("holds 3 sequences", "asks 64", "lower nsamples"),
+    ),
+    # --- mixtures
+    Case(
+        "mixture_of_too_few_sources",
+        mixture("tasa(random+null:ascii)"),
+        "calibration",
+        ("has 2 sources", "`tasa` takes 3 or more", "tasa(c4+self+code)"),
+    ),
+    Case(
+        "mixture_with_a_source_twice",
+        mixture("minimax(random+random)"),
+        "calibration",
+        ("names `random` twice", "every source once", "minimax(c4+self)"),
+    ),
+    Case(
+        "mixture_with_an_argument",
+        mixture("minimax:fast(random+null:ascii)"),
+        "calibration",
+        ("got the argument 'fast'", "sources inside parentheses", "minimax(c4+self)"),
+    ),
+    Case(
+        "mixture_with_weights",
+        mixture("minimax(random*0.7+null:ascii*0.3)"),
+        "calibration",
+        ("got weights", "finds the shares by itself", "type minimax(random+null:ascii)"),
+    ),
+    Case(
+        "mixture_of_a_finished_set",
+        mixture("minimax(set:my-set+random)"),
+        "calibration",
+        ("set:my-set", "no documents left to judge it by", "the source that the set was made of"),
+    ),
+    Case(
+        "mixture_without_use",
+        mixture("minimax(random+null:ascii)", method="magnitude"),
+        "calibration",
+        ("magnitude, which uses no data", "such as wanda", "drop `calibration`"),
+    ),
+    Case(
+        "mixture_in_one_fold",
+        mixture("minimax(random+null:ascii)", fold="judge"),
+        "fold",
+        ("'judge'", "judges on `validate` by itself", "drop `fold`"),
+    ),
+    Case(
+        "cross_of_one_sequence",
+        mixture("cross(random+null:ascii)", nsamples=1),
+        "nsamples",
+        ("got 1", "half of them from each source", "nsamples=128"),
+    ),
+    Case(
+        "cross_of_one_source_alone",
+        mixture("cross(random+null:ascii)?lambda=1"),
+        "calibration",
+        ("`lambda` of `cross(A+B)`", "a number > 0 and < 1", "cross(A+B)?lambda=0.5"),
+    ),
+    # --- preflight
+    Case(
+        "preflight_without_data",
+        preflight(method="magnitude"),
+        "method",
+        ("`magnitude` uses no calibration data", "wanda, sparsegpt or gptq"),
+    ),
+    Case(
+        "preflight_with_a_calibration",
+        preflight(calibration="random"),
+        "calibration",
+        ("the recipe names random", "--set NAME=EXPR", "drop `calibration`"),
+    ),
+    Case(
+        "preflight_with_a_fold",
+        preflight(fold="judge"),
+        "fold",
+        ("'judge'", "drawn from `choose` and judged on `judge`", "drop `fold`"),
+    ),
+    Case(
+        "preflight_without_sets",
+        preflight(sets={}),
+        "set",
+        ("none given", "--set NAME=EXPR", "--set web=c4"),
+    ),
+    Case(
+        "preflight_without_domains",
+        preflight(domains={}),
+        "domain",
+        ("none given", "--domain NAME=EXPR", "--domain code=file:code.txt"),
+    ),
+    Case(
+        "preflight_with_a_mixture_as_domain",
+        preflight(domains={"web": "minimax(random+null:ascii)"}),
+        "domain",
+        ("web=minimax(random+null:ascii) is a mixture", "a sum of sources", "--domain web=file"),
+    ),
+    Case(
+        "preflight_with_a_set_as_domain",
+        preflight(domains={"web": "set:my-set"}),
+        "domain",
+        ("web=set:my-set is a finished set", "no set has seen", "--domain web=file:web.txt"),
     ),
     # --- selection
     Case(

@@ -18,6 +18,7 @@ import lm_calib_plugin  # noqa: F401 - makes the model names known
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.harness import Calib, CalibPruned, CalibQuantized
 from lm_calib_plugin.harness.arguments import merge_harness, parse_argument_text, split_arguments
+from tests.bank.corpora import write
 from tests.tiny import ARCHITECTURES, make_model, make_tokenizer, saved_model
 
 COMMON = {"calibration": "random", "nsamples": 10, "seqlen": 16, "progress": False}
@@ -129,6 +130,25 @@ def test_string_arguments_and_recipe_file(task: Path, tmp_path: Path) -> None:
     assert found["recipe"]["nsamples"] == 4
 
 
+def test_a_mixture_in_the_argument_text(task: Path, tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model", num_hidden_layers=2)
+    names = [write(tmp_path, kind) for kind in ("prose", "digits")]
+    mixture = f"minimax({names[0]}+{names[1]})"
+    text = (
+        f"pretrained={folder},method=wanda,sparsity=0.5,nsamples=6,seqlen=12,"
+        f"calibration={mixture},progress=False"
+    )
+    results = evaluate(task, "calib_pruned", text)
+    plain = json.loads(json.dumps(results["config"]["compression"], allow_nan=False))
+    found = plain["calibration"]["sources"][0]["mixture"]
+    assert found["expression"] == mixture
+    assert set(found["shares"]) == set(names)
+    assert sum(found["shares"].values()) == pytest.approx(1, abs=1e-5)
+    assert plain["calibration"]["nsamples"] == 6
+    assert plain["recipe"]["calibration"] == mixture
+    assert "mixture" not in plain["calibration"]["sources"][1]
+
+
 def test_a_model_in_memory(task: Path) -> None:
     lm = CalibPruned(
         pretrained=make_model(), tokenizer=make_tokenizer(), method="wanda", sparsity=0.5, **COMMON
@@ -162,6 +182,8 @@ BAD = [
     ({"sparsity": 50}, "for 50 % write 0.5"),
     ({"calibration": "file:/nowhere/x.jsonl"}, "calibration"),
     ({"calibration": "slef"}, "did you mean `self`?"),
+    ({"calibration": "minimax(random)"}, "`minimax` takes 2 or more"),
+    ({"calibration": "minimax(random+null:ascii)", "fold": "judge"}, "drop `fold`"),
     ({"gguf_file": "x.gguf"}, "gguf_file"),
     ({"tp_plan": "auto"}, "parallelize=True"),
     ({"load_in_4bit": True}, "another quantization"),
