@@ -24,6 +24,7 @@ from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.method import Method
 
 NO_USE = 0.9  # median T of the layers: hardly better than no data
+FAR = 1.2  # R: a fifth more error than the domain's own text
 BROKEN = 10.0  # T of one layer: far worse than no data
 ROWS = 128
 OWN, BASELINE = "own text of", "without data"
@@ -34,7 +35,8 @@ class Entry:
     """One calibration set on one domain.
 
     ``error`` is E_g, ``regret`` R_g, ``against_no_data`` the median over layers of T_g, ``worst``
-    its largest value, and ``worst_layer`` where. Medians are the lower one of two middle values.
+    its largest value, and ``worst_layer`` where. ``own_against_no_data`` is T_g of the domain's own
+    text. Medians are the lower one of two middle values.
     """
 
     set: str
@@ -44,11 +46,20 @@ class Entry:
     against_no_data: float
     worst: float
     worst_layer: str
+    own_against_no_data: float = 0.0
 
     @property
     def transfers(self) -> bool:
-        """Whether the set is of use for the domain."""
-        return self.against_no_data < NO_USE and self.worst <= BROKEN
+        """Whether the set is of use for the domain.
+
+        T decides only where the domain's own text is of use by that measure. It need not be: a
+        method that compares weights inside rows, as Wanda does, can have larger layer errors than
+        magnitude over whole layers and still be far better in the model.
+        """
+        near = self.regret < FAR and self.worst <= BROKEN
+        if self.own_against_no_data >= NO_USE:
+            return near
+        return near and self.against_no_data < NO_USE
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,7 @@ class Transfer:
             "method": self.method,
             "baseline": self.baseline,
             "rows": self.rows,
-            "thresholds": {"median": NO_USE, "layer": BROKEN},
+            "thresholds": {"median": NO_USE, "regret": FAR, "layer": BROKEN},
             "entries": [vars(e) | {"transfers": e.transfers} for e in self.entries],
             "advice": self.advice(),
         }
@@ -179,7 +190,8 @@ def transfer(
         for column, domain in enumerate(domains):
             error = found[f"set {name}"][:, column]
             own = found[f"{OWN} {domain}"][:, column]
-            ratio = error / found[BASELINE][:, column]
+            baseline_error = found[BASELINE][:, column]
+            ratio = error / baseline_error
             place = int(ratio.nan_to_num(0.0).argmax())
             entries.append(
                 Entry(
@@ -190,6 +202,7 @@ def transfer(
                     against_no_data=float(ratio.nanmedian()),
                     worst=float(ratio[place]),
                     worst_layer=names[place],
+                    own_against_no_data=float((own / baseline_error).nanmedian()),
                 )
             )
     return Transfer(type(method).__name__, type(baseline).__name__, tuple(entries), rows)

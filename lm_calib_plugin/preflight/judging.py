@@ -19,7 +19,7 @@ from lm_calib_plugin import storage
 from lm_calib_plugin.bank import Bank, Part, build_bank
 from lm_calib_plugin.bank.mixtures import draw, make_task
 from lm_calib_plugin.bank.plots import plot_transfer
-from lm_calib_plugin.bank.transfer import Transfer, transfer
+from lm_calib_plugin.bank.transfer import FAR, NO_USE, Transfer, transfer
 from lm_calib_plugin.calibrate import Loading, load_model
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.calibration.contamination import ContaminationIndex, words
@@ -71,8 +71,14 @@ class Preflight:
             f"R (T). R: layer error on the domain, relative to {self.transfer.method} calibrated "
             "on the domain's own text.",
             f"T: relative to {self.transfer.baseline} without data (median layer). "
-            "!: does not transfer.",
+            f"!: does not transfer (R of {FAR} or more, T of {NO_USE} or more).",
         ]
+        for domain in domains:
+            own = self.transfer.at(self.transfer.sets[0], domain).own_against_no_data
+            if own >= NO_USE:
+                lines.append(
+                    f"note: on `{domain}` even its own text has T = {own:.2f}, so R alone decides."
+                )
         for name, shares in self.overlap.items():
             for domain, share in shares.items():
                 if share:

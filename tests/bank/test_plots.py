@@ -25,7 +25,7 @@ def draws(source: str, domains: tuple[str, ...] = ("p",), jaccard: float | None 
 
 ENTRIES = tuple(
     Entry(s, d, 1.0, r, t, 1.0, "layer")
-    for s, d, r, t in (("x", "p", 1.0, 0.3), ("x", "q", 3.0, 0.95), ("y", "p", 1.2, 0.4),
+    for s, d, r, t in (("x", "p", 1.0, 0.3), ("x", "q", 3.0, 0.95), ("y", "p", 1.1, 0.4),
                        ("y", "q", 0.98, 0.2))
 )  # fmt: skip
 POINTS = [Point("a", 0.1, 3.0), Point("a", 0.2, 3.5), Point("b", 0.3, 3.2), Point("b", 0.4, 9.0)]
@@ -65,7 +65,7 @@ def test_files_are_written_whole(suffix: str, tmp_path: Path) -> None:
 def test_values_and_marks_are_on_the_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = texts(monkeypatch)
     plot_transfer(Transfer("Wanda", "Magnitude", ENTRIES), tmp_path / "t.png")
-    assert {"1.00", "3.00 ×", "1.20", "0.98", "x", "y", "p", "q"} <= set(seen)
+    assert {"1.00", "3.00 ×", "1.10", "0.98", "x", "y", "p", "q"} <= set(seen)
     plot_proxy(POINTS, tmp_path / "p.png")
     assert any("Spearman 0.80, 4 points" in t for t in seen)
 

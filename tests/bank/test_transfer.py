@@ -90,7 +90,7 @@ def test_a_method_without_data_is_its_own_baseline(tmp_path: Path) -> None:
         found = transfer(bank, layers, method, {"mix": mixed(bank)}, ["a"])
         entry = found.at("mix", "a")
         assert (entry.regret, entry.against_no_data, entry.worst) == (1, 1, 1)
-        assert not entry.transfers
+        assert entry.own_against_no_data == 1
         assert type(baseline_of(method)) is type(method)
 
 
@@ -112,44 +112,62 @@ def test_the_verdict_follows_the_thresholds(median: float, worst: float, good: b
     assert entry("s", "d", 1.0, median, worst).transfers is good
 
 
+def test_far_from_the_own_text_does_not_transfer() -> None:
+    assert entry("s", "d", 1.19, 0.5, 1.0).transfers
+    assert not entry("s", "d", 1.2, 0.5, 1.0).transfers
+
+
+def test_where_own_text_is_of_no_use_by_t_regret_decides() -> None:
+    near, far = (
+        Entry("s", "d", 1.0, regret, 1.3, 2.0, "x", own_against_no_data=1.1)
+        for regret in (1.05, 1.4)
+    )
+    assert near.transfers
+    assert not far.transfers
+
+
 def test_advice_is_the_set_whose_worst_domain_is_best() -> None:
     entries = (
         entry("x", "p", 1.0, 0.5, 1.0),
         entry("x", "q", 1.9, 0.95, 1.0),
-        entry("y", "p", 1.4, 0.5, 1.0),
-        entry("y", "q", 1.2, 0.5, 30.0),
+        entry("y", "p", 1.1, 0.5, 1.0),
+        entry("y", "q", 1.05, 0.5, 30.0),
     )
     found = Transfer("Wanda", "Magnitude", entries)
     assert (found.sets, found.domains) == (["x", "y"], ["p", "q"])
     assert found.worst_regret("x").domain == "q"
     assert found.advice() == (
-        "use `y`: at worst 1.40 times the error of a domain's own text (p); "
+        "use `y`: at worst 1.10 times the error of a domain's own text (p); "
         "`x` does not transfer to q; `y` does not transfer to q"
     )
     plain = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert [e["transfers"] for e in plain["entries"]] == [True, False, True, False]
     assert plain["entries"][1]["regret"] == 1.9
-    assert plain["thresholds"] == {"median": module.NO_USE, "layer": module.BROKEN}
+    assert plain["thresholds"] == {
+        "median": module.NO_USE,
+        "regret": module.FAR,
+        "layer": module.BROKEN,
+    }
     assert plain["advice"] == found.advice()
 
 
 @pytest.mark.parametrize(
     ("bad", "advice"),
     [
-        ([], "use `x`: at worst 2.00 times the error of a domain's own text (q)"),
+        ([], "use `x`: at worst 1.15 times the error of a domain's own text (q)"),
         (
             [("y", "p"), ("y", "q"), ("y", "r"), ("x", "q"), ("x", "r")],
-            "use `x`: at worst 2.00 times the error of a domain's own text (q); "
+            "use `x`: at worst 1.15 times the error of a domain's own text (q); "
             "`x` does not transfer to q, r; `y` does not transfer to any domain",
         ),
         (
             [("x", "r")],
-            "use `y`: at worst 5.00 times the error of a domain's own text (r); "
+            "use `y`: at worst 1.19 times the error of a domain's own text (r); "
             "`x` does not transfer to r",
         ),
         (
             [("x", "p"), ("x", "q"), ("x", "r"), ("y", "q")],
-            "use `y`: at worst 5.00 times the error of a domain's own text (r); "
+            "use `y`: at worst 1.19 times the error of a domain's own text (r); "
             "`x` does not transfer to any domain; `y` does not transfer to q",
         ),
         (
@@ -160,7 +178,7 @@ def test_advice_is_the_set_whose_worst_domain_is_best() -> None:
     ],
 )
 def test_advice_groups_by_set(bad: list[tuple[str, str]], advice: str) -> None:
-    regrets = {"x": (1.0, 2.0, 1.5), "y": (4.0, 3.0, 5.0)}
+    regrets = {"x": (1.0, 1.15, 1.1), "y": (1.17, 1.16, 1.19)}
     entries = tuple(
         entry(name, domain, regret, 0.95 if (name, domain) in bad else 0.5, 1.0)
         for name, row in regrets.items()
