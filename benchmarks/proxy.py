@@ -126,7 +126,7 @@ def main() -> None:
                     delta = two_level_bootstrap(one, two)
                     content.setdefault("minimax_minus", {})[f"{other}, {d}"] = vars(delta)
     if given.plot and points:
-        plot_proxy(points, given.plot)
+        plot_proxy(points, given.plot, within=True)
     if given.json:
         given.json.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -120,19 +120,24 @@ def plot_transfer(found: Transfer, file: str | Path) -> Path:
     return _write(figure, file)
 
 
-def plot_proxy(points: Sequence[Point], file: str | Path) -> Path:
+def plot_proxy(points: Sequence[Point], file: str | Path, *, within: bool = False) -> Path:
     """Draw the proxy error against what was measured, with Spearman's rank correlation.
 
-    Parameters and errors as for :func:`plot_draws`; ``points`` need two or more.
+    Parameters and errors as for :func:`plot_draws`; ``points`` need two or more. ``within``: the
+    groups have levels of their own (domains), so the correlation of each is told, not that of all.
     """
     file = _check(file, points)
     figure, (axis,) = _figure(1, width=4.6, height=3.8)
     for number, source in enumerate(dict.fromkeys(p.source for p in points)):
         own = [p for p in points if p.source == source]
         x, y = [p.proxy for p in own], [p.measured for p in own]
-        axis.scatter(x, y, color=_color(number), label=source)
-    rank = spearman([p.proxy for p in points], [p.measured for p in points])
-    axis.set_title(f"Spearman {rank.value:.2f}, {len(points)} points", fontsize=9)
+        label = f"{source} ({spearman(x, y).value:.2f})" if within else source
+        axis.scatter(x, y, color=_color(number), label=label)
+    title = f"{len(points)} points (Spearman within each group)"
+    if not within:
+        rank = spearman([p.proxy for p in points], [p.measured for p in points])
+        title = f"Spearman {rank.value:.2f}, {len(points)} points"
+    axis.set_title(title, fontsize=9)
     axis.set_xlabel("proxy: relative error of layer outputs")
     axis.set_ylabel("measured")
     axis.legend()

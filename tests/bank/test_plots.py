@@ -68,6 +68,8 @@ def test_values_and_marks_are_on_the_map(tmp_path: Path, monkeypatch: pytest.Mon
     assert {"1.00", "3.00 ×", "1.10", "0.98", "x", "y", "p", "q"} <= set(seen)
     plot_proxy(POINTS, tmp_path / "p.png")
     assert any("Spearman 0.80, 4 points" in t for t in seen)
+    plot_proxy(POINTS, tmp_path / "w.png", within=True)
+    assert {"a (1.00)", "b (1.00)", "4 points (Spearman within each group)"} <= set(seen)
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
