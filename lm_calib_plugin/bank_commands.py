@@ -83,6 +83,7 @@ def fill(
             task.blocks,
             parts,
             out,
+            model_id=task.model_id,
             exclude_first_token=first.exclude_first_token,
             runtime=runtime,
         )

@@ -51,23 +51,45 @@ def evaluate(ctx: typer.Context) -> None:
     cli_evaluate()
 
 
-class _WithRecipe(TyperCommand):
-    """A command that also takes every field of a recipe that decides the calibration set."""
+class _WithFields(TyperCommand):
+    """A command that also takes fields of a recipe, under a title of their own in its help."""
+
+    title = ""
+
+    def fields(self) -> list[str]:
+        raise NotImplementedError
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         from lm_calib_plugin.recipe import Recipe
 
         super().format_options(ctx, formatter)
         meanings = _documented(Recipe)
-        with formatter.section("Options of the calibration set"):
-            formatter.write_dl([(f"{_flag(f)} VALUE", meanings.get(f, "")) for f in _set_fields()])
+        with formatter.section(self.title):
+            formatter.write_dl([(f"{_flag(f)} VALUE", meanings.get(f, "")) for f in self.fields()])
 
 
-@app.command(
-    "calibrate",
-    cls=_WithRecipe,
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
+class _WithRecipe(_WithFields):
+    """A command that also takes every field of a recipe that decides the calibration set."""
+
+    title = "Options of the calibration set"
+
+    def fields(self) -> list[str]:
+        return _set_fields()
+
+
+class _WithMethod(_WithFields):
+    """A command that also takes every option of a method."""
+
+    title = "Options of the method"
+
+    def fields(self) -> list[str]:
+        return _method_fields()
+
+
+_EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command("calibrate", cls=_WithRecipe, context_settings=_EXTRA)
 def make_set(
     ctx: typer.Context,
     expression: str = typer.Argument(metavar="EXPR", help="Sources, such as self or c4*0.5+self."),
@@ -159,23 +181,6 @@ def judge_sets(
         runtime=Runtime(progress=not quiet),
     )
     typer.echo(answer.table())
-
-
-class _WithMethod(TyperCommand):
-    """A command that also takes every option of a method."""
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        from lm_calib_plugin.recipe import Recipe
-
-        super().format_options(ctx, formatter)
-        meanings = _documented(Recipe)
-        with formatter.section("Options of the method"):
-            formatter.write_dl(
-                [(f"{_flag(f)} VALUE", meanings.get(f, "")) for f in _method_fields()]
-            )
-
-
-_EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.command("bank", cls=_WithRecipe, context_settings=_EXTRA)

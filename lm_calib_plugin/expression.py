@@ -84,7 +84,7 @@ def parse_calibration(value: Any) -> tuple[SourceTerm, ...]:
                 "a mixture finds weights of its own and stands alone",
                 f"write {term.name}(A+B+C), with every source inside",
             )
-    for term in _within(terms):
+    for term in every_term(inner for outer in terms for inner in outer.inner):
         if term.name in mixtures:
             raise UserError(
                 "calibration",
@@ -129,11 +129,11 @@ def shares(terms: Sequence[SourceTerm], total: int) -> list[int]:
     return counts
 
 
-def _within(terms: Iterable[SourceTerm]) -> Iterator[SourceTerm]:
-    """Walk over the terms inside the terms."""
+def every_term(terms: Iterable[SourceTerm]) -> Iterator[SourceTerm]:
+    """Yield the terms, each followed by those inside it."""
     for term in terms:
-        yield from term.inner
-        yield from _within(term.inner)
+        yield term
+        yield from every_term(term.inner)
 
 
 def _inner_form(terms: Sequence[SourceTerm]) -> str | list[dict[str, Any]]:

@@ -69,6 +69,7 @@ def build_bank(
     folder: str | Path,
     *,
     exclude_first_token: bool = False,
+    model_id: str | None = None,
     runtime: Runtime = Runtime(),  # noqa: B008 - frozen
 ) -> Bank:
     """Run the dense model once over all parts and keep the statistics of every layer input.
@@ -85,6 +86,8 @@ def build_bank(
         What to remember.
     folder
         Where; made when missing.
+    model_id
+        Digest of the dense model, where the caller has it: taking it reads all weights.
 
     Returns
     -------
@@ -97,7 +100,7 @@ def build_bank(
         When the folder holds another bank, or parts were made with different tokenizers.
     """
     folder = Path(folder)
-    plan = _plan(model, layers, parts, exclude_first_token)
+    plan = _plan(model_id or engine.model_digest(model), layers, parts, exclude_first_token)
     with storage.only_once(folder / HEADER):
         if (folder / HEADER).exists():
             _same_plan(folder, plan)
@@ -111,13 +114,13 @@ def build_bank(
             if not target.exists():
                 part.calibration.save(target)
         with left_as_found(model):
-            header = _fill(model, layers, blocks, parts, folder, exclude_first_token, runtime)
+            header = _fill(model, layers, blocks, parts, folder, plan, runtime)
         storage.write_text(folder / HEADER, json.dumps(header.to_json(), indent=1))
     return Bank.open(folder)
 
 
 def _plan(
-    model: nn.Module,
+    model_id: str,
     layers: Sequence[engine.TargetLayer],
     parts: Sequence[Part],
     exclude_first_token: bool,
@@ -136,7 +139,7 @@ def _plan(
         raise UserError("calibration", f"a part stands twice in {names}", "every part once")
     return {
         "format_version": FORMAT_VERSION,
-        "model": engine.model_digest(model),
+        "model": model_id,
         "tokenizer": next(iter(tokenizers), ""),
         "exclude_first_token": exclude_first_token,
         "layers": [layer.name for layer in layers],
@@ -187,9 +190,10 @@ def _fill(
     blocks: engine.Blocks,
     parts: Sequence[Part],
     folder: Path,
-    exclude_first_token: bool,
+    plan: dict[str, Any],
     runtime: Runtime,
 ) -> Header:
+    exclude_first_token: bool = plan["exclude_first_token"]
     rows = [_row(part) for part in parts]
     sequences: list[SequenceRow] = []
     ids: list[Tensor] = []
@@ -208,8 +212,8 @@ def _fill(
         size = token_budget(device, max(map(len, ids)))
     chunks = make_chunks(ids, [], int(size), 0, skip_first=exclude_first_token)
     header = Header(
-        model=engine.model_digest(model),
-        tokenizer=parts[0].calibration.tokenizer,
+        model=plan["model"],
+        tokenizer=plan["tokenizer"],
         exclude_first_token=exclude_first_token,
         parts=tuple(rows),
         sequences=tuple(sequences),

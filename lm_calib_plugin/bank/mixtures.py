@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from lm_calib_plugin import engine, registry
 from lm_calib_plugin.calibration import CalibrationSet, build_calibration
 from lm_calib_plugin.calibration.options import Option, read_options
 from lm_calib_plugin.errors import CalibError, UserError
-from lm_calib_plugin.expression import SourceTerm, expression_text
+from lm_calib_plugin.expression import SourceTerm, every_term, expression_text
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.recipe import ALL_FOLDS, RANDOM_SELECTION, STORED_SET, Recipe
 from lm_calib_plugin.runtime import Runtime
@@ -262,13 +262,7 @@ def mixture_of(recipe: Recipe) -> SourceTerm | None:
 
 def stored_inside(terms: Sequence[SourceTerm]) -> list[str]:
     """Return the ``set:DIR`` terms among these and inside them, as text."""
-    return [term.text() for term in _every(terms) if term.name == STORED_SET]
-
-
-def _every(terms: Sequence[SourceTerm]) -> Iterator[SourceTerm]:
-    for term in terms:
-        yield term
-        yield from _every(term.inner)
+    return [term.text() for term in every_term(terms) if term.name == STORED_SET]
 
 
 def with_record(sources: Sequence[dict[str, Any]], record: dict[str, Any]) -> list[dict[str, Any]]:

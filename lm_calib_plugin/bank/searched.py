@@ -110,6 +110,7 @@ class Searched(Mixture):
             task.blocks,
             parts,
             place.with_name(place.name + ".bank"),
+            model_id=task.model_id,
             exclude_first_token=task.recipe.exclude_first_token,
             runtime=task.runtime,
         )

@@ -23,7 +23,7 @@ from lm_calib_plugin.calibration.sources.named import NamedCorpus
 from lm_calib_plugin.calibration.sources.sets import StoredSet
 from lm_calib_plugin.calibration.tokens import check_ids, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
-from lm_calib_plugin.expression import SourceTerm, shares
+from lm_calib_plugin.expression import SourceTerm, every_term, shares
 from lm_calib_plugin.guard import random_state_untouched
 from lm_calib_plugin.recipe import ALL_FOLDS, RANDOM_SELECTION, Recipe
 from lm_calib_plugin.runtime import Runtime
@@ -91,31 +91,22 @@ def _check_stored(term: SourceTerm, count: int, recipe: Recipe) -> None:
 
 
 def _validate(terms: Sequence[SourceTerm]) -> None:
-    for term in terms:
+    for term in every_term(terms):
         if term.name not in registry.table("mixture"):
             make_source(term).validate()
-        _validate(term.inner)
 
 
 def stored_sets(recipe: Recipe) -> list[StoredSet]:
     """Return the ``set:DIR`` terms of a recipe, inside others too; nothing is read yet."""
-    found: list[StoredSet] = []
-    waiting = list(recipe.terms)
-    while waiting:
-        term = waiting.pop(0)
-        waiting = [*term.inner, *waiting]
-        source = make_source(term) if term.name == StoredSet.name else None
-        found += [source] if isinstance(source, StoredSet) else []
-    return found
+    made = [make_source(t) for t in every_term(recipe.terms) if t.name == StoredSet.name]
+    return [source for source in made if isinstance(source, StoredSet)]
 
 
 def needs_model(terms: Sequence[SourceTerm]) -> bool:
     """Tell whether sequences of these terms can only be made with the model in memory."""
     return any(
-        term.name in registry.table("mixture")
-        or make_source(term).needs_model
-        or needs_model(term.inner)
-        for term in terms
+        term.name in registry.table("mixture") or make_source(term).needs_model
+        for term in every_term(terms)
     )
 
 

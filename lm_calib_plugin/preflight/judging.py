@@ -153,6 +153,7 @@ def preflight(
             task.blocks,
             parts,
             folder,
+            model_id=task.model_id,
             exclude_first_token=recipe.exclude_first_token,
             runtime=runtime,
         )

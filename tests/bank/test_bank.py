@@ -13,6 +13,7 @@ from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress, engine
 from lm_calib_plugin.bank import Bank, Part, build_bank
 from lm_calib_plugin.bank.packed import pack, unpack
 from lm_calib_plugin.errors import CalibError, UserError
+from tests.bank import tools
 from tests.tiny import make_model
 
 QUIET = Runtime(progress=False)
@@ -34,11 +35,7 @@ PARTS = [
 
 
 def opened(folder: Path, name: str = "llama", parts: list[Part] | None = None) -> tuple:
-    model = make_model(name)
-    blocks = engine.find_blocks(model)
-    layers, _ = engine.select_layers(model, blocks, None, ())
-    bank = build_bank(model, layers, blocks, parts or PARTS, folder / "bank", runtime=QUIET)
-    return model, layers, bank
+    return tools.opened(folder, parts or PARTS, name)
 
 
 def inputs_of(model: nn.Module, sequences: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
