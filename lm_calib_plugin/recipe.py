@@ -414,7 +414,8 @@ class Recipe(BaseModel):
 
     def _check_pruning(self) -> None:
         if self.pattern in (None, UNSTRUCTURED):
-            if self.sparsity is None and "sparsity" in self.entry.options:
+            listed_out = "allocation" in self.stages and self.stages["allocation"].name == "list"
+            if self.sparsity is None and "sparsity" in self.entry.options and not listed_out:
                 raise UserError(
                     "sparsity",
                     "missing",

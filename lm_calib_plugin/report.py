@@ -19,6 +19,7 @@ class LayerRow:
     levels (None when not quantized). ``error_calibration`` and ``error_heldout`` are relative
     squared output errors, ``||X (W' - W)^T||^2 / ||X W^T||^2``, on up to 512 tokens of the
     sequences used and of the sequences held out. ``tokens`` counts the input rows seen.
+    ``asked`` is the fraction, or the N:M pattern, that an allocation gave to the layer.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LayerRow:
     damp: float | None
     tokens: int | None
     seconds: float
+    asked: str | float | None = None
 
 
 @dataclass

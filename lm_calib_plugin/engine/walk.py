@@ -251,7 +251,13 @@ class _Walk(BlockPass):
             damp=result.damp,
             tokens=seen.used.seen if seen else None,
             seconds=round(time.perf_counter() - start, 4),
+            asked=self._asked(layer),
         )
+
+    def _asked(self, layer: TargetLayer) -> str | float | None:
+        options = self.plan.method_of(layer).options() if layer.name in self.plan.methods else {}
+        pattern, share = options.get("pattern"), options.get("sparsity")
+        return share if pattern in (None, "unstructured") else pattern
 
     def _head(self, layer: TargetLayer) -> None:
         watched: dict[int, _Watched] = {}

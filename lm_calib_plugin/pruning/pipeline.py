@@ -166,11 +166,9 @@ def make_part(argument: str, text: str | Stage) -> Any:
         For a name that is not installed, or an option of the wrong kind or range.
     """
     stage = text if isinstance(text, Stage) else parse_stage(argument, text)
-    if stage.name == NONE:
-        return None
-    return (
-        registry.find_part(STAGES[argument], stage.name, argument).load().from_texts(stage.options)
-    )
+    entry = registry.find_part(STAGES[argument], stage.name, argument)
+    # `none` and `uniform` are names for doing nothing.
+    return entry.load().from_texts(stage.options) if entry.target else None
 
 
 def part_text(part: Part | None) -> str:
@@ -181,7 +179,7 @@ def part_text(part: Part | None) -> str:
     cls = type(part)
     place = f"{cls.__module__}:{cls.__qualname__}"
     name = next((n for n, e in registry.table(kind).items() if e.target == place), place)
-    values = {k: _plain(v) for k, v in part.options().items()}
+    values = {k: _plain(v) for k, v in part.options().items() if v is not None}
     return Stage(name, values).text()
 
 
