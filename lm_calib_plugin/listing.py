@@ -71,6 +71,7 @@ def _origin(distribution: str) -> str:
 
 
 def option_rows() -> Iterator[tuple[str, ...]]:
+    """Return name, default and meaning of every field of a recipe and of a runtime."""
     meanings = documented(Recipe) | documented(Runtime)
     defaults = {
         name: "required" if field.is_required() else field.default
