@@ -82,6 +82,21 @@ BUILTIN: tuple[Entry, ...] = (
         update="obs",
         allocation="owl",
     ),
+    _preset(
+        "alps",
+        "mask by alternating directions, kept weights re-fitted",
+        "2406.07831",
+        score="admm",
+        update="pcg?steps=10&heldout=false",
+    ),
+    _preset(
+        "swap_pcg",
+        "wanda, weights exchanged by exact gain, kept weights re-fitted",
+        "",
+        score="wanda",
+        refine="swap",
+        update="pcg",
+    ),
     Entry(
         "quantization",
         "rtn",
@@ -147,6 +162,15 @@ BUILTIN: tuple[Entry, ...] = (
         options=("seed",),
     ),
     Entry("refinement", "none", "", "the mask of the score", needs_data=False),
+    Entry(
+        "refinement",
+        "swap",
+        _PRUNING + "refinements.swap:Swap",
+        "exact exchanges of one weight on the Gram matrix",
+        "https://arxiv.org/abs/2512.10922",
+        options=("steps", "candidates", "shrink"),
+        uses_damp=True,
+    ),
     Entry("update", "none", "", "kept weights stay as they are", needs_data=False),
     Entry(
         "update",
@@ -154,6 +178,15 @@ BUILTIN: tuple[Entry, ...] = (
         _PRUNING + "updates.obs:OBS",
         "SparseGPT's sweep over any mask",
         "https://arxiv.org/abs/2301.00774",
+        uses_damp=True,
+    ),
+    Entry(
+        "update",
+        "pcg",
+        _PRUNING + "updates.pcg:PCG",
+        "re-fit by masked conjugate gradients",
+        "https://arxiv.org/abs/2406.07831",
+        options=("steps", "swaps", "shrink", "heldout"),
         uses_damp=True,
     ),
     Entry(
