@@ -54,24 +54,22 @@ class ADMM(Score):
         self.at_least("steps", 1)
 
     def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
-        """Return ``|W| sqrt(G_jj)`` with a ridge of 0.01, where the search starts, ``[out, in]``."""
+        """Return ``|W| sqrt(G_jj)``, ridge 0.01, with which the search starts, ``[out, in]``."""
         return unit_gram(stats, weight.device, Strength(0.0).damp).scaled(weight).abs()
 
     def select(self, weight: Tensor, stats: LayerStats | None, strength: Strength) -> Selection:
         """Return support and values of the search, values on the scale of the weight."""
         gram = unit_gram(stats, weight.device, strength.damp)
         search = _Search(gram, gram.scaled(weight), strength, self.rho)
-        keep = search.keep
-        if not keep.all():
-            for step in range(1, self.steps + 1):
-                search.step()
-                if step % LOOK == 0 and search.settled(step):
-                    break
-            keep, values = search.found()
-            return Selection(
-                keep, gram.restored(values, weight), solved="admm_alps", damp=strength.damp
-            )
-        return Selection(keep, damp=strength.damp)
+        if search.keep.all():
+            return Selection(search.keep, damp=strength.damp)
+        for step in range(1, self.steps + 1):
+            search.step()
+            if step % LOOK == 0 and search.settled(step):
+                break
+        keep, values = search.found()
+        weight = gram.restored(values, weight)
+        return Selection(keep, weight, solved="admm_alps", damp=strength.damp)
 
 
 class _Search:
