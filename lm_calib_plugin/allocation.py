@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -14,7 +14,6 @@ from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.dense import dense_pass
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.pruning.allocations.base import (
-    Allocation,
     LayerFacts,
     apportion,
     meet_budget,
@@ -22,6 +21,8 @@ from lm_calib_plugin.pruning.allocations.base import (
 from lm_calib_plugin.pruning.masks import removed_count
 from lm_calib_plugin.pruning.pipeline import Pipeline
 from lm_calib_plugin.statistics import LayerStats, Moments
+
+LISTED_WITHIN = 0.005
 
 
 class _Energies:
@@ -56,7 +57,6 @@ def allocate(
     chunks: Callable[[], list[Chunk]],
     layers: Sequence[engine.TargetLayer],
     method: Pipeline,
-    allocation: Allocation,
     device: torch.device,
     progress: bool = True,
 ) -> dict[str, Pipeline]:
@@ -79,6 +79,9 @@ def allocate(
     UserError
         When the allocation does not fit the layers, the score or the pattern.
     """
+    allocation = method.allocation
+    assert allocation is not None
+    assert method.score is not None
     found: dict[str, LayerStats] = {}
     if any(layer.block == engine.HEAD for layer in layers):
         raise UserError(
@@ -93,7 +96,6 @@ def allocate(
             f"`global` compares whole layers, got {given}",
             "unstructured pruning with group=layer",
         )
-    assert method.score is not None
     looks = allocation.statistic != "none"
     if looks or (allocation.whole_layer and method.score.statistic != "none"):
         visitor = _Energies()
@@ -105,7 +107,7 @@ def allocate(
         sizes = [layer.size for layer in facts]
         wanted = list(meet_budget([float(w) for w in wanted], sizes, float(method.sparsity)))
     if method.n_of_m:
-        return _with_patterns(facts, wanted, method, allocation)
+        return _with_patterns(facts, wanted, method)
     if not allocation.whole_layer and allocation.keeps_budget:
         wanted = _counted(facts, [float(w) for w in wanted], method)
     group = {"group": "layer"} if allocation.whole_layer else {}
@@ -115,11 +117,32 @@ def allocate(
     }
 
 
-def achieved_sparsity(layers: Sequence[engine.TargetLayer], methods: dict[str, Pipeline]) -> float:
-    """Return the fraction of all weights that the methods of the layers remove."""
+def strength_found(
+    method: Pipeline,
+    layers: Sequence[engine.TargetLayer],
+    methods: Mapping[str, Pipeline],
+    asked: float | None,
+) -> Pipeline:
+    """Return the method with the strength that its layers have together.
+
+    Raises
+    ------
+    UserError
+        When fractions that were taken as they are do not remove what was asked for.
+    """
+    assert method.allocation is not None
+    if method.allocation.keeps_budget or method.n_of_m:
+        return method
     sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
     removed = [float(methods[x.name].sparsity) * n for x, n in zip(layers, sizes, strict=True)]
-    return sum(removed) / sum(sizes)
+    found = sum(removed) / sum(sizes)
+    if asked is not None and abs(found - asked) > LISTED_WITHIN:
+        raise UserError(
+            "sparsity",
+            f"the listed fractions remove {found:.4f} of the weights, got {asked:g}",
+            fix="drop `sparsity`, or list other fractions",
+        )
+    return dataclasses.replace(method, sparsity=found)
 
 
 def _counted(
@@ -146,16 +169,16 @@ def _with_patterns(
     facts: Sequence[LayerFacts],
     wanted: Sequence[float | Fraction],
     method: Pipeline,
-    allocation: Allocation,
 ) -> dict[str, Pipeline]:
     """Return methods with whole numbers kept of every M, the same in all layers of a block."""
     assert method.n_of_m is not None
+    assert method.allocation is not None
     keep, of = method.n_of_m
     numbers = list(dict.fromkeys(fact.block for fact in facts))
     sizes = {b: sum(f.size for f in facts if f.block == b) for b in numbers}
     share = {f.block: float(w) for f, w in zip(facts, wanted, strict=True)}
     real = [share[b] * of for b in numbers]
-    if allocation.keeps_budget:
+    if method.allocation.keeps_budget:
         units = [sizes[b] // of for b in numbers]
         total = (of - keep) * sum(units)
         counts = apportion(real, units, total, [of - 1] * len(numbers))

@@ -14,6 +14,7 @@ from torch import nn
 from lm_calib_plugin import engine, storage
 from lm_calib_plugin.bank import Bank, Part, build_bank
 from lm_calib_plugin.bank.draws import Draws, draw_uncertainty
+from lm_calib_plugin.bank.errors import check_banked
 from lm_calib_plugin.bank.mixtures import draw, make_task, mixture_of
 from lm_calib_plugin.bank.plots import plot_draws, require_plots
 from lm_calib_plugin.calibrate import Loading, load_model
@@ -192,6 +193,7 @@ def study_draws(
         bank.part(domain, judge_fold)
     if out is not None and (out / "draws.json").exists():
         raise UserError("out", f"{out} holds draws.json", "a new folder", "name another one")
+    check_banked(recipe)
     method = recipe.make_method()
     model, _ = load_model(loading)
     with left_as_found(model):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lm_calib_plugin import engine, storage
-from lm_calib_plugin.allocation import achieved_sparsity, allocate
+from lm_calib_plugin.allocation import allocate, strength_found
 from lm_calib_plugin.bank.mixtures import Task, check_mixture, draw
 from lm_calib_plugin.calibration import (
     CalibrationSet,
@@ -31,15 +31,12 @@ from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
 from lm_calib_plugin.errors import NumericalError, UserError
 from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.method import Method
-from lm_calib_plugin.pruning.allocations.base import Allocation
-from lm_calib_plugin.pruning.pipeline import Pipeline, make_part, part_text
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import Report
 from lm_calib_plugin.resolved import Facts, ResolvedRecipe
 from lm_calib_plugin.runtime import Runtime
 
 DEFAULT_SEQLEN = 2048
-LISTED_WITHIN = 0.005
 PACKAGES = ("lm-calib-plugin", "torch", "transformers", "lm-eval", "datasets", "accelerate")
 
 
@@ -81,7 +78,6 @@ def compress(
     runtime = runtime or Runtime()
     engine.check_supported(model)
     method = recipe.make_method()
-    rule = make_part("allocation", recipe.stages["allocation"]) if recipe.stages else None
     seqlen = sequence_length(recipe, model.config)
     given = calibration is not None
     if not given:
@@ -136,20 +132,19 @@ def compress(
         for place in _cuda_devices(model):
             torch.cuda.reset_peak_memory_stats(place)
         methods: dict[str, Any] = {}
-        if rule is not None and not method.does_nothing:
+        if getattr(method, "allocation", None) is not None and not method.does_nothing:
             start = time.perf_counter()
+            # A pass uses chunks up, so each has its own.
             methods = allocate(
                 model,
                 blocks,
-                # A pass uses chunks up.
                 lambda: _chunks(calibration, recipe, runtime, model, tokenizer, device),
                 layers,
                 method,
-                rule,
                 device,
                 runtime.progress,
             )
-            method = _strength_found(recipe, method, layers, methods, rule)
+            method = strength_found(method, layers, methods, recipe.sparsity)
             seconds["allocation"] = time.perf_counter() - start
         plan = engine.Plan(method, layers, recipe.propagate, methods)
         result = engine.run(model, blocks, chunks, plan, device, runtime.progress)
@@ -159,7 +154,7 @@ def compress(
         final_digest = engine.weights_digest(model)
         seconds["measure"] = time.perf_counter() - start
     held = sum(chunk.rows for chunk in chunks if chunk.heldout)
-    resolved = _resolve(recipe, method, rule, dense_digest, layers, calibration, held)
+    resolved = _resolve(recipe, method, dense_digest, layers, calibration, held)
     report = Report(
         key=resolved.key(),
         recipe=resolved.to_metadata() | _counted(calibration, given),
@@ -179,26 +174,6 @@ def compress(
         folder = runtime.report_dir
         report.write(Path(folder) if folder else storage.cache_dir() / "reports")
     return report
-
-
-def _strength_found(
-    recipe: Recipe,
-    method: Pipeline,
-    layers: Sequence[engine.TargetLayer],
-    methods: dict[str, Pipeline],
-    rule: Allocation,
-) -> Pipeline:
-    """Return the method with the strength of all layers, checked against what was asked."""
-    if rule.keeps_budget:
-        return method
-    found = achieved_sparsity(layers, methods)
-    if recipe.sparsity is not None and abs(found - recipe.sparsity) > LISTED_WITHIN:
-        raise UserError(
-            "sparsity",
-            f"the listed fractions remove {found:.4f} of the weights, got {recipe.sparsity:g}",
-            fix="drop `sparsity`, or list other fractions",
-        )
-    return method if method.n_of_m else dataclasses.replace(method, sparsity=found)
 
 
 def check_calibration(recipe: Recipe) -> None:
@@ -348,7 +323,6 @@ def _chunks(
 def _resolve(
     recipe: Recipe,
     method: Method,
-    rule: Allocation | None,
     dense_digest: str,
     layers: Sequence[engine.TargetLayer],
     calibration: CalibrationSet | None,
@@ -356,14 +330,11 @@ def _resolve(
 ) -> ResolvedRecipe:
     sources = calibration.sources if calibration else ()
     packs = sorted({str(s["pack"]) for s in sources if s.get("pack")})
-    options = method.options()
-    if recipe.stages:
-        options["allocation"] = part_text(rule) if rule else recipe.stages["allocation"].text()
     facts = Facts(
         model=dense_digest,
         layers=storage.digest([layer.name for layer in layers]),
         revision=method.revision,
-        options=options,
+        options=method.options(),
         inert=method.inert,
         unchanged=method.does_nothing,
         heldout=held,

@@ -24,7 +24,7 @@ from lm_calib_plugin.expression import (
 )
 from lm_calib_plugin.resolved import Facts, ResolvedRecipe
 from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
-from lm_calib_plugin.stages import STAGES, Stage, parse_stage
+from lm_calib_plugin.stages import NONE, STAGES, UNIFORM, Stage, parse_stage
 from lm_calib_plugin.values import flag, number, patterns, plain_value, whole
 
 SCHEMA_VERSION = 1
@@ -444,7 +444,7 @@ class Recipe(BaseModel):
         named = dict(self.entry.stages)
         if not named:
             return {}
-        defaults = {"allocation": "uniform", "refine": "none", "update": "none"}
+        defaults = {"allocation": UNIFORM, "refine": NONE, "update": NONE}
         texts = {name: getattr(self, name) or named.get(name) for name in STAGES}
         return {k: parse_stage(k, v or defaults[k]) for k, v in texts.items()}
 

@@ -19,7 +19,9 @@ class LayerRow:
     levels (None when not quantized). ``error_calibration`` and ``error_heldout`` are relative
     squared output errors, ``||X (W' - W)^T||^2 / ||X W^T||^2``, on up to 512 tokens of the
     sequences used and of the sequences held out. ``tokens`` counts the input rows seen.
-    ``asked`` is the fraction, or the N:M pattern, that an allocation gave to the layer.
+    ``asked`` is the fraction, or the N:M pattern, that an allocation gave to the layer;
+    ``borrowed`` the number of tokens by which the statistics of an expert that saw few were filled
+    up with those of all experts.
     """
 
     name: str
@@ -32,6 +34,7 @@ class LayerRow:
     tokens: int | None
     seconds: float
     asked: str | float | None = None
+    borrowed: int | None = None
 
 
 @dataclass

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lm_calib_plugin import engine, registry
+from lm_calib_plugin.bank.errors import check_banked
 from lm_calib_plugin.calibration import CalibrationSet, build_calibration
 from lm_calib_plugin.calibration.options import Option, read_options
 from lm_calib_plugin.errors import CalibError, UserError
@@ -237,6 +238,7 @@ def check_mixture(recipe: Recipe) -> None:
     """
     mixture = mixture_of(recipe)
     if mixture is not None:
+        check_banked(recipe)
         checked_mixture(mixture, recipe)
 
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from lm_calib_plugin.bank.errors import check_banked
 from lm_calib_plugin.bank.mixtures import checked_mixture, mixture_of, stored_inside
 from lm_calib_plugin.bank.transfer import refuse_nothing
 from lm_calib_plugin.compression import check_calibration
@@ -101,6 +102,7 @@ def _check_recipe(recipe: Recipe) -> None:
             f"`{recipe.method}` uses no calibration data",
             "a method that does, such as wanda, sparsegpt or gptq",
         )
+    check_banked(recipe)
     refuse_nothing(_method(recipe))
     if recipe.calibration is not None:
         raise UserError(
