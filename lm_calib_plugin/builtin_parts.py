@@ -97,6 +97,21 @@ BUILTIN: tuple[Entry, ...] = (
         update="obs",
         allocation="owl",
     ),
+    _preset(
+        "alps",
+        "mask by alternating directions, kept weights re-fitted",
+        "2406.07831",
+        score="admm",
+        update="pcg?steps=10&heldout=false",
+    ),
+    _preset(
+        "swap_pcg",
+        "wanda, weights exchanged by exact gain, kept weights re-fitted",
+        "",
+        score="wanda",
+        refine="swap",
+        update="pcg",
+    ),
     Entry(
         "quantization",
         "rtn",
@@ -186,6 +201,15 @@ BUILTIN: tuple[Entry, ...] = (
         "https://arxiv.org/abs/2310.08915",
         options=("cycles", "threshold", "power"),
     ),
+    Entry(
+        "refinement",
+        "swap",
+        _PRUNING + "refinements.swap:Swap",
+        "exact exchanges of one weight on the Gram matrix",
+        "https://arxiv.org/abs/2512.10922",
+        options=("steps", "candidates", "shrink"),
+        uses_damp=True,
+    ),
     Entry("update", "none", "", "kept weights stay as they are", needs_data=False),
     Entry(
         "update",
@@ -202,6 +226,15 @@ BUILTIN: tuple[Entry, ...] = (
         "alternating directions on any mask",
         "https://arxiv.org/abs/2401.02938",
         options=("rho", "steps"),
+        uses_damp=True,
+    ),
+    Entry(
+        "update",
+        "pcg",
+        _PRUNING + "updates.pcg:PCG",
+        "re-fit by masked conjugate gradients",
+        "https://arxiv.org/abs/2406.07831",
+        options=("steps", "swaps", "shrink", "heldout"),
         uses_damp=True,
     ),
     Entry(
