@@ -109,6 +109,7 @@ ROWS: list[Row] = [
     *_pruning("ria", "moments", "layer", permutation_safe=False, keeps_values=True, by_score=False),
     *_pruning("sparsegpt", "gram", "block", permutation_safe=False, keeps_values=False),
     *_pruning("admm", "gram", "layer", False, False, reference="layer", by_score=False),
+    *_pruning("alps", "gram", "layer", False, False, reference="layer", by_score=False),
     # Its threshold is a number in the units of the output.
     *_pruning(
         "dsnot", "spread", "row", True, True, by_score=False, stats_scale=False, weight_scale=False

@@ -129,6 +129,21 @@ def test_alps_finds_the_support_of_its_naive_formulation(
     assert error(x, weight, refit) == pytest.approx(error(x, weight, expected), rel=2e-3)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("score", ["admm", "wanda"])
+def test_pcg_comes_close_to_exact_least_squares(
+    score: str, pattern: tuple[int, int] | None
+) -> None:
+    naive = {"admm": naive_pruning.alps, "wanda": naive_pruning.wanda_refit}[score]
+    weight, x = layer("two blocks")
+    share = 0.55 if pattern is None else 1 - pattern[0] / pattern[1]
+    strength = {"pattern": f"{pattern[0]}:{pattern[1]}"} if pattern else {"sparsity": share}
+    result = pruner("alps", **strength, score=score).compress(weight, remember("gram", x)).weight
+    best = error(x, weight, naive(weight, gram(x), share, pattern))
+    dropped = error(x, weight, weight * (result != 0))
+    assert best * 0.99 <= error(x, weight, result) <= best + 0.05 * (dropped - best)
+
+
 # --- updates on a given mask -------------------------------------------------------------------
 
 

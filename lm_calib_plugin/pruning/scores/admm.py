@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin.pruning.admm import UnitGram, inverse, unit_gram
-from lm_calib_plugin.pruning.masks import keep_highest
 from lm_calib_plugin.pruning.parts import Score, Selection, Strength
 from lm_calib_plugin.statistics import LayerStats
 
@@ -30,7 +29,7 @@ class ADMM(Score):
     While it never moved much, ``rho`` is divided by five, and the search starts again.
 
     Mask and values are those of ``D`` when the search ends; ``compat=reference`` takes the largest
-    of ``B``, as the paper's code does, and rounds the number of weights that stay.
+    of ``B``, as the paper's code does. Counts are exact in both.
 
     Parameters
     ----------
@@ -101,11 +100,7 @@ class _Search:
 
     def largest(self, values: Tensor) -> Tensor:
         """Return the mask of the largest values."""
-        sizes, strength = values.abs(), self.strength
-        if strength.reference and not strength.n_of_m and strength.group in (None, "layer"):
-            stay = round((1 - float(strength.sparsity)) * sizes.numel())
-            return keep_highest(sizes.reshape(1, -1), sizes.numel() - stay).reshape(sizes.shape)
-        return replace(strength, compat=None).keep(sizes, ADMM.group)
+        return replace(self.strength, compat=None).keep(values.abs(), ADMM.group)
 
     def step(self) -> None:
         """Do one iteration."""
