@@ -68,6 +68,21 @@ BUILTIN: tuple[Entry, ...] = (
         update="obs",
     ),
     _preset(
+        "dsnot",
+        "wanda, then weights change places until the mean output is kept",
+        "2310.08915",
+        score="wanda",
+        refine="dsnot",
+    ),
+    _preset(
+        "admm",
+        "mask grows while the weights are solved for, by alternating directions",
+        "2401.02938",
+        score="admm_gradual",
+        update="admm",
+        damp=0.1,
+    ),
+    _preset(
         "owl",
         "wanda, more from blocks with fewer outliers",
         "2310.05175",
@@ -131,6 +146,13 @@ BUILTIN: tuple[Entry, ...] = (
     ),
     Entry(
         "score",
+        "wanda_variant",
+        _PRUNING + "scores.wanda_variant:WandaVariant",
+        "wanda, where every row gives up the same share of its scores",
+        "https://arxiv.org/abs/2306.11695",
+    ),
+    Entry(
+        "score",
         "ria",
         _PRUNING + "scores.ria:RIA",
         "share of row and column x root of the input norm, over the layer",
@@ -155,6 +177,15 @@ BUILTIN: tuple[Entry, ...] = (
     ),
     Entry(
         "score",
+        "admm_gradual",
+        _PRUNING + "scores.admm_gradual:ADMMGradual",
+        "a mask that grows while update=admm solves, over the layer",
+        "https://arxiv.org/abs/2401.02938",
+        options=("rho", "steps", "mask_steps"),
+        uses_damp=True,
+    ),
+    Entry(
+        "score",
         "random",
         _PRUNING + "scores.random_choice:Random",
         "uniform; a control",
@@ -162,6 +193,14 @@ BUILTIN: tuple[Entry, ...] = (
         options=("seed",),
     ),
     Entry("refinement", "none", "", "the mask of the score", needs_data=False),
+    Entry(
+        "refinement",
+        "dsnot",
+        _PRUNING + "refinements.dsnot:DSnoT",
+        "removed and kept weights change places until the mean output is kept",
+        "https://arxiv.org/abs/2310.08915",
+        options=("cycles", "threshold", "power"),
+    ),
     Entry(
         "refinement",
         "swap",
@@ -178,6 +217,15 @@ BUILTIN: tuple[Entry, ...] = (
         _PRUNING + "updates.obs:OBS",
         "SparseGPT's sweep over any mask",
         "https://arxiv.org/abs/2301.00774",
+        uses_damp=True,
+    ),
+    Entry(
+        "update",
+        "admm",
+        _PRUNING + "updates.admm:ADMMUpdate",
+        "alternating directions on any mask",
+        "https://arxiv.org/abs/2401.02938",
+        options=("rho", "steps"),
         uses_damp=True,
     ),
     Entry(

@@ -94,6 +94,10 @@ class Method(ABC):
         """
         return None
 
+    def for_layer(self, name: str) -> Self:
+        """Return the method as it treats the layer of this name, ``model.layers.0.mlp.up_proj``."""
+        return self
+
     @abstractmethod
     def compress(
         self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype = torch.float32
