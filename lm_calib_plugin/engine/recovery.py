@@ -97,7 +97,8 @@ class RecoveryPass(DepthPass):
                 lambda _m, args, kwargs: inputs.append(first_input(args, kwargs)), with_kwargs=True
             ),
             modules[-1].register_forward_hook(
-                lambda _m, _args, output: outputs.append(forward_hidden(output))
+                # Copied: some blocks add to what their parts return in place.
+                lambda _m, _args, output: outputs.append(forward_hidden(output).clone())
             ),
         ]
         try:

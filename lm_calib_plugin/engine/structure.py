@@ -46,7 +46,8 @@ class LinearTerm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return what stands in for the removed part on input ``x`` (``[..., in]``)."""
         if self.down is None:
-            return self.shift.expand(*x.shape[:-1], -1)
+            # A tensor of its own: some blocks add to what their parts return in place.
+            return self.shift.expand(*x.shape[:-1], -1).clone()
         return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.shift)
 
     def added_after(self, _block: nn.Module, _args: Any, output: Any) -> Any:
