@@ -88,7 +88,7 @@ def main() -> None:
 
     began = time.perf_counter()
     recipe = Recipe(**fields, heldout=0)
-    second = recipe.entry.load().statistic == "gram"
+    second = recipe.make_method().statistic == "gram"
     parts = [Part(n, "set", s, second_order=second) for n, s in sets.items()]
     parts += [Part(n, "judge", draw(e, "judge", given.windows, 1000)) for n, e in domains.items()]
     parts += [

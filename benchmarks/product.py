@@ -58,7 +58,7 @@ def main() -> None:
     recipe = Recipe(method=given.method, **{"heldout": 0, **fields})
     seqlen = max(map(len, tokens["calib"]))
     calibration = CalibrationSet.of(tokens["calib"], seqlen=seqlen)
-    if not recipe.entry.needs_data:
+    if not recipe.needs_data:
         calibration = None
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -192,7 +192,7 @@ def study_draws(
         bank.part(domain, judge_fold)
     if out is not None and (out / "draws.json").exists():
         raise UserError("out", f"{out} holds draws.json", "a new folder", "name another one")
-    method = recipe.entry.load().from_options(recipe.method_options())
+    method = recipe.make_method()
     model, _ = load_model(loading)
     with left_as_found(model):
         bank.require_model(engine.model_digest(model))

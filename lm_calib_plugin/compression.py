@@ -76,7 +76,7 @@ def compress(
     """
     runtime = runtime or Runtime()
     engine.check_supported(model)
-    method = recipe.entry.load().from_options(recipe.method_options())
+    method = recipe.make_method()
     seqlen = sequence_length(recipe, model.config)
     given = calibration is not None
     if not given:
@@ -85,6 +85,13 @@ def compress(
     layers, left = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
     for layer in layers:
         method.check_layer(layer.name, layer.shape)
+        if method.needs_bias and layer.bias is None:
+            raise UserError(
+                "update",
+                f"{layer.name} has no bias to correct",
+                "models whose layers have biases (OPT, GPT-2, Phi)",
+                f"leave it out (ignore={layer.name.rsplit('.', 1)[-1]}), or use another update",
+            )
     if tokenizer is None and recipe.terms and not given:
         raise UserError(
             "tokenizer",

@@ -19,12 +19,14 @@ class LayerResult:
     """The compressed weight of one layer.
 
     ``weight`` is ``[out, in]`` in float32. ``grid`` is the quantization grid the weight lies on,
-    None after pruning. ``damp`` is the ridge used, None where there was none.
+    None after pruning. ``damp`` is the ridge used, None where there was none. ``bias`` is added to
+    the bias of the layer, ``[out]``.
     """
 
     weight: Tensor
     grid: Any = None
     damp: float | None = None
+    bias: Tensor | None = None
     notes: tuple[str, ...] = field(default=())
 
 
@@ -39,7 +41,8 @@ class Method(ABC):
     kind
         ``pruning`` or ``quantization``.
     statistic
-        ``none``, ``moments`` or ``gram``: what has to be known of the inputs.
+        ``none``, ``moments``, ``gram``, ``spread`` or ``gram+spread``: what has to be known of the
+        inputs.
     permutation_safe
         Whether permuting output rows permutes the result the same way.
     rows_independent
@@ -47,6 +50,10 @@ class Method(ABC):
     elementwise
         Whether what happens to a weight depends on the input statistics of its own channel only by
         products of whole tensors, so that moments may differ from row to row, ``[out, in]``.
+    needs_bias
+        Whether layers without a bias have to be refused.
+    uses_heldout
+        Whether the statistics are to come with those of the sequences held out.
     inert
         Options taken for the sake of uniform commands, without any effect on this method.
     revision
@@ -61,7 +68,9 @@ class Method(ABC):
     rows_independent: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
     inert: ClassVar[tuple[str, ...]] = ()
-    revision: ClassVar[int] = 1
+    needs_bias: ClassVar[bool] = False
+    uses_heldout: ClassVar[bool] = False
+    revision: ClassVar[int | str] = 1
     paper: ClassVar[str] = ""
 
     @classmethod

@@ -24,6 +24,7 @@ from lm_calib_plugin.expression import (
 )
 from lm_calib_plugin.resolved import Facts, ResolvedRecipe
 from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
+from lm_calib_plugin.stages import STAGES, Stage, parse_stage
 from lm_calib_plugin.values import flag, number, patterns, plain_value, whole
 
 SCHEMA_VERSION = 1
@@ -34,6 +35,10 @@ STORED_SET = "set"
 _USED_LATER = (
     "schema_version", "method", "propagate", "heldout", "exclude_first_token", "targets", "ignore",
     "blocks", "untie",
+)  # fmt: skip
+_OF_METHODS = (
+    "sparsity", "pattern", "group", "allocation", "score", "refine", "update", "bits",
+    "group_size", "symmetric", "act_order", "damp", "compat",
 )  # fmt: skip
 UNSTRUCTURED = "unstructured"
 ALL_FOLDS = "all"
@@ -58,6 +63,18 @@ class Recipe(BaseModel):
     bits
         Width of the integer grid, 2-8; 16 leaves the weights as they are (quantization).
         Default: 4.
+    group
+        Weights that are compared with each other: ``row``, ``layer`` or ``block128`` (all rows of
+        128 columns). Default: as the score defines (pruning).
+    allocation
+        How much is removed where; a name of ``lm-calib ls allocations``, with options such as
+        ``owl?m=5&lambda=0.08``. Default: as the method defines, mostly ``uniform`` (pruning).
+    score
+        What says which weights matter; a name of ``lm-calib ls scores`` (pruning).
+    refine
+        What improves the mask; a name of ``lm-calib ls refinements`` (pruning).
+    update
+        What gives the kept weights new values; a name of ``lm-calib ls updates`` (pruning).
     group_size
         Consecutive inputs that share a scale; -1: one scale per output channel. Default: 128.
     symmetric
@@ -127,6 +144,11 @@ class Recipe(BaseModel):
     sparsity: float | None = None
     pattern: str | None = None
     bits: int | None = None
+    group: str | None = None
+    allocation: str | None = None
+    score: str | None = None
+    refine: str | None = None
+    update: str | None = None
     group_size: int | None = None
     symmetric: bool | None = None
     act_order: bool | None = None
@@ -216,6 +238,11 @@ class Recipe(BaseModel):
             raise UserError("pattern", f"got {text}", "N:M keeps N of every M, 0 < N < M", hint)
         return f"{keep}:{group}"
 
+    @field_validator("allocation", "score", "refine", "update", mode="before")
+    @classmethod
+    def _check_stage(cls, value: Any, info: Any) -> str:
+        return parse_stage(info.field_name, value).text()
+
     @field_validator("bits", mode="before")
     @classmethod
     def _check_bits(cls, value: Any) -> int:
@@ -261,11 +288,12 @@ class Recipe(BaseModel):
             )
         return value.strip()
 
-    @field_validator("compat", "propagate", "pack", "fold", "select", mode="before")
+    @field_validator("compat", "group", "propagate", "pack", "fold", "select", mode="before")
     @classmethod
     def _check_choices(cls, value: Any, info: Any) -> str:
         allowed: list[str] = {
             "compat": ["reference"],
+            "group": ["row", "layer", "block128"],
             "propagate": ["compressed", "dense"],
             "pack": list(registry.table("packing")),
             "fold": list(FOLDS),
@@ -328,21 +356,13 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
         entry = self.entry
-        for name in (
-            "sparsity",
-            "pattern",
-            "bits",
-            "group_size",
-            "symmetric",
-            "act_order",
-            "damp",
-            "compat",
-        ):
-            if getattr(self, name) is not None and name not in entry.options:
+        options = self.options
+        for name in _OF_METHODS:
+            if getattr(self, name) is not None and name not in options:
                 raise UserError(
                     name,
                     f"`{name}` is not an option of method `{self.method}`",
-                    f"its options: {listed(entry.options)}",
+                    f"its options: {listed(options)}",
                     f"drop `{name}`",
                 )
         if entry.kind == "pruning":
@@ -357,7 +377,7 @@ class Recipe(BaseModel):
                     + (f"pack={self.pack}" if self.pack else "the default packing"),
                     fix=f"add pack=icl, or drop `{name}`",
                 )
-        if entry.needs_data and self.calibration == ():
+        if self.needs_data and self.calibration == ():
             raise UserError(
                 "calibration",
                 f"`{self.method}` needs calibration data, got none",
@@ -418,6 +438,33 @@ class Recipe(BaseModel):
         return registry.find_method(self.method)
 
     @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages of a pruning pipeline, given ones before those of the method."""
+        named = dict(self.entry.stages)
+        if not named:
+            return {}
+        defaults = {"allocation": "uniform", "refine": "none", "update": "none"}
+        texts = {name: getattr(self, name) or named.get(name) for name in STAGES}
+        return {k: parse_stage(k, v or defaults[k]) for k, v in texts.items()}
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the fields that the method reads."""
+        parts = [registry.find_part(STAGES[k], v.name, k) for k, v in self.stages.items()]
+        if parts and not any(part.uses_damp for part in parts):
+            return tuple(name for name in self.entry.options if name != "damp")
+        return self.entry.options
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method, or a stage of it, looks at calibration data."""
+        if not self.stages:
+            return self.entry.needs_data
+        return any(
+            registry.find_part(STAGES[k], v.name, k).needs_data for k, v in self.stages.items()
+        )
+
+    @property
     def kept(self) -> tuple[int, int]:
         """``(N, M)`` of an N:M pattern; ``(0, 0)`` when unstructured."""
         if self.pattern in (None, UNSTRUCTURED):
@@ -430,7 +477,7 @@ class Recipe(BaseModel):
         """Calibration terms with the default filled in; empty when no data is used."""
         if self.calibration is not None:
             return self.calibration
-        return parse_calibration(DEFAULT_CALIBRATION) if self.entry.needs_data else ()
+        return parse_calibration(DEFAULT_CALIBRATION) if self.needs_data else ()
 
     @classmethod
     def calibration_fields(cls) -> tuple[str, ...]:
@@ -456,8 +503,18 @@ class Recipe(BaseModel):
 
     def method_options(self) -> dict[str, Any]:
         """Return the options that the method reads, as given (unset ones left out)."""
-        given = {name: getattr(self, name) for name in self.entry.options}
+        given = {name: getattr(self, name) for name in self.options}
         return {name: value for name, value in given.items() if value is not None}
+
+    def make_method(self) -> Any:
+        """Import the method and return it with these options.
+
+        Raises
+        ------
+        UserError
+            For an option of a stage that is of the wrong kind or out of range.
+        """
+        return self.entry.make(self.method_options())
 
     def replaced(self, **changes: Any) -> Recipe:
         """Return the recipe with some fields changed, checked like any other."""

@@ -42,7 +42,7 @@ class Facts:
 
     model: str
     layers: str
-    revision: int
+    revision: int | str
     options: Mapping[str, Any]
     inert: tuple[str, ...] = ()
     unchanged: bool = False
@@ -70,12 +70,13 @@ class ResolvedRecipe:
         if facts.unchanged:
             return digest(identity)
         identity |= {
-            "method": recipe.method,
+            # A name of a pipeline is its stages, which stand among the options.
+            "method": "pipeline" if recipe.stages else recipe.method,
             "revision": facts.revision,
             "options": {k: v for k, v in facts.options.items() if k not in facts.inert},
             "layers": facts.layers,
         }
-        if recipe.entry.needs_data:
+        if recipe.needs_data:
             identity |= {
                 "calib_id": facts.calib_id,
                 "heldout": facts.heldout,

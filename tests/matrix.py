@@ -60,9 +60,10 @@ def _pruning(
         )
 
     rows = [row({"sparsity": s}, group, s, permutation_safe) for s in (0.5, 0.29, 0.99)]
-    # Whole groups of one row are compared, so N:M never depends on the other rows.
+    # Groups of one row are compared: what a score says of a row alone is all that counts.
+    alone = permutation_safe or name == "magnitude"
     rows += [
-        row({"pattern": f"{n}:{m}"}, "n:m", (n, m), permutation_safe)
+        row({"pattern": f"{n}:{m}"}, "n:m", (n, m), alone)
         for n, m in ((2, 4), (1, 4), (3, 5), (4, 8))
     ]
     reference = "row" if group == "row" else "at least"

@@ -87,7 +87,7 @@ _given = st.one_of(st.builds(lambda a, b: {**a, **b}, _pruning, _strength), _qua
 
 
 def method_of(recipe: Recipe) -> Any:
-    return recipe.entry.load().from_options(recipe.method_options())
+    return recipe.make_method()
 
 
 def facts_of(recipe: Recipe, **changes: Any) -> Facts:

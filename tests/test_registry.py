@@ -13,7 +13,9 @@ import pytest
 from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.method import LayerResult, Method
+from lm_calib_plugin.pruning.pipeline import make_part, part_text
 from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.stages import STAGES
 from lm_calib_plugin.statistics import STATISTICS
 from tests.matrix import ROWS
 
@@ -30,9 +32,13 @@ def test_rows_of_the_matrix_are_distinct() -> None:
 
 
 def test_matrix_uses_every_option_of_every_method() -> None:
+    """Stages and comparison groups of pipelines have tests of their own."""
     for name, entry in METHODS.items():
         used = {option for row in ROWS if row.name == name for option in row.options}
-        assert used == set(entry.options), name
+        if entry.stages:
+            assert {"sparsity", "pattern", "compat"} <= used, name
+        else:
+            assert used == set(entry.options), name
 
 
 def test_no_name_stands_for_two_methods() -> None:
@@ -42,14 +48,40 @@ def test_no_name_stands_for_two_methods() -> None:
 @ours
 def test_row_of_the_registry_equals_its_class(name: str) -> None:
     entry = METHODS[name]
-    cls = entry.load()
-    assert issubclass(cls, Method)
-    assert entry.kind == cls.kind
-    assert entry.needs_data == (cls.statistic != "none")
-    assert cls.statistic == "none" or cls.statistic in STATISTICS
-    assert entry.paper == cls.paper
-    assert sorted(entry.options) == sorted(f.name for f in fields(cls))
+    method = entry.make({})
+    assert isinstance(method, Method)
+    assert entry.kind == method.kind
+    assert entry.needs_data == (method.statistic != "none")
+    assert method.statistic == "none" or method.statistic in STATISTICS
     assert entry.summary
+    own = sorted(f.name for f in fields(method))
+    if entry.stages:
+        own.append("allocation")
+    else:
+        assert entry.paper == method.paper
+    assert sorted(entry.options) == sorted(own)
+
+
+PARTS = [
+    pytest.param(argument, entry, id=f"{argument}={entry.name}")
+    for argument, kind in STAGES.items()
+    for entry in registry.table(kind).values()
+    if entry.distribution == registry.OURS
+]
+
+
+@pytest.mark.parametrize(("argument", "entry"), PARTS)
+def test_row_of_a_stage_equals_its_class(argument: str, entry: registry.Entry) -> None:
+    assert entry.summary
+    if not entry.target:
+        return
+    part = make_part(argument, entry.name)
+    assert part.stage == argument
+    assert entry.paper == part.paper
+    assert entry.needs_data == (part.statistic != "none")
+    assert entry.uses_damp == part.uses_damp
+    assert entry.options == tuple(f.name for f in fields(part))
+    assert make_part(argument, part_text(part)) == part
 
 
 @ours
@@ -133,7 +165,7 @@ def test_method_of_another_package_is_found_with_what_its_class_says(installed: 
 def test_method_of_another_package_makes_a_recipe(installed: None) -> None:
     recipe = Recipe(method="halves", bits=3)
     assert recipe.terms == ()
-    assert recipe.entry.load().from_options(recipe.method_options()) == HalfOfEverything(bits=3)
+    assert recipe.make_method() == HalfOfEverything(bits=3)
     with pytest.raises(UserError, match="group_size"):
         Recipe(method="halves", group_size=8)
 

@@ -148,7 +148,7 @@ def search_mix(
             visited.append(shares)
         shares = work.refined([torch.stack(visited[-AVERAGED:]).mean(0), visited[0]])
     damp = None
-    if search_damp and getattr(method, "damp", None) is not None:
+    if search_damp and "damp" in method.options():
         damp = work.best_damp(shares)
         work.method = dataclasses.replace(method, damp=damp)  # type: ignore[type-var]
     regrets = work.regrets(shares, (0, 1))

@@ -165,7 +165,7 @@ class Mixture(ABC):
 
     def check(self, recipe: Recipe) -> None:
         """Raise a UserError when the other fields of the recipe do not go with the mixture."""
-        if not recipe.entry.needs_data:
+        if not recipe.needs_data:
             raise UserError(
                 "calibration",
                 f"`{self.name}` with method {recipe.method}, which uses no data",
@@ -199,7 +199,7 @@ def make_task(
     """
     blocks = engine.find_blocks(model, recipe.blocks)
     layers, _ = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
-    method = recipe.entry.load().from_options(recipe.method_options())
+    method = recipe.make_method()
     for layer in layers:
         method.check_layer(layer.name, layer.shape)
     return Task(

@@ -132,8 +132,9 @@ def baseline_of(method: Method) -> Method:
     """Return the method without data that a method is compared with: magnitude, or rtn."""
     name = "magnitude" if method.kind == "pruning" else "rtn"
     entry = registry.find_method(name)
-    given = {k: v for k, v in method.options().items() if k in entry.options}
-    made: Method = entry.load().from_options(given)
+    shared = ("sparsity", "pattern", "compat", "bits", "group_size", "symmetric")
+    given = {k: v for k, v in method.options().items() if k in entry.options and k in shared}
+    made: Method = entry.make(given)
     return made
 
 

@@ -66,6 +66,24 @@ class TargetLayer:
         value = weight.to(self.parameter.dtype)
         self.stored.copy_(value.t() if self.transposed else value)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The live bias ``[out]`` of the layer, None where there is none."""
+        name = "bias"
+        if self.expert is not None:
+            name = ("down_proj" if self.part == "down" else f"{self.part}_proj") + "_bias"
+        found = getattr(self.module, name, None)
+        if not isinstance(found, Tensor):
+            return None
+        return found.data if self.expert is None else found.data[self.expert]
+
+    def add_to_bias(self, change: Tensor) -> None:
+        """Add ``change`` (``[out]``, float32) to the bias, cast once to its dtype."""
+        bias = self.bias
+        if bias is None:
+            raise ValueError(f"{self.name} has no bias")
+        bias.copy_((bias.float() + change.to(bias.device)).to(bias.dtype))
+
 
 def matches(name: str, pattern: str) -> bool:
     """Tell whether a pattern matches a layer name or a dotted tail of it."""

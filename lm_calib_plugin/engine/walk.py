@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +29,18 @@ ERROR_TOKENS = 512
 class Plan:
     """What to do: one method on a list of layers.
 
+    ``methods`` holds, by name, the layers that are treated otherwise than the rest.
     ``propagate`` is ``compressed`` or ``dense``: which model's hidden states the next block sees.
     """
 
     method: Method
     layers: Sequence[TargetLayer]
     propagate: str = "compressed"
+    methods: Mapping[str, Method] = field(default_factory=dict)
+
+    def method_of(self, layer: TargetLayer) -> Method:
+        """Return the method as it treats one layer."""
+        return self.methods.get(layer.name, self.method)
 
 
 @dataclass
@@ -171,7 +177,11 @@ class _Walk(BlockPass):
     def _empty(self, layer: TargetLayer) -> _Watched:
         kind = self.plan.method.statistic
         width, device = layer.shape[1], layer.parameter.device
-        stats = STATISTICS[kind].empty(width, device) if kind != "none" else None
+        stats = None
+        if kind != "none":
+            stats = STATISTICS[kind].empty(width, device)
+            if self.plan.method.uses_heldout:
+                stats.heldout = STATISTICS[kind].empty(width, device)
         used = sum(c.tokens for c in self.chunks if not c.heldout)
         out = sum(c.tokens for c in self.chunks if c.heldout)
         if layer.expert is not None:
@@ -186,7 +196,7 @@ class _Walk(BlockPass):
             before = layer.read()
             seen = watched.get(id(layer))
             stats = seen.stats if seen else None
-            method = self.plan.method
+            method = self.plan.method_of(layer)
             if stats is not None and not stats.tokens:
                 self.result.warnings.append(
                     f"{layer.name} saw no calibration token: treated as if all its inputs were "
@@ -195,19 +205,23 @@ class _Walk(BlockPass):
             if method.does_nothing:
                 result = LayerResult(before)
             else:
-                result = self._solve(layer, before, stats)
+                result = self._solve(method, layer, before, stats)
                 layer.write(result.weight)
+                if result.bias is not None:
+                    layer.add_to_bias(result.bias)
             if result.grid is not None:
                 self.result.grids[layer.name] = result.grid
             self.result.rows.append(self._row(layer, before, result, seen, start))
 
-    def _solve(self, layer: TargetLayer, before: Tensor, stats: LayerStats | None) -> LayerResult:
-        method = self.plan.method
+    def _solve(
+        self, method: Method, layer: TargetLayer, before: Tensor, stats: LayerStats | None
+    ) -> LayerResult:
         try:
             result = method.compress(before, stats, layer.parameter.dtype)
         except NumericalError as error:
             raise NumericalError(layer.name, error.stage, error.what, error.fix) from None
-        if not bool(result.weight.to(layer.parameter.dtype).isfinite().all()):
+        found = [result.weight] if result.bias is None else [result.weight, result.bias]
+        if not all(bool(x.to(layer.parameter.dtype).isfinite().all()) for x in found):
             raise NumericalError(layer.name, "result", "NaN or Inf after compression", "raise damp")
         asked = getattr(method, "damp", None)
         if result.damp is not None and asked is not None and result.damp > asked:
@@ -260,14 +274,12 @@ def _listen(
     seen = watched[number]
     if chunk.heldout or seen.stats is None:
         seen.finite = seen.finite and bool(rows.isfinite().all())
+    weights = None if chunk.weights is None else chunk.weights[owners]
     if chunk.heldout:
         seen.heldout.update(rows)
+        if seen.stats is not None and seen.stats.heldout is not None:
+            seen.stats.heldout.update(rows, weights, owners)
         return
     seen.used.update(rows)
-    if seen.stats is None:
-        return
-    if chunk.weights is not None:
-        # Squares and products of a row are linear in its weight.
-        root = chunk.weights.sqrt()[owners].to(rows.device)
-        rows = rows.float() * root[:, None]
-    seen.stats.update(rows)
+    if seen.stats is not None:
+        seen.stats.update(rows, weights, owners)

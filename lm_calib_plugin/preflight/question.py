@@ -51,7 +51,7 @@ class Question:
         mixture = mixture_of(recipe)
         if mixture is None:
             return recipe.replaced(fold=CHOOSE)
-        if "damp" in recipe.entry.options:
+        if "damp" in recipe.options:
             recipe = recipe.replaced(damp=_method(recipe).options()["damp"])
         divides = checked_mixture(mixture, recipe).divides_folds
         return recipe if divides else recipe.replaced(fold=CHOOSE)
@@ -95,7 +95,7 @@ def checked_recipes(question: Question) -> dict[tuple[str, str], Recipe]:
 
 def _check_recipe(recipe: Recipe) -> None:
     """Refuse what leaves nothing to compare, and what is decided here."""
-    if not recipe.entry.needs_data:
+    if not recipe.needs_data:
         raise UserError(
             "method",
             f"`{recipe.method}` uses no calibration data",
@@ -146,5 +146,5 @@ def _about(what: str) -> Iterator[None]:
 
 
 def _method(recipe: Recipe) -> Method:
-    made: Method = recipe.entry.load().from_options(recipe.method_options())
+    made: Method = recipe.make_method()
     return made

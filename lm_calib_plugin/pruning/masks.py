@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 
-def removed_count(size: int, sparsity: float) -> int:
+def removed_count(size: int, sparsity: float | Fraction) -> int:
     """Return ``floor(size * sparsity)`` with ``sparsity`` read as the decimal that was typed.
 
-    ``100 * 0.29`` is 28.999999999999996 in floating point; here it is 29.
+    ``100 * 0.29`` is 28.999999999999996 in floating point; here it is 29. An exact fraction is
+    taken as it is.
     """
-    return math.floor(size * Fraction(repr(float(sparsity))))
+    exact = sparsity if isinstance(sparsity, Fraction) else Fraction(repr(float(sparsity)))
+    return math.floor(size * exact)
 
 
 def keep_highest(scores: Tensor, removed: int) -> Tensor:

@@ -1,19 +1,42 @@
 """What is remembered of the inputs of a layer: additive statistics and token samples."""
 
+from collections.abc import Iterable
+
 from lm_calib_plugin.statistics.base import LayerStats
 from lm_calib_plugin.statistics.factor import InverseFactor, inverse_factor
 from lm_calib_plugin.statistics.gram import Gram
 from lm_calib_plugin.statistics.moments import Moments
 from lm_calib_plugin.statistics.sample import TokenSample
+from lm_calib_plugin.statistics.spread import GramSpread, Spread, spread_in
 
-STATISTICS: dict[str, type[LayerStats]] = {"moments": Moments, "gram": Gram}
+STATISTICS: dict[str, type[LayerStats]] = {
+    "moments": Moments,
+    "gram": Gram,
+    "spread": Spread,
+    "gram+spread": GramSpread,
+}
+# What the statistics bank can give.
+BANKED = ("none", "moments", "gram")
+
+
+def statistic_of(kinds: Iterable[str]) -> str:
+    """Return the one kind of statistic that holds all of these."""
+    wanted = set(kinds) - {"none"}
+    names = [kind for kind in ("gram", "spread") if any(kind in w.split("+") for w in wanted)]
+    return "+".join(names) or ("moments" if wanted else "none")
+
 
 __all__ = [
+    "BANKED",
     "STATISTICS",
     "Gram",
+    "GramSpread",
     "InverseFactor",
     "LayerStats",
     "Moments",
+    "Spread",
     "TokenSample",
     "inverse_factor",
+    "spread_in",
+    "statistic_of",
 ]

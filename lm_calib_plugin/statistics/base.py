@@ -22,18 +22,30 @@ class LayerStats(ABC):
         self.in_features = in_features
         self.device = torch.device(device)
         self.tokens = 0
+        # The same statistic of sequences kept out, for methods that stop by it.
+        self.heldout: Self | None = None
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Self:
         """Return a statistic that has seen nothing."""
         return cls(in_features, device)
 
-    def update(self, x: Tensor) -> None:
-        """Add input rows ``x`` of shape ``[tokens, in]``, any float dtype."""
+    def update(
+        self, x: Tensor, weights: Tensor | None = None, owners: Tensor | None = None
+    ) -> None:
+        """Add input rows ``x`` of shape ``[tokens, in]``, any float dtype.
+
+        ``weights`` says how often each row counts (once), ``owners`` to which sequence it belongs;
+        both ``[tokens]``. Only statistics that know of sequences look at ``owners``.
+        """
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"expected [tokens, {self.in_features}], got {tuple(x.shape)}")
         if x.shape[0]:
-            self._add(x.detach().to(self.device, torch.float32))
+            rows = x.detach().to(self.device, torch.float32)
+            if weights is not None:
+                # Squares and products of a row are linear in its weight.
+                rows = rows * weights.to(rows).sqrt()[:, None]
+            self._add(rows)
             self.tokens += x.shape[0]
 
     def merge(self, other: Self) -> None:

@@ -104,7 +104,7 @@ def test_solving_from_the_bank_is_compressing_with_dense_statistics(
 ) -> None:
     _, layers, bank = opened(tmp_path)
     recipe = Recipe(**options, propagate="dense", heldout=0)
-    method = recipe.entry.load().from_options(recipe.method_options())
+    method = recipe.make_method()
     weights = torch.zeros(bank.sequences, dtype=torch.float64)
     weights[:4] = 1  # exactly the set A
     by_name = {layer.name: layer for layer in layers}

@@ -14,6 +14,7 @@ from lm_calib_plugin.bank import Part
 from lm_calib_plugin.bank.draws import Draws, LayerDraws, draw_uncertainty, resampled
 from lm_calib_plugin.errors import UserError
 from tests.bank.tools import QUIET, inputs_of, opened, output_error, state_of, text
+from tests.methods import pruner
 from tests.tiny import make_model
 
 POOL = text("b", [12, 7, 12, 9, 11, 12], 1)
@@ -36,7 +37,7 @@ def recipe_of(name: str) -> Recipe:
 
 def method_of(name: str) -> object:
     recipe = recipe_of(name)
-    return recipe.entry.load().from_options(recipe.method_options())
+    return recipe.make_method()
 
 
 def repeated(pool: CalibrationSet, counts: torch.Tensor) -> CalibrationSet:
@@ -173,19 +174,19 @@ def test_many_draws_at_a_time_are_those_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_calib_plugin.bank import draws as module
-    from lm_calib_plugin.pruning.wanda import Wanda
+    from lm_calib_plugin.pruning.pipeline import Pipeline
 
     _, layers, bank = opened(tmp_path, PARTS)
 
     def run() -> Draws:
         return draw_uncertainty(
-            bank, layers, Wanda(pattern="2:4"), "b", nsamples=4, domains=["b"], draws=9
+            bank, layers, pruner("wanda", pattern="2:4"), "b", nsamples=4, domains=["b"], draws=9
         )
 
     whole = run()
     monkeypatch.setattr(module, "_ELEMENTS", 4 * 16 * 32)
     some = run()
-    monkeypatch.setattr(Wanda, "elementwise", False)
+    monkeypatch.setattr(Pipeline, "elementwise", False)
     single = run()
     for one, two, three in zip(whole.layers, some.layers, single.layers, strict=True):
         assert one.flip == pytest.approx(two.flip) == pytest.approx(three.flip)

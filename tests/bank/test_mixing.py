@@ -15,11 +15,11 @@ from lm_calib_plugin.bank import Bank, Part
 from lm_calib_plugin.bank.errors import layer_errors
 from lm_calib_plugin.bank.mixing import DAMPS, FLOOR, ROUNDS, Objective, _floored, search_mix
 from lm_calib_plugin.errors import UserError
-from lm_calib_plugin.pruning.wanda import Wanda
 from lm_calib_plugin.quantization.gptq import GPTQ
 from tests.bank.tools import opened, state_of, text
+from tests.methods import pruner
 
-METHOD = Wanda(sparsity=0.5)
+METHOD = pruner("wanda", sparsity=0.5)
 
 
 def parts(names: str, count: int = 10) -> list[Part]:
@@ -189,6 +189,6 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="each once"):
             search_mix(bank, layers, METHOD, sources)
     with pytest.raises(UserError, match="no weight is changed"):
-        search_mix(bank, layers, Wanda(sparsity=0), ["a", "c"])
+        search_mix(bank, layers, pruner("wanda", sparsity=0), ["a", "c"])
     with pytest.raises(UserError, match="no `z`"):
         search_mix(bank, layers, METHOD, ["a", "z"])

@@ -108,7 +108,7 @@ def layer(shape: tuple[int, int], **given: Any) -> Callable[[], Any]:
 
     def do() -> Any:
         made = Recipe(**given)
-        method = made.entry.load().from_options(made.method_options())
+        method = made.make_method()
         method.check_layer("model.layers.0.mlp.down_proj", shape)
 
     return do
@@ -141,7 +141,7 @@ CASES = [
         "option_of_another_method",
         wanda(bits=4),
         "bits",
-        ("not an option of method `wanda`", "sparsity, pattern, compat", "drop `bits`"),
+        ("not an option of method `wanda`", "sparsity, pattern, group", "drop `bits`"),
     ),
     Case("damp_of_a_method_without", wanda(damp=0.1), "damp", ("`wanda`", "drop `damp`")),
     Case(

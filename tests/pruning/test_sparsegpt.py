@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import lm_calib_plugin.pruning.sparsegpt as module
-from lm_calib_plugin.pruning.sparsegpt import SparseGPT
-from lm_calib_plugin.pruning.wanda import Wanda
+import lm_calib_plugin.pruning.obs as module
 from lm_calib_plugin.statistics import Gram, Moments
+from tests.methods import pruner
 
 Array = np.ndarray
 
@@ -33,7 +32,7 @@ def gram_of(x: Array) -> Gram:
 
 
 def prune(weight: Array, x: Array, **options: object) -> Array:
-    method = SparseGPT(**options)  # type: ignore[arg-type]
+    method = pruner("sparsegpt", **options)  # type: ignore[arg-type]
     result = method.compress(torch.from_numpy(weight).float(), gram_of(x))
     return result.weight.double().numpy()
 
@@ -184,7 +183,7 @@ def test_diagonal_gram_without_damping_ranks_like_wanda_in_one_row() -> None:
     x = np.diag(np.logspace(-1, 1, 100))
     moments = Moments.empty(100)
     moments.update(torch.from_numpy(x))
-    wanda = Wanda(sparsity=0.5).compress(torch.from_numpy(weight).float(), moments).weight
+    wanda = pruner("wanda", sparsity=0.5).compress(torch.from_numpy(weight).float(), moments).weight
     result = prune(weight, x, sparsity=0.5, damp=0.0)
     assert np.array_equal(result, wanda.double().numpy())
 

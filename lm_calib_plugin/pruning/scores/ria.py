@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lm_calib_plugin.pruning.base import ScorePruning
+from lm_calib_plugin.pruning.parts import Score
 from lm_calib_plugin.statistics import LayerStats
 
 ACTIVATION_POWER = 0.5  # alpha of the paper
 
 
 @dataclass(frozen=True)
-class RIA(ScorePruning):
+class RIA(Score):
     """Relative importance and activations (Zhang et al., section 3.2), compared over the layer.
 
     Score ``(|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) * ||x_j||^(1/2)``. A row or a column of

@@ -7,24 +7,22 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lm_calib_plugin.pruning.base import ScorePruning
+from lm_calib_plugin.pruning.parts import Score
 from lm_calib_plugin.statistics import LayerStats
 
 
 @dataclass(frozen=True)
-class Wanda(ScorePruning):
+class Wanda(Score):
     """Score ``|W_ij| * ||x_j||_2``, compared within each output row (Sun et al., section 3).
 
     Exact counts and the paper's code agree here, so ``compat=reference`` changes nothing.
     """
 
     statistic: ClassVar[str] = "moments"
-    permutation_safe: ClassVar[bool] = True
     rows_independent: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.11695"
     group: ClassVar[str] = "row"
-    inert: ClassVar[tuple[str, ...]] = ("compat",)
 
     def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
         """Return ``|W_ij| * ||x_j||``, ``[out, in]``."""

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lm_calib_plugin.pruning.base import ScorePruning
+from lm_calib_plugin.pruning.parts import Score
 from lm_calib_plugin.statistics import LayerStats
 
 
 @dataclass(frozen=True)
-class Magnitude(ScorePruning):
+class Magnitude(Score):
     """Score ``|W|``, compared over the whole matrix (Han et al., arXiv 1506.02626).
 
     Needs no data. ``compat=reference`` uses the threshold rule of common code, which removes
@@ -21,6 +21,8 @@ class Magnitude(ScorePruning):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1506.02626"
     group: ClassVar[str] = "layer"
+    rows_independent: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
         """Return ``|W|``, ``[out, in]``."""

@@ -1,0 +1,262 @@
+"""The parts of a pruning method: a score, a refinement of the mask, an update of what is kept."""
+
+from __future__ import annotations
+
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lm_calib_plugin.errors import UserError, listed
+from lm_calib_plugin.pruning.masks import (
+    keep_by_threshold,
+    keep_highest,
+    keep_n_of_m,
+    removed_count,
+)
+from lm_calib_plugin.statistics import LayerStats
+from lm_calib_plugin.values import flag, number, whole
+
+GROUPS = ("row", "layer", "block128")
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How much of one layer goes, and by which rules.
+
+    Parameters
+    ----------
+    sparsity
+        Fraction removed; an exact fraction when it was counted.
+    n_of_m
+        ``(N, M)``: N kept of every M consecutive inputs; None: unstructured.
+    group
+        Weights that are compared with each other: ``row``, ``layer`` or ``block128`` (all rows of
+        128 columns); None: as the score defines.
+    compat
+        ``reference``: count as the papers' code does.
+    damp
+        Ridge added to the Gram matrix, relative to its mean diagonal.
+    """
+
+    sparsity: float | Fraction
+    n_of_m: tuple[int, int] | None = None
+    group: str | None = None
+    compat: str | None = None
+    damp: float = 0.01
+
+    @property
+    def reference(self) -> bool:
+        """Whether the rules of the papers' code are asked for."""
+        return self.compat == "reference"
+
+    def keep(self, scores: Tensor, group: str) -> Tensor:
+        """Return the mask of the weights that stay.
+
+        Parameters
+        ----------
+        scores
+            Importance of every weight, ``[out, in]``.
+        group
+            Comparison group of the score, unless another one was asked for.
+
+        Returns
+        -------
+        Boolean mask ``[out, in]`` with exactly ``floor(size * sparsity)`` weights removed from
+        every group (with ``compat=reference``, at least one more unless groups are rows).
+        """
+        if self.n_of_m:
+            return keep_n_of_m(scores, *self.n_of_m)
+        group = self.group or group
+        if group == "row":
+            return keep_highest(scores, removed_count(scores.shape[1], self.sparsity))
+        width = BLOCK if group == "block128" else scores.shape[1]
+        return torch.cat([self.keep_all(part) for part in scores.split(width, dim=1)], dim=1)
+
+    def keep_all(self, scores: Tensor) -> Tensor:
+        """Return the mask of what stays when all scores, ``[out, in]``, are one group."""
+        one = scores.reshape(1, -1)
+        if self.reference:
+            mask = keep_by_threshold(one, float(self.sparsity))
+        else:
+            mask = keep_highest(one, removed_count(one.shape[1], self.sparsity))
+        return mask.reshape(scores.shape)
+
+
+@dataclass
+class Selection:
+    """What is known of a layer after a stage.
+
+    ``keep`` is the mask ``[out, in]``; ``weight`` the values found so far on that mask (None: those
+    of the dense layer), ``solved`` the name of the update that would arrive at them. ``bias`` is
+    to be added to the bias of the layer, ``[out]``. ``damp`` is the largest ridge that was used.
+    """
+
+    keep: Tensor
+    weight: Tensor | None = None
+    solved: str = ""
+    bias: Tensor | None = None
+    damp: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def values(self, dense: Tensor) -> Tensor:
+        """Return the weights found so far, zero off the mask, ``[out, in]``."""
+        found = dense if self.weight is None else self.weight
+        return torch.where(self.keep, found, torch.zeros_like(found))
+
+    def but(self, **changes: Any) -> Selection:
+        """Return a copy with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Part(ABC):
+    """One stage of a pruning method: a dataclass whose fields are its options.
+
+    Class attributes
+    ----------------
+    statistic
+        ``none``, ``moments``, ``gram`` or ``spread``: what has to be known of the inputs.
+    uses_damp, uses_compat
+        Whether the ridge, or ``compat=reference``, changes what the part does.
+    needs_bias, uses_heldout
+        As for a method, see :class:`~lm_calib_plugin.method.Method`.
+    rows_independent
+        Whether the result of an output row depends on nothing but that row.
+    revision
+        Raised whenever the part's results change; part of the recipe key.
+    """
+
+    stage: ClassVar[str]
+    statistic: ClassVar[str] = "none"
+    uses_damp: ClassVar[bool] = False
+    uses_compat: ClassVar[bool] = False
+    rows_independent: ClassVar[bool] = False
+    needs_bias: ClassVar[bool] = False
+    uses_heldout: ClassVar[bool] = False
+    revision: ClassVar[int] = 1
+    paper: ClassVar[str] = ""
+
+    @classmethod
+    def from_texts(cls, options: Mapping[str, str]) -> Self:
+        """Make the part from options as they were typed, read by the types of its fields.
+
+        Raises
+        ------
+        UserError
+            For a value of the wrong type; ranges are checked by the part itself.
+        """
+        kinds = typing.get_type_hints(cls)
+        return cls(**{k: _read(cls.stage, k, v, kinds[k]) for k, v in options.items()})
+
+    def options(self) -> dict[str, Any]:
+        """Return every option with its value."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def at_least(self, option: str, lowest: float) -> None:
+        """Refuse a value of an option below ``lowest``."""
+        given = getattr(self, option)
+        if given < lowest:
+            raise UserError(self.stage, f"got {option}={given:g}", f"{option} >= {lowest:g}")
+
+    def one_of(self, option: str, allowed: tuple[str, ...]) -> None:
+        """Refuse a value of an option that is not among those allowed."""
+        given = getattr(self, option)
+        if given not in allowed:
+            raise UserError(self.stage, f"got {option}={given}", f"{option}: {listed(allowed)}")
+
+
+class Score(Part):
+    """Decides which weights stay.
+
+    ``group`` is the comparison group of the paper: ``row``, ``layer`` or ``block128``.
+    """
+
+    stage: ClassVar[str] = "score"
+    group: ClassVar[str] = "row"
+    # Whether a score is a product of whole tensors, so that moments may differ from row to row.
+    elementwise: ClassVar[bool] = False
+
+    @abstractmethod
+    def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
+        """Return the importance of every weight, ``[out, in]``, non-negative.
+
+        Parameters
+        ----------
+        weight
+            ``[out, in]``, float32; not changed.
+        stats
+            Statistics of the layer's input of the kind ``statistic``; not changed.
+        """
+        ...
+
+    def select(self, weight: Tensor, stats: LayerStats | None, strength: Strength) -> Selection:
+        """Return the mask of the weights with the highest scores of each group."""
+        return Selection(strength.keep(self.scores(weight, stats), self.group))
+
+
+class Refinement(Part):
+    """Moves what is removed, at the same count in every group."""
+
+    stage: ClassVar[str] = "refine"
+
+    @abstractmethod
+    def refine(
+        self,
+        weight: Tensor,
+        selection: Selection,
+        stats: LayerStats | None,
+        strength: Strength,
+    ) -> Selection:
+        """Return a selection with a better mask.
+
+        Parameters
+        ----------
+        weight
+            The dense weight, ``[out, in]``, float32; not changed.
+        selection
+            What the score chose; not changed.
+        stats, strength
+            As for a score.
+        """
+        ...
+
+
+class Update(Part):
+    """Gives the kept weights new values."""
+
+    stage: ClassVar[str] = "update"
+
+    @abstractmethod
+    def update(
+        self,
+        weight: Tensor,
+        selection: Selection,
+        stats: LayerStats | None,
+        strength: Strength,
+    ) -> Selection:
+        """Return a selection whose ``weight`` (or ``bias``) makes up for what is removed.
+
+        Arguments as for a refinement.
+        """
+        ...
+
+
+def _read(argument: str, option: str, value: str, kind: Any) -> Any:
+    name = f"{argument}={option}"
+    if kind is bool:
+        return flag(name, value)
+    if kind is int:
+        return whole(name, value)
+    if kind is float:
+        return number(name, value)
+    if typing.get_origin(kind) is tuple:
+        return tuple(number(name, part) for part in value.split("+"))
+    return value

@@ -1,0 +1,191 @@
+"""A pruning method as a point in the grid: score, then refine the mask, then update the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lm_calib_plugin import registry
+from lm_calib_plugin.errors import UserError, listed
+from lm_calib_plugin.method import LayerResult
+from lm_calib_plugin.pruning.base import PruningMethod
+from lm_calib_plugin.pruning.parts import GROUPS, Part, Refinement, Score, Strength, Update
+from lm_calib_plugin.stages import STAGES, Stage, parse_stage
+from lm_calib_plugin.statistics import LayerStats, statistic_of
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Pipeline(PruningMethod):
+    """Score every weight, refine the mask, update what is kept.
+
+    How much goes from which layer (``allocation``) is decided before, for all layers together.
+
+    Parameters
+    ----------
+    group
+        Weights compared with each other: ``row``, ``layer`` or ``block128``; None: as the score
+        defines.
+    damp
+        Ridge of the parts that use the Gram matrix, relative to its mean diagonal.
+    score, refine, update
+        The parts; None: that stage does nothing.
+    """
+
+    kind: ClassVar[str] = "pruning"
+    group: str | None = None
+    damp: float = 0.01
+    score: Score | None = None
+    refine: Refinement | None = None
+    update: Update | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score is None:
+            raise ValueError("a pruning method needs a score")
+        if self.group is not None and self.group not in GROUPS:
+            raise UserError("group", f"got {self.group!r}", f"allowed: {listed(GROUPS)}")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Make the method from recipe options; stages are texts such as ``swap?steps=50``."""
+        given = {k: v for k, v in options.items() if k != "allocation"}
+        for name in ("score", "refine", "update"):
+            given[name] = make_part(name, given.get(name, NONE))
+        return cls(**given)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that do something, in order."""
+        return tuple(p for p in (self.score, self.refine, self.update) if p is not None)
+
+    def options(self) -> dict[str, Any]:
+        """Return every option that matters, stages as texts with their defaults filled in."""
+        plain: dict[str, Any] = {
+            "sparsity": float(self.sparsity),
+            "pattern": self.pattern,
+            "compat": self.compat,
+            "group": self.group,
+        }
+        if any(part.uses_damp for part in self.parts):
+            plain["damp"] = self.damp
+        for name in ("score", "refine", "update"):
+            plain[name] = part_text(getattr(self, name))
+        return plain
+
+    # --- what the parts say together ---------------------------------------------------------
+
+    @property
+    def statistic(self) -> str:  # type: ignore[override]
+        """What has to be known of the inputs for all parts."""
+        return statistic_of(part.statistic for part in self.parts)
+
+    @property
+    def rows_independent(self) -> bool:  # type: ignore[override]
+        """Whether no stage lets an output row depend on the others."""
+        return self._by_row and all(part.rows_independent for part in self.parts)
+
+    @property
+    def permutation_safe(self) -> bool:  # type: ignore[override]
+        """Whether permuting output rows permutes the result."""
+        return self.rows_independent
+
+    @property
+    def _by_row(self) -> bool:
+        assert self.score is not None
+        return self.n_of_m is not None or (self.group or self.score.group) == "row"
+
+    @property
+    def elementwise(self) -> bool:  # type: ignore[override]
+        """Whether only a score that is a product of whole tensors is at work."""
+        assert self.score is not None
+        return self.score.elementwise and len(self.parts) == 1
+
+    @property
+    def inert(self) -> tuple[str, ...]:  # type: ignore[override]
+        """``compat``, where rows are counted exactly in the papers' code, too."""
+        counted = self._by_row and not any(part.uses_compat for part in self.parts)
+        return ("compat",) if counted else ()
+
+    @property
+    def needs_bias(self) -> bool:  # type: ignore[override]
+        """Whether a part writes into the bias of a layer."""
+        return any(part.needs_bias for part in self.parts)
+
+    @property
+    def uses_heldout(self) -> bool:  # type: ignore[override]
+        """Whether a part looks at the statistics of sequences held out."""
+        return any(part.uses_heldout for part in self.parts)
+
+    @property
+    def revision(self) -> str:  # type: ignore[override]
+        """Revisions of the parts, in order."""
+        return ".".join(str(part.revision) for part in self.parts)
+
+    # --- work ----------------------------------------------------------------------------------
+
+    @property
+    def strength(self) -> Strength:
+        """How much of a layer goes, for the parts."""
+        return Strength(self.sparsity, self.n_of_m, self.group, self.compat, self.damp)
+
+    def compress(
+        self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype = torch.float32
+    ) -> LayerResult:
+        """Prune one weight ``[out, in]``; removed weights are exactly zero."""
+        assert self.score is not None
+        for part in self.parts:
+            if part.statistic != NONE and stats is None:
+                raise ValueError(f"{type(part).__name__} needs statistics of the inputs")
+        strength = self.strength
+        found = self.score.select(weight, stats, strength)
+        if self.refine is not None:
+            found = self.refine.refine(weight, found, stats, strength)
+        if self.update is not None:
+            found = self.update.update(weight, found, stats, strength)
+        else:
+            # What a score computes on its way is no update unless one is asked for.
+            found = found.but(weight=None)
+        return LayerResult(
+            found.values(weight), damp=found.damp, notes=found.notes, bias=found.bias
+        )
+
+
+def make_part(argument: str, text: str | Stage) -> Any:
+    """Return the part of a stage, None for ``none``.
+
+    Raises
+    ------
+    UserError
+        For a name that is not installed, or an option of the wrong kind or range.
+    """
+    stage = text if isinstance(text, Stage) else parse_stage(argument, text)
+    if stage.name == NONE:
+        return None
+    return (
+        registry.find_part(STAGES[argument], stage.name, argument).load().from_texts(stage.options)
+    )
+
+
+def part_text(part: Part | None) -> str:
+    """Return a part as it is typed, every option with its value."""
+    if part is None:
+        return NONE
+    kind = STAGES[part.stage]
+    cls = type(part)
+    place = f"{cls.__module__}:{cls.__qualname__}"
+    name = next((n for n, e in registry.table(kind).items() if e.target == place), place)
+    values = {k: _plain(v) for k, v in part.options().items()}
+    return Stage(name, values).text()
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(f"{v!r}" for v in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

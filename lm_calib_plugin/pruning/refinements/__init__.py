@@ -1,0 +1,1 @@
+"""Better masks: one way of moving what is removed a file."""

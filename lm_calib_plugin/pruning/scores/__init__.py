@@ -1,0 +1,1 @@
+"""Which weights matter: one score a file."""

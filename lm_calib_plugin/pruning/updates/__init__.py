@@ -1,0 +1,1 @@
+"""What the kept weights become: one re-fit a file."""
