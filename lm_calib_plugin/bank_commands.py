@@ -21,7 +21,7 @@ from lm_calib_plugin.calibration import validate_calibration
 from lm_calib_plugin.compression import sequence_length
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.guard import left_as_found
-from lm_calib_plugin.recipe import FOLDS, Recipe
+from lm_calib_plugin.recipe import FOLDS, Recipe, check_layerwise
 from lm_calib_plugin.runtime import Runtime
 
 DEFAULT_FOLDS = ("choose", "judge")
@@ -45,7 +45,7 @@ def fill(
     sources
         Name -> calibration expression.
     options
-        Fields of a recipe: those of the calibration set, ``targets``, ``ignore``, ``blocks`` and
+        Fields of a recipe: those of the calibration set, ``targets``, ``ignore``, ``block_path`` and
         ``exclude_first_token``.
     out
         Folder of the bank; goes on with one that was begun, opens one that is finished.
@@ -192,6 +192,7 @@ def study_draws(
         bank.part(domain, judge_fold)
     if out is not None and (out / "draws.json").exists():
         raise UserError("out", f"{out} holds draws.json", "a new folder", "name another one")
+    check_layerwise(recipe, "the study of draws")
     method = recipe.make_method()
     model, _ = load_model(loading)
     with left_as_found(model):
@@ -221,7 +222,7 @@ def study_draws(
 
 def bank_layers(bank: Bank, model: nn.Module, recipe: Recipe) -> list[engine.TargetLayer]:
     """Return the layers of the model that are in the bank."""
-    blocks = engine.find_blocks(model, recipe.blocks)
+    blocks = engine.find_blocks(model, recipe.block_path)
     held = {name for row in bank.inputs for name in row.layers}
     # Experts of a kind unknown to us are not in a bank either.
     layers, _ = engine.find_layers(blocks, ("*",))

@@ -55,7 +55,7 @@ _common = {
     "propagate": st.sampled_from(["compressed", "dense"]),
     "targets": st.lists(_names, min_size=1, max_size=3),
     "ignore": st.lists(_names, max_size=3),
-    "blocks": _names,
+    "block_path": _names,
     "untie": st.booleans(),
 }
 _pruning = st.fixed_dictionaries(
@@ -281,7 +281,7 @@ def test_method_options_are_those_given_only() -> None:
         {"pack": "pad"},
         {"targets": "*"},
         {"ignore": "*nothing*"},
-        {"blocks": "model.layers"},
+        {"block_path": "model.layers"},
         {"schema_version": 1},
         {"propagate": "compressed"},
         {"heldout": 0.2},  # how many sequences that means is in the facts

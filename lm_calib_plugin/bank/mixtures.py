@@ -21,7 +21,13 @@ from lm_calib_plugin.calibration.options import Option, read_options
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.expression import SourceTerm, every_term, expression_text
 from lm_calib_plugin.method import Method
-from lm_calib_plugin.recipe import ALL_FOLDS, RANDOM_SELECTION, STORED_SET, Recipe
+from lm_calib_plugin.recipe import (
+    ALL_FOLDS,
+    RANDOM_SELECTION,
+    STORED_SET,
+    Recipe,
+    check_layerwise,
+)
 from lm_calib_plugin.runtime import Runtime
 
 
@@ -172,6 +178,7 @@ class Mixture(ABC):
                 "a method whose result depends on the calibration data, such as wanda",
                 "drop `calibration`, or name another method",
             )
+        check_layerwise(recipe, f"a mix by `{self.name}`")
         if self.divides_folds and recipe.fold != ALL_FOLDS:
             raise UserError(
                 "fold",
@@ -197,7 +204,7 @@ def make_task(
     UserError
         When the recipe does not fit the model.
     """
-    blocks = engine.find_blocks(model, recipe.blocks)
+    blocks = engine.find_blocks(model, recipe.block_path)
     layers, _ = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
     method = recipe.make_method()
     for layer in layers:

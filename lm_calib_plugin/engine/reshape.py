@@ -41,15 +41,33 @@ class ReshapeResult:
     warnings: list[str] = field(default_factory=list)
     pads: int = 0
 
+    def achieved(self) -> dict[str, Any]:
+        """Return the fraction of parameters removed, of the blocks and of the model.
+
+        What stands in for removed parts counts as kept.
+        """
+        share = {k: 1 - after / max(1, before) for k, (before, after) in self.parameters.items()}
+        return {
+            "sparsity": share["blocks"],
+            "sparsity_blocks": share["blocks"],
+            "sparsity_model": share["model"],
+            "bits": None,
+            "parameters": {k: list(v) for k, v in self.parameters.items()},
+        }
+
+    def table(self) -> dict[str, Any]:
+        """Return what was removed, the ranking and the error, for the report."""
+        return {"removed": self.removed, "ranking": self.ranking, "error": self.error}
+
 
 def check_reshape(
-    model: nn.Module, blocks: Blocks, method: Any, update: Any, device: torch.device
+    model: nn.Module, blocks: Blocks, method: Any, device: torch.device
 ) -> None:
     """Refuse, before any data is read, what a structural method can not do to a model.
 
     Parameters
     ----------
-    method, update
+    method
         As for :func:`reshape`.
 
     Raises
@@ -69,6 +87,7 @@ def check_reshape(
     ids = (torch.arange(PROBE_TOKENS) % vocabulary)[None]
     work = RecoveryPass(model, blocks, [Chunk(ids, None, False)], device, kind, False)
     work.begin()
+    update = method.update
     if update is not None and update.products and len(work.sublayers[0].members) > 1:
         raise UserError(
             "update",
@@ -84,7 +103,6 @@ def reshape(
     method: Any,
     device: torch.device,
     *,
-    update: Any = None,
     follow: bool = True,
     progress: bool = True,
 ) -> ReshapeResult:
@@ -97,13 +115,12 @@ def reshape(
     chunks
         The sequences; held-out ones serve to measure the error only.
     method
-        A structural method: ``unit`` is ``depth`` or ``width``.
+        A structural method: ``unit`` is ``depth`` or ``width``, ``update`` fits what stands in for
+        removed parts (``products``, ``fit(moments)``) or is None.
     device
         Where the model takes its inputs.
-    update
-        Fits what stands in for removed parts (``products``, ``fit(moments)``), or None.
     follow
-        Whether it is fitted to what the shortened model produces, else to the dense model.
+        Whether what stands in for removed parts is fitted to what the shortened model produces, else to the dense model.
 
     Raises
     ------
@@ -124,7 +141,7 @@ def reshape(
         if method.unit == "width":
             _narrow(model, blocks, chunks, method, device, progress, result)
         else:
-            _shorten(model, blocks, chunks, method, device, update, follow, progress, result)
+            _shorten(model, blocks, chunks, method, device, follow, progress, result)
     except torch.OutOfMemoryError as error:
         raise CalibError(
             f"out of memory outside the forward passes ({error}). Use a device with more memory."
@@ -141,7 +158,6 @@ def _shorten(
     chunks: list[Chunk],
     method: Any,
     device: torch.device,
-    update: Any,
     follow: bool,
     progress: bool,
     result: ReshapeResult,
@@ -156,9 +172,9 @@ def _shorten(
         work.through()
     dense = work.timed("error", lambda: _last_states(work))
     terms = []
-    if update is not None:
+    if method.update is not None:
         work.again()
-        terms = work.timed("recovery", lambda: work.fit(removed, update, follow))
+        terms = work.timed("recovery", lambda: work.fit(removed, method.update, follow))
     expected = work.expected(removed, terms)
     result.removed = [work.name(i) for i in removed]
     work.remove(removed, terms)
@@ -168,7 +184,7 @@ def _shorten(
 def _rank(work: RecoveryPass, method: Any, count: int, result: ReshapeResult) -> list[int]:
     """Fill the ranking; return the numbers of the blocks that go."""
     depth = len(work.blocks)
-    if method.measure == "loss" and method.greedy:
+    if getattr(method, "greedy", False):
         return _rank_greedily(work, count, result)
     if method.contiguous:
         values = work.spans(method.distance, count)

@@ -15,7 +15,7 @@ from lm_calib_plugin.errors import UnsupportedModelError
 PLACES = ("layer_idx", "layer_id", "layer_number")
 # Lists of block numbers; every other list of as many entries as blocks has one entry a block.
 NUMBERS = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs")
-SHARING = ("num_kv_shared_layers", "use_cla", "kv_sharing_modes", "cla_share_factor")
+SHARING = ("num_kv_shared_layers", "use_cla", "kv_sharing_modes")
 
 
 class LinearTerm(nn.Module):
@@ -42,6 +42,7 @@ class LinearTerm(nn.Module):
             return nn.Parameter(value.to(like.device, like.dtype), requires_grad=like.requires_grad)
 
         self.shift, self.down, self.up = stored(shift), stored(down), stored(up)
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what stands in for the removed part on input ``x`` (``[..., in]``)."""
@@ -92,7 +93,7 @@ def check_separable(model: nn.Module, blocks: Blocks) -> None:
     name = type(model).__name__
     for setting in SHARING:
         value = getattr(config, setting, None)
-        if value and value != 1:
+        if value:
             raise UnsupportedModelError(
                 "model",
                 f"{name} shares keys and values between blocks ({setting}={value})",

@@ -69,6 +69,7 @@ class StandIn(nn.Module):
             plain = value is None or isinstance(value, (bool, int, float, str))
             if plain and not name.startswith("_") and name not in ("training", "outputs", "term"):
                 setattr(self, name, value)
+        self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros, or the term, in the form that the original returned."""

@@ -12,7 +12,7 @@ from lm_calib_plugin.compression import check_calibration
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.expression import expression_text
 from lm_calib_plugin.method import Method
-from lm_calib_plugin.recipe import ALL_FOLDS, Recipe
+from lm_calib_plugin.recipe import ALL_FOLDS, Recipe, check_layerwise
 
 SET, CHOOSE, JUDGE = "set", "choose", "judge"
 
@@ -101,6 +101,7 @@ def _check_recipe(recipe: Recipe) -> None:
             f"`{recipe.method}` uses no calibration data",
             "a method that does, such as wanda, sparsegpt or gptq",
         )
+    check_layerwise(recipe, "the comparison of sets")
     refuse_nothing(_method(recipe))
     if recipe.calibration is not None:
         raise UserError(

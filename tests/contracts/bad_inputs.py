@@ -465,7 +465,12 @@ CASES = [
     ),
     Case("targets_number", wanda(targets=3), "targets", ("got 3", "name patterns")),
     Case("ignore_blank_part", wanda(ignore=["*q_proj", ""]), "ignore", ("''", "name patterns")),
-    Case("blocks_number", wanda(blocks=3), "blocks", ("got 3", "blocks=model.layers")),
+    Case(
+        "block_path_number",
+        wanda(block_path=3),
+        "block_path",
+        ("got 3", "block_path=model.layers"),
+    ),
     Case("untie_text", wanda(untie="perhaps"), "untie", ("'perhaps'", "true or false")),
     Case(
         "schema_version_newer",

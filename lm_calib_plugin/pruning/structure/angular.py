@@ -21,7 +21,6 @@ class Angular(DepthMethod):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.17887"
     contiguous: ClassVar[bool] = True
-    update: str = "none"
 
     def distance(self, before: Tensor, after: Tensor) -> Tensor:
         """Return the angle between rows as a fraction of a half turn, ``[rows]``."""

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.method import LayerResult, Method
 from lm_calib_plugin.pruning.masks import removed_count
+from lm_calib_plugin.pruning.pipeline import NONE, make_part, part_text
+from lm_calib_plugin.pruning.structure.recovery import Recovery
 from lm_calib_plugin.statistics import LayerStats
 
-BLOCK, ATTENTION, MLP = "block", "attention", "mlp"
-SUBLAYERS = (BLOCK, ATTENTION, MLP)
+BLOCK = "block"
 
 
 class StructuralMethod(Method):
     """A method that looks at the whole model at once instead of one weight at a time."""
 
     kind: ClassVar[str] = "pruning"
+    # Of hidden states and losses of the whole model; nothing that a layer alone could give.
+    statistic: ClassVar[str] = "model"
     scope: ClassVar[str] = "model"
-    statistic: ClassVar[str] = "hidden"
     unit: ClassVar[Literal["depth", "width"]]
 
     def compress(
@@ -44,11 +47,8 @@ class DepthMethod(StructuralMethod):
         How many are removed.
     sparsity
         Instead: fraction of them that is removed, rounded down.
-    sublayer
-        What is removed: ``block``, ``attention`` or ``mlp``.
     update
-        Name of what stands in for the removed part, for the record; the fit itself is the
-        business of :mod:`lm_calib_plugin.pruning.structure.recovery`.
+        What stands in for removed parts; None: nothing.
 
     Class attributes
     ----------------
@@ -57,14 +57,36 @@ class DepthMethod(StructuralMethod):
     contiguous
         Whether a run of consecutive blocks is removed; then only the last token of every sequence
         is looked at.
+    ranking
+        Raised whenever the ranking changes; part of ``revision``.
     """
 
     unit: ClassVar[Literal["depth", "width"]] = "depth"
     measure: ClassVar[Literal["distance", "loss"]] = "distance"
     contiguous: ClassVar[bool] = False
-    greedy: ClassVar[bool] = False
+    ranking: ClassVar[int] = 1
     blocks: int | None = None
     sparsity: float | None = None
+    update: Recovery | None = None
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Make the method from recipe options; the update is a text such as ``lowrank?rank=4``."""
+        return cls(**{**options, "update": make_part("update", options.get("update", NONE))})
+
+    def options(self) -> dict[str, Any]:
+        """Return every option, the update as text with its defaults filled in."""
+        return {**super().options(), "update": part_text(self.update)}
+
+    @property
+    def revision(self) -> str:  # type: ignore[override]
+        """Revisions of the ranking and of the update."""
+        return ".".join(str(n) for n in (self.ranking, getattr(self.update, "revision", 0)))
+
+    @property
+    def inert(self) -> tuple[str, ...]:  # type: ignore[override]
+        """``propagate``, as long as nothing is fitted behind a removed part."""
+        return () if self.update is not None else ("propagate",)
 
     @property
     def sublayer_kind(self) -> str:
@@ -123,6 +145,7 @@ class WidthMethod(StructuralMethod):
     """
 
     unit: ClassVar[Literal["depth", "width"]] = "width"
+    inert: ClassVar[tuple[str, ...]] = ("propagate",)
     sparsity: float = 0.2
 
     @property

@@ -20,7 +20,6 @@ class DepthCosine(DepthMethod):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.16286"
     sublayer: str = BLOCK
-    update: str = "none"
 
     def distance(self, before: Tensor, after: Tensor) -> Tensor:
         """Return ``1 - cos(before, after)``, ``[rows]``."""

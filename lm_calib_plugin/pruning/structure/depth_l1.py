@@ -16,7 +16,6 @@ class DepthL1(DepthMethod):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.16286"
     sublayer: str = BLOCK
-    update: str = "none"
 
     def distance(self, before: Tensor, after: Tensor) -> Tensor:
         """Return the relative size of what was added, ``[rows]``."""

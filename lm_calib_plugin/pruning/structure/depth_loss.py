@@ -24,5 +24,4 @@ class DepthLoss(DepthMethod):
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.16286"
     measure: ClassVar[Literal["distance", "loss"]] = "loss"
     sublayer: str = BLOCK
-    update: str = "none"
-    greedy: bool = False  # type: ignore[misc]
+    greedy: bool = False

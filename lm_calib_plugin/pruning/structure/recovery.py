@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin.errors import NumericalError
+from lm_calib_plugin.pruning.parts import Part
 from lm_calib_plugin.statistics.joint import JointMoments
 
 
@@ -25,9 +26,16 @@ class Term:
     up: Tensor | None = None
 
 
-class Recovery:
-    """Fits a :class:`Term` to inputs and outputs of a removed part."""
+@dataclass(frozen=True)
+class Recovery(Part):
+    """Fits a :class:`Term` to inputs and outputs of a removed part.
 
+    ``products`` tells whether their covariances are needed.
+    """
+
+    stage: ClassVar[str] = "update"
+    scope: ClassVar[str] = "model"
+    statistic: ClassVar[str] = "model"
     products: ClassVar[bool]
 
     @abstractmethod
@@ -68,6 +76,10 @@ class LowRankUpdate(Recovery):
     paper: ClassVar[str] = "https://arxiv.org/abs/2407.16286"
     rank: int = 8
     ridge: float = 0.01
+
+    def __post_init__(self) -> None:
+        self.at_least("rank", 1)
+        self.at_least("ridge", 0)
 
     def fit(self, moments: JointMoments) -> Term:
         """Return shift and factors.

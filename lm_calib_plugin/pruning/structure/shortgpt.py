@@ -19,7 +19,6 @@ class ShortGPT(DepthMethod):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2403.03853"
     sublayer: str = BLOCK
-    update: str = "none"
 
     def distance(self, before: Tensor, after: Tensor) -> Tensor:
         """Return ``1 - cos(before, after)``, ``[rows]``."""
