@@ -88,7 +88,7 @@ def naive(name: str, model: Any, sparsity: float) -> dict[tuple[int, str], set[i
                 scores = scores**2
             scores = (scores - scores.mean()) / scores.std()
             for unit in range(len(scores) // width):
-                value = float(scores[unit * width : (unit + 1) * width].mean())
+                value = float(scores.detach()[unit * width : (unit + 1) * width].mean())
                 ranked.append((value, index, kind, unit, size))
                 total += size
     found: dict[tuple[int, str], set[int]] = {}
@@ -136,7 +136,7 @@ def cut(linear: nn.Linear, keep: Tensor, rows: bool) -> nn.Linear:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "opt"])
 def test_masking_is_cutting(name: str) -> None:
     """The model that is physically smaller gives the same, and has the parameters reported."""
-    model, report = flap(name, 0.6)
+    model, report = flap(name, 0.45)  # some heads go, and no block loses all
     smaller = model_of(name)
     seen = inputs(name, smaller)
     gone = reported(report)
@@ -158,29 +158,22 @@ def test_masking_is_cutting(name: str) -> None:
             if linear.bias is None:
                 linear.bias = nn.Parameter(torch.zeros(linear.out_features))
             linear.bias.data += shift.float()
-        if not bool(heads.any()):
-            output.weight.data.zero_()  # no model can be built without heads
-            before -= int((~queries).sum()) * attention.q_proj.in_features * 2
-            before -= 2 * int((~keys).sum()) * attention.q_proj.in_features
-        else:
-            attention.q_proj = cut(attention.q_proj, queries, True)
-            attention.k_proj = cut(attention.k_proj, keys, True)
-            attention.v_proj = cut(attention.v_proj, keys, True)
-            setattr(attention, NAMES[name][1], cut(output, queries, False))
-            if name == "opt":
-                attention.num_heads = int(heads.sum())
+        assert bool(heads.any())  # no model can be built without heads
+        attention.q_proj = cut(attention.q_proj, queries, True)
+        attention.k_proj = cut(attention.k_proj, keys, True)
+        attention.v_proj = cut(attention.v_proj, keys, True)
+        setattr(attention, NAMES[name][1], cut(output, queries, False))
+        if name == "opt":
+            attention.num_heads = int(heads.sum())
         owner = block.get_submodule(NAMES[name][2])
         for local, first in zip(NAMES[name][3], firsts, strict=True):
             setattr(owner, local, cut(first, neurons, True))
         setattr(owner, NAMES[name][4], cut(last, neurons, False))
-        if bool(heads.any()):
-            saved += before - sum(p.numel() for p in block.parameters())
-        else:
-            saved = -(10**9)
+        saved += before - sum(p.numel() for p in block.parameters())
     assert_same(model, smaller)
     whole, left = report.achieved["parameters"]["blocks"]
-    if saved > 0:
-        assert whole - left == saved
+    assert whole - left == saved
+    assert any(kind == "heads" for _, kind in gone)
     assert_generates(model)
 
 
@@ -216,7 +209,7 @@ def test_the_mean_in_the_bias_leaves_less_error_than_zeros() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("phi3", "h.*Phi3Attention"),
+        ("phi3", "Phi3Attention"),
         ("gpt2", "GPT2Attention"),
         ("falcon", "FalconAttention"),
         ("mixtral", r"model\.layers\.0\.mlp \(MixtralSparseMoeBlock\)"),
