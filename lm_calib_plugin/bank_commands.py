@@ -14,6 +14,7 @@ from torch import nn
 from lm_calib_plugin import engine, storage
 from lm_calib_plugin.bank import Bank, Part, build_bank
 from lm_calib_plugin.bank.draws import Draws, draw_uncertainty
+from lm_calib_plugin.bank.errors import check_banked
 from lm_calib_plugin.bank.mixtures import draw, make_task, mixture_of
 from lm_calib_plugin.bank.plots import plot_draws, require_plots
 from lm_calib_plugin.calibrate import Loading, load_model
@@ -21,7 +22,7 @@ from lm_calib_plugin.calibration import validate_calibration
 from lm_calib_plugin.compression import sequence_length
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.guard import left_as_found
-from lm_calib_plugin.recipe import FOLDS, Recipe, check_layerwise
+from lm_calib_plugin.recipe import FOLDS, Recipe
 from lm_calib_plugin.runtime import Runtime
 
 DEFAULT_FOLDS = ("choose", "judge")
@@ -45,8 +46,8 @@ def fill(
     sources
         Name -> calibration expression.
     options
-        Fields of a recipe: those of the calibration set, ``targets``, ``ignore``, ``block_path`` and
-        ``exclude_first_token``.
+        Fields of a recipe: those of the calibration set, ``targets``, ``ignore``,
+        ``block_path`` and ``exclude_first_token``.
     out
         Folder of the bank; goes on with one that was begun, opens one that is finished.
     folds
@@ -192,7 +193,7 @@ def study_draws(
         bank.part(domain, judge_fold)
     if out is not None and (out / "draws.json").exists():
         raise UserError("out", f"{out} holds draws.json", "a new folder", "name another one")
-    check_layerwise(recipe, "the study of draws")
+    check_banked(recipe)
     method = recipe.make_method()
     model, _ = load_model(loading)
     with left_as_found(model):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lm_calib_plugin import engine, storage
+from lm_calib_plugin.allocation import allocate, strength_found
 from lm_calib_plugin.bank.mixtures import Task, check_mixture, draw
 from lm_calib_plugin.calibration import (
     CalibrationSet,
@@ -144,7 +145,22 @@ def compress(
                 model, blocks, chunks, method, device, follow=follow, progress=runtime.progress
             )
         else:
-            plan = engine.Plan(method, layers, recipe.propagate)
+            methods: dict[str, Any] = {}
+            if getattr(method, "allocation", None) is not None and not method.does_nothing:
+                start = time.perf_counter()
+                # A pass uses chunks up, so each has its own.
+                methods = allocate(
+                    model,
+                    blocks,
+                    lambda: _chunks(calibration, recipe, runtime, model, tokenizer, device),
+                    layers,
+                    method,
+                    device,
+                    runtime.progress,
+                )
+                method = strength_found(method, layers, methods, recipe.sparsity)
+                seconds["allocation"] = time.perf_counter() - start
+            plan = engine.Plan(method, layers, recipe.propagate, methods)
             result = engine.run(model, blocks, chunks, plan, device, runtime.progress)
         seconds |= result.seconds
         start = time.perf_counter()

@@ -24,7 +24,7 @@ from lm_calib_plugin.expression import (
 )
 from lm_calib_plugin.resolved import Facts, ResolvedRecipe
 from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
-from lm_calib_plugin.stages import STAGES, Stage, parse_stage
+from lm_calib_plugin.stages import NONE, STAGES, UNIFORM, Stage, parse_stage
 from lm_calib_plugin.values import flag, number, patterns, plain_value, whole
 
 SCHEMA_VERSION = 1
@@ -318,7 +318,9 @@ class Recipe(BaseModel):
                 ) from None
             raise error from None
 
-    @field_validator("compat", "group", "sublayer", "propagate", "pack", "fold", "select", mode="before")
+    @field_validator(
+        "compat", "group", "sublayer", "propagate", "pack", "fold", "select", mode="before"
+    )
     @classmethod
     def _check_choices(cls, value: Any, info: Any) -> str:
         allowed: list[str] = {
@@ -445,7 +447,7 @@ class Recipe(BaseModel):
             )
 
     def _check_scope(self) -> None:
-        """Refuse parts of layer-by-layer methods beside methods of whole models, and the reverse."""
+        """Refuse what is meant for single layers beside methods of whole models, and the reverse."""
         scope = self.entry.scope
         if self.update is not None:
             part = registry.find_part("update", parse_stage("update", self.update).name, "update")
@@ -481,7 +483,8 @@ class Recipe(BaseModel):
         if "blocks" in self.entry.options:
             return
         if self.pattern in (None, UNSTRUCTURED):
-            if self.sparsity is None and "sparsity" in self.entry.options:
+            listed_out = "allocation" in self.stages and self.stages["allocation"].name == "list"
+            if self.sparsity is None and "sparsity" in self.entry.options and not listed_out:
                 raise UserError(
                     "sparsity",
                     "missing",
@@ -512,7 +515,7 @@ class Recipe(BaseModel):
         named = dict(self.entry.stages)
         if not named:
             return {}
-        defaults = {"allocation": "uniform", "refine": "none", "update": "none"}
+        defaults = {"allocation": UNIFORM, "refine": NONE, "update": NONE}
         texts = {name: getattr(self, name) or named.get(name) for name in STAGES}
         return {k: parse_stage(k, v or defaults[k]) for k, v in texts.items()}
 
@@ -660,17 +663,6 @@ def check_purpose(recipe: Recipe, given: bool) -> None:
             f"a set from `{name}` does not depend on the method",
             f"mixtures do: {listed(registry.table('mixture'))}",
             "drop --for",
-        )
-
-
-def check_layerwise(recipe: Recipe, what: str) -> None:
-    """Refuse a method of whole models where errors of single layers are needed."""
-    if recipe.entry.scope != "layer":
-        raise UserError(
-            "method",
-            f"`{recipe.method}` takes whole parts out of the model",
-            f"{what} looks at the errors of single layers",
-            "name a method such as wanda, sparsegpt or gptq",
         )
 
 

@@ -149,7 +149,7 @@ def find_part(kind: Kind, name: str, argument: str) -> Entry:
         entry,
         paper=part.paper,
         needs_data=part.statistic != "none",
-        options=tuple(field.name for field in fields(part)),
+        options=tuple(field.name.rstrip("_") for field in fields(part)),
         uses_damp=getattr(part, "uses_damp", False),
         scope=getattr(part, "scope", "layer"),
     )

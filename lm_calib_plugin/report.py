@@ -19,6 +19,9 @@ class LayerRow:
     levels (None when not quantized). ``error_calibration`` and ``error_heldout`` are relative
     squared output errors, ``||X (W' - W)^T||^2 / ||X W^T||^2``, on up to 512 tokens of the
     sequences used and of the sequences held out. ``tokens`` counts the input rows seen.
+    ``asked`` is the fraction, or the N:M pattern, that an allocation gave to the layer;
+    ``borrowed`` the number of tokens by which the statistics of an expert that saw few were filled
+    up with those of all experts.
     """
 
     name: str
@@ -30,6 +33,8 @@ class LayerRow:
     damp: float | None
     tokens: int | None
     seconds: float
+    asked: str | float | None = None
+    borrowed: int | None = None
 
 
 @dataclass
@@ -39,8 +44,8 @@ class Report:
     ``key`` names the result (see :meth:`lm_calib_plugin.recipe.ResolvedRecipe.key`); ``achieved``
     is counted on the live weights after all work is done. ``structure`` tells what methods of whole
     models took out: ``removed`` (names), ``ranking`` (every part with its value) and ``error``, the
-    relative squared error of what the output head receives; ``layers`` is empty then. ``calibration_set`` is the set that was
-    used, None without data; it is not written anywhere.
+    relative squared error of what the output head receives; ``layers`` is empty then.
+    ``calibration_set`` is the set that was used, None without data; it is not written anywhere.
     """
 
     key: str

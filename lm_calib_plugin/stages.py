@@ -16,6 +16,7 @@ STAGES: dict[str, registry.Kind] = {
     "refine": "refinement",
     "update": "update",
 }
+NONE, UNIFORM = "none", "uniform"
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,9 @@ ROWS: list[Row] = [
     *_pruning("wanda", "moments", "row", permutation_safe=True, keeps_values=True),
     *_pruning("ria", "moments", "layer", permutation_safe=False, keeps_values=True),
     *_pruning("sparsegpt", "gram", "block", permutation_safe=False, keeps_values=False),
+    # Without other layers an allocation changes nothing.
+    *_pruning("owl", "moments", "row", permutation_safe=True, keeps_values=True),
+    *_pruning("owl_sparsegpt", "gram", "block", permutation_safe=False, keeps_values=False),
     Row(
         "sparsegpt",
         {"sparsity": 0.6, "damp": 0.1},

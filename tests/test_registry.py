@@ -55,9 +55,7 @@ def test_row_of_the_registry_equals_its_class(name: str) -> None:
     assert method.statistic == "none" or method.statistic in STATISTICS
     assert entry.summary
     own = sorted(f.name for f in fields(method))
-    if entry.stages:
-        own.append("allocation")
-    else:
+    if not entry.stages:
         assert entry.paper == method.paper
     assert sorted(entry.options) == sorted(own)
 
@@ -74,14 +72,16 @@ PARTS = [
 def test_row_of_a_stage_equals_its_class(argument: str, entry: registry.Entry) -> None:
     assert entry.summary
     if not entry.target:
+        assert make_part(argument, entry.name) is None
         return
-    part = make_part(argument, entry.name)
+    # A list has no default.
+    part = make_part(argument, entry.name + ("?fractions=0.5" if entry.name == "list" else ""))
     assert part.stage == argument
     assert entry.paper == part.paper
     assert entry.needs_data == (part.statistic != "none")
     assert entry.uses_damp == part.uses_damp
-    assert entry.options == tuple(f.name for f in fields(part))
-    assert make_part(argument, part_text(part)) == part
+    assert entry.options == tuple(part.options())
+    assert make_part(argument, part_text(argument, part)) == part
 
 
 @ours

@@ -13,6 +13,42 @@ from lm_calib_plugin.bank.layout import InputRow
 from lm_calib_plugin.bank.store import Bank
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.method import Method
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.stages import UNIFORM
+from lm_calib_plugin.statistics import BANKED
+
+
+def check_banked(recipe: Recipe) -> None:
+    """Refuse methods that a bank cannot judge.
+
+    Raises
+    ------
+    UserError
+        When a stage looks at more than second moments, or layers are not treated alike.
+    """
+    method: Method = recipe.make_method()
+    if method.scope == "model":
+        raise UserError(
+            "method",
+            f"`{recipe.method}` takes whole parts out of the model",
+            "a bank judges layers one by one",
+            "judge the sets for wanda or sparsegpt, and use the best with your method",
+        )
+    if method.statistic not in BANKED:
+        raise UserError(
+            "method",
+            f"`{recipe.method}` looks at {method.statistic} statistics of the inputs",
+            f"a bank holds second moments, for methods that look at {listed(BANKED[1:])}",
+            "judge the sets for wanda or sparsegpt, and use the best with your method",
+        )
+    allocation = recipe.stages.get("allocation")
+    if allocation is not None and allocation.name != UNIFORM:
+        raise UserError(
+            "allocation",
+            f"got {allocation.text()}",
+            "a bank judges every layer at one strength",
+            "judge the sets with allocation=uniform, and use the best with yours",
+        )
 
 
 def layers_by_input(

@@ -16,18 +16,13 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lm_calib_plugin import engine, registry
+from lm_calib_plugin.bank.errors import check_banked
 from lm_calib_plugin.calibration import CalibrationSet, build_calibration
 from lm_calib_plugin.calibration.options import Option, read_options
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.expression import SourceTerm, every_term, expression_text
 from lm_calib_plugin.method import Method
-from lm_calib_plugin.recipe import (
-    ALL_FOLDS,
-    RANDOM_SELECTION,
-    STORED_SET,
-    Recipe,
-    check_layerwise,
-)
+from lm_calib_plugin.recipe import ALL_FOLDS, RANDOM_SELECTION, STORED_SET, Recipe
 from lm_calib_plugin.runtime import Runtime
 
 
@@ -178,7 +173,6 @@ class Mixture(ABC):
                 "a method whose result depends on the calibration data, such as wanda",
                 "drop `calibration`, or name another method",
             )
-        check_layerwise(recipe, f"a mix by `{self.name}`")
         if self.divides_folds and recipe.fold != ALL_FOLDS:
             raise UserError(
                 "fold",
@@ -244,6 +238,7 @@ def check_mixture(recipe: Recipe) -> None:
     """
     mixture = mixture_of(recipe)
     if mixture is not None:
+        check_banked(recipe)
         checked_mixture(mixture, recipe)
 
 

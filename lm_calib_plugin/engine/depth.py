@@ -155,7 +155,9 @@ class DepthPass(BlockPass):
         share = torch.cat(weights).double()
         share /= share.sum()
         return [
-            self._finite(start, float(distance(states[start], states[start + span]) @ share.float()))
+            self._finite(
+                start, float(distance(states[start], states[start + span]) @ share.float())
+            )
             for start in range(len(states) - span)
         ]
 

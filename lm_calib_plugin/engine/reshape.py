@@ -60,9 +60,7 @@ class ReshapeResult:
         return {"removed": self.removed, "ranking": self.ranking, "error": self.error}
 
 
-def check_reshape(
-    model: nn.Module, blocks: Blocks, method: Any, device: torch.device
-) -> None:
+def check_reshape(model: nn.Module, blocks: Blocks, method: Any, device: torch.device) -> None:
     """Refuse, before any data is read, what a structural method can not do to a model.
 
     Parameters
@@ -120,7 +118,8 @@ def reshape(
     device
         Where the model takes its inputs.
     follow
-        Whether what stands in for removed parts is fitted to what the shortened model produces, else to the dense model.
+        Whether what stands in for removed parts is fitted to what the shortened model produces,
+        else to what the dense model does.
 
     Raises
     ------
@@ -190,7 +189,12 @@ def _rank(work: RecoveryPass, method: Any, count: int, result: ReshapeResult) ->
         values = work.spans(method.distance, count)
         removed: list[int] = method.choose(values, count)
         result.ranking = [
-            {"name": work.name(i), "value": value, "removed": i in removed, "starts": i == removed[0]}
+            {
+                "name": work.name(i),
+                "value": value,
+                "removed": i in removed,
+                "starts": i == removed[0],
+            }
             for i, value in enumerate(values)
         ]
         rest = range(len(values), depth)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.discovery import Blocks
+from lm_calib_plugin.engine.experts import ENOUGH, fill_up
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.observe import InputGroups
 from lm_calib_plugin.engine.passes import BlockPass
@@ -116,6 +117,8 @@ class _Walk(BlockPass):
     ) -> None:
         super().__init__(model, blocks, chunks, device)
         self.plan, self.progress = plan, progress
+        self.borrowed: dict[str, int] = {}
+        self.unseen: list[str] = []
         self.result = WalkResult(
             seconds=self.seconds, warnings=self.warnings, pads=sum(c.pads for c in chunks)
         )
@@ -141,7 +144,23 @@ class _Walk(BlockPass):
                 self._block(index, layers, more=index < last)
         if HEAD in by_block:
             self.timed("compress", lambda: self._head(by_block[HEAD][0]))
+        self._tell_of_experts()
         return self.result
+
+    def _tell_of_experts(self) -> None:
+        for names, what in (
+            (
+                self.unseen,
+                "no calibration token: treated as if all their inputs were equally large",
+            ),
+            (
+                list(self.borrowed),
+                f"fewer tokens than {ENOUGH} for each input: filled up with the shared statistics "
+                "of all experts of the layer",
+            ),
+        ):
+            if names:
+                self.result.warnings.append(f"{len(names)} layers ({names[0]}, ...) saw {what}")
 
     # --- stages --------------------------------------------------------------------------
 
@@ -172,6 +191,8 @@ class _Walk(BlockPass):
                     "try dtype=float32 or bfloat16",
                 )
             found |= {id(layer): seen for layer in group}
+        pairs = [(g[0], w.stats) for g, w in zip(groups.groups, watched, strict=True)]
+        self.borrowed |= fill_up([(layer, stats) for layer, stats in pairs if stats is not None])
         return found
 
     def _empty(self, layer: TargetLayer) -> _Watched:
@@ -198,10 +219,7 @@ class _Walk(BlockPass):
             stats = seen.stats if seen else None
             method = self.plan.method_of(layer)
             if stats is not None and not stats.tokens:
-                self.result.warnings.append(
-                    f"{layer.name} saw no calibration token: treated as if all its inputs were "
-                    "equally large"
-                )
+                self.unseen.append(layer.name)
             if method.does_nothing:
                 result = LayerResult(before)
             else:
@@ -251,7 +269,14 @@ class _Walk(BlockPass):
             damp=result.damp,
             tokens=seen.used.seen if seen else None,
             seconds=round(time.perf_counter() - start, 4),
+            asked=self._asked(layer),
+            borrowed=self.borrowed.get(layer.name),
         )
+
+    def _asked(self, layer: TargetLayer) -> str | float | None:
+        options = self.plan.method_of(layer).options() if layer.name in self.plan.methods else {}
+        pattern, share = options.get("pattern"), options.get("sparsity")
+        return share if pattern in (None, "unstructured") else pattern
 
     def _head(self, layer: TargetLayer) -> None:
         watched: dict[int, _Watched] = {}

@@ -16,7 +16,9 @@ from lm_calib_plugin.engine.layers import TargetLayer
 from lm_calib_plugin.errors import NumericalError, UnsupportedModelError, listed
 from lm_calib_plugin.statistics.joint import ChannelVariance
 
-SPLIT = "blocks with q_proj, k_proj, v_proj, o_proj and (gate_proj,) up_proj, down_proj, or fc1, fc2"
+SPLIT = (
+    "blocks with q_proj, k_proj, v_proj, o_proj and (gate_proj,) up_proj, down_proj, or fc1, fc2"
+)
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
 OUTPUTS = ("o_proj", "out_proj")
 MLPS = (("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj"), ("fc1", "fc2"))

@@ -47,6 +47,7 @@ class Calib(HFLM):
         ours, theirs = split_arguments(arguments)
         self.recipe, runtime = read_arguments(ours)
         self._check_kind()
+        self.recipe.make_method()
         check_calibration(self.recipe)
         if isinstance(pretrained, str):
             pretrained = resolve_pretrained(pretrained)

@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from lm_calib_plugin.bank.errors import check_banked
 from lm_calib_plugin.bank.mixtures import checked_mixture, mixture_of, stored_inside
 from lm_calib_plugin.bank.transfer import refuse_nothing
 from lm_calib_plugin.compression import check_calibration
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.expression import expression_text
 from lm_calib_plugin.method import Method
-from lm_calib_plugin.recipe import ALL_FOLDS, Recipe, check_layerwise
+from lm_calib_plugin.recipe import ALL_FOLDS, Recipe
 
 SET, CHOOSE, JUDGE = "set", "choose", "judge"
 
@@ -101,7 +102,7 @@ def _check_recipe(recipe: Recipe) -> None:
             f"`{recipe.method}` uses no calibration data",
             "a method that does, such as wanda, sparsegpt or gptq",
         )
-    check_layerwise(recipe, "the comparison of sets")
+    check_banked(recipe)
     refuse_nothing(_method(recipe))
     if recipe.calibration is not None:
         raise UserError(

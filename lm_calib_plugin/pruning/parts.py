@@ -154,23 +154,27 @@ class Part(ABC):
             For a value of the wrong type; ranges are checked by the part itself.
         """
         kinds = typing.get_type_hints(cls)
-        return cls(**{k: _read(cls.stage, k, v, kinds[k]) for k, v in options.items()})
+        names = {option_name(f.name): f.name for f in fields(cls)}
+        given = {names[k]: _read(cls.stage, k, v, kinds[names[k]]) for k, v in options.items()}
+        return cls(**given)
 
     def options(self) -> dict[str, Any]:
-        """Return every option with its value."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """Return every option, as it is typed, with its value."""
+        return {option_name(f.name): getattr(self, f.name) for f in fields(self)}
 
     def at_least(self, option: str, lowest: float) -> None:
         """Refuse a value of an option below ``lowest``."""
         given = getattr(self, option)
         if given < lowest:
-            raise UserError(self.stage, f"got {option}={given:g}", f"{option} >= {lowest:g}")
+            name = option_name(option)
+            raise UserError(self.stage, f"got {name}={given:g}", f"{name} >= {lowest:g}")
 
     def one_of(self, option: str, allowed: tuple[str, ...]) -> None:
         """Refuse a value of an option that is not among those allowed."""
         given = getattr(self, option)
         if given not in allowed:
-            raise UserError(self.stage, f"got {option}={given}", f"{option}: {listed(allowed)}")
+            name = option_name(option)
+            raise UserError(self.stage, f"got {name}={given}", f"{name}: {listed(allowed)}")
 
 
 class Score(Part):
@@ -183,6 +187,8 @@ class Score(Part):
     group: ClassVar[str] = "row"
     # Whether a score is a product of whole tensors, so that moments may differ from row to row.
     elementwise: ClassVar[bool] = False
+    # Whether scores of several layers, with moments per token, are on one scale.
+    comparable: ClassVar[bool] = False
 
     @abstractmethod
     def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
@@ -249,13 +255,19 @@ class Update(Part):
         ...
 
 
+def option_name(field: str) -> str:
+    """Return the name by which a field is typed: names that Python keeps for itself, or that a
+    method has, end in an underscore as a field only."""
+    return field.rstrip("_")
+
+
 def _read(argument: str, option: str, value: str, kind: Any) -> Any:
     name = f"{argument}={option}"
     if kind is bool:
         return flag(name, value)
     if kind is int:
         return whole(name, value)
-    if kind is float:
+    if kind in (float, float | None):
         return number(name, value)
     if typing.get_origin(kind) is tuple:
         return tuple(number(name, part) for part in value.split("+"))

@@ -13,19 +13,16 @@ from typing_extensions import Self
 from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.method import LayerResult
+from lm_calib_plugin.pruning.allocations.base import Allocation
 from lm_calib_plugin.pruning.base import PruningMethod
 from lm_calib_plugin.pruning.parts import GROUPS, Part, Refinement, Score, Strength, Update
-from lm_calib_plugin.stages import STAGES, Stage, parse_stage
+from lm_calib_plugin.stages import NONE, STAGES, UNIFORM, Stage, parse_stage
 from lm_calib_plugin.statistics import LayerStats, statistic_of
-
-NONE = "none"
 
 
 @dataclass(frozen=True)
 class Pipeline(PruningMethod):
     """Score every weight, refine the mask, update what is kept.
-
-    How much goes from which layer (``allocation``) is decided before, for all layers together.
 
     Parameters
     ----------
@@ -34,6 +31,9 @@ class Pipeline(PruningMethod):
         defines.
     damp
         Ridge of the parts that use the Gram matrix, relative to its mean diagonal.
+    allocation
+        How much goes from which layer; whoever knows all layers makes a pipeline for each of it.
+        None: from each the same fraction.
     score, refine, update
         The parts; None: that stage does nothing.
     """
@@ -41,6 +41,7 @@ class Pipeline(PruningMethod):
     kind: ClassVar[str] = "pruning"
     group: str | None = None
     damp: float = 0.01
+    allocation: Allocation | None = None
     score: Score | None = None
     refine: Refinement | None = None
     update: Update | None = None
@@ -55,10 +56,8 @@ class Pipeline(PruningMethod):
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Make the method from recipe options; stages are texts such as ``swap?steps=50``."""
-        given = {k: v for k, v in options.items() if k != "allocation"}
-        for name in ("score", "refine", "update"):
-            given[name] = make_part(name, given.get(name, NONE))
-        return cls(**given)
+        stages = {name: make_part(name, text) for name, text in options.items() if name in STAGES}
+        return cls(**{**options, **stages})
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -75,9 +74,7 @@ class Pipeline(PruningMethod):
         }
         if any(part.uses_damp for part in self.parts):
             plain["damp"] = self.damp
-        for name in ("score", "refine", "update"):
-            plain[name] = part_text(getattr(self, name))
-        return plain
+        return plain | {name: part_text(name, getattr(self, name)) for name in STAGES}
 
     # --- what the parts say together ---------------------------------------------------------
 
@@ -166,22 +163,20 @@ def make_part(argument: str, text: str | Stage) -> Any:
         For a name that is not installed, or an option of the wrong kind or range.
     """
     stage = text if isinstance(text, Stage) else parse_stage(argument, text)
-    if stage.name == NONE:
-        return None
-    return (
-        registry.find_part(STAGES[argument], stage.name, argument).load().from_texts(stage.options)
-    )
+    entry = registry.find_part(STAGES[argument], stage.name, argument)
+    # `none` and `uniform` are names for doing nothing.
+    return entry.load().from_texts(stage.options) if entry.target else None
 
 
-def part_text(part: Part | None) -> str:
-    """Return a part as it is typed, every option with its value."""
+def part_text(argument: str, part: Part | None) -> str:
+    """Return the part of a stage as it is typed, every option with its value."""
     if part is None:
-        return NONE
-    kind = STAGES[part.stage]
+        return UNIFORM if argument == "allocation" else NONE
+    kind = STAGES[argument]
     cls = type(part)
     place = f"{cls.__module__}:{cls.__qualname__}"
     name = next((n for n, e in registry.table(kind).items() if e.target == place), place)
-    values = {k: _plain(v) for k, v in part.options().items()}
+    values = {k: _plain(v) for k, v in part.options().items() if v is not None}
     return Stage(name, values).text()
 
 

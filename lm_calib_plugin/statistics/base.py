@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 
 import torch
@@ -54,6 +55,23 @@ class LayerStats(ABC):
             raise ValueError("only statistics of one kind and one width can be merged")
         self._join(other)
         self.tokens += other.tokens
+
+    def borrow(self, other: Self, share: float) -> None:
+        """Add ``share`` times what ``other`` has seen; ``other`` is left as it is."""
+        self.merge(other.scaled(share))
+
+    def scaled(self, factor: float) -> Self:
+        """Return the statistic as if every row had counted ``factor`` times."""
+        made = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(made, name, value * factor)
+            elif isinstance(value, LayerStats):
+                setattr(made, name, value.scaled(factor))
+            elif isinstance(value, float):
+                setattr(made, name, value * factor)
+        made.tokens = round(self.tokens * factor)
+        return made
 
     @abstractmethod
     def _add(self, x: Tensor) -> None: ...

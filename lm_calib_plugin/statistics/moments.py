@@ -30,6 +30,14 @@ class Moments(LayerStats):
         """Tell whether nothing seen so far was NaN or infinite."""
         return bool(self.sum_squares.isfinite().all())
 
+    def per_token(self) -> Moments:
+        """Return the moments of one average token; unseen inputs stay unseen."""
+        one = Moments(self.in_features, self.device)
+        if self.tokens:
+            one.sum_squares = self.sum_squares / self.tokens
+            one.tokens = 1
+        return one
+
     def energy(self) -> Tensor:
         """Return ``sum_t x_tj^2``, shape ``[in]``, float32; ones if no token was seen."""
         if not self.tokens:

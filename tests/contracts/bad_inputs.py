@@ -33,6 +33,11 @@ def wanda(**given: Any) -> Callable[[], Any]:
     return recipe(**{"method": "wanda", "sparsity": 0.5, **given})
 
 
+def made(**given: Any) -> Callable[[], Any]:
+    """What the harness does before it loads a model."""
+    return lambda: Recipe(**given).make_method()
+
+
 def gptq(**given: Any) -> Callable[[], Any]:
     return recipe(**{"method": "gptq", **given})
 
@@ -133,7 +138,7 @@ CASES = [
         (
             "no method `wnada`",
             "did you mean `wanda`?",
-            "installed: magnitude, wanda, ria, sparsegpt, rtn, gptq",
+            "installed: magnitude, wanda, ria, sparsegpt, ",
         ),
     ),
     Case("method_far_off", recipe(method="awq"), "method", ("no method `awq`", "installed: ")),
@@ -142,6 +147,52 @@ CASES = [
         wanda(bits=4),
         "bits",
         ("not an option of method `wanda`", "sparsity, pattern, group", "drop `bits`"),
+    ),
+    Case(
+        "stage_typo", wanda(refine="swop"), "refine", ("no refinement part `swop`", "installed: ")
+    ),
+    Case(
+        "stage_option_typo",
+        wanda(allocation="owl?lamda=0.1"),
+        "allocation",
+        ("`lamda` is not an option of `owl`", "did you mean `lambda`?", "its options: m, lambda"),
+    ),
+    Case(
+        "stage_option_of_a_part_without",
+        wanda(score="ria?m=1"),
+        "score",
+        ("`m` is not an option of `ria`", "its options: none"),
+    ),
+    Case(
+        "stage_option_no_number",
+        made(method="owl", sparsity=0.5, allocation="owl?m=many"),
+        "allocation=m",
+        ("got 'many'", "a number is needed"),
+    ),
+    Case(
+        "stage_option_out_of_range",
+        made(method="owl", sparsity=0.5, allocation="owl?m=-1"),
+        "allocation",
+        ("got m=-1", "m >= 0"),
+    ),
+    Case(
+        "stage_without_name",
+        wanda(allocation={"m": 3}),
+        "allocation",
+        ("got {'m': 3}", "the `name` of the part"),
+    ),
+    Case("group_typo", wanda(group="rows"), "group", ("got 'rows'", "did you mean `row`?")),
+    Case(
+        "list_without_fractions",
+        made(method="wanda", allocation="list"),
+        "allocation",
+        ("`list` without fractions", "list?fractions="),
+    ),
+    Case(
+        "list_with_a_percentage",
+        made(method="wanda", allocation="list?fractions=50+60"),
+        "allocation",
+        ("got 50 in fractions", "0 <= s < 1"),
     ),
     Case("damp_of_a_method_without", wanda(damp=0.1), "damp", ("`wanda`", "drop `damp`")),
     Case(

@@ -50,7 +50,9 @@ def used() -> list[Tensor]:
 def exact(model: Any) -> Any:
     """Return a copy in float64; grouped products of experts know float32 only."""
     twin = copy.deepcopy(model)
-    return twin if "moe" in type(model).__name__.lower() + model.config.model_type else twin.double()
+    return (
+        twin if "moe" in type(model).__name__.lower() + model.config.model_type else twin.double()
+    )
 
 
 @functools.cache
@@ -221,7 +223,7 @@ def test_greedy_measures_anew_after_every_removal(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_a_sublayer_is_measured_by_its_own_branch(name: str, kind: str) -> None:
-    """Stream before and after the part, written out for blocks with and without a norm behind it."""
+    """Stream before and after the part, in blocks with and without a norm behind it."""
     twin = model_of(name).double()
     branches: list[list[Tensor]] = []
     module = {"llama": {"attention": "self_attn", "mlp": "mlp"}}.get(

@@ -36,7 +36,9 @@ def numbers(report: Any) -> list[int]:
 
 def logits(model: Any) -> list[Tensor]:
     with torch.no_grad():
-        return [model(input_ids=ids[None], use_cache=False).logits[0] for ids in random_ids(LENGTHS)]
+        return [
+            model(input_ids=ids[None], use_cache=False).logits[0] for ids in random_ids(LENGTHS)
+        ]
 
 
 def assert_same(model: Any, other: Any) -> None:
@@ -85,9 +87,7 @@ def test_lists_of_the_configuration_lose_the_entries_of_removed_blocks() -> None
 def test_depth_and_parameters_are_reported() -> None:
     model, report = compressed("llama", {"method": "shortgpt", "blocks": 2, "update": "mean"})
     dense = make_model()
-    blocks = [
-        sum(p.numel() for p in m.model.layers.parameters()) for m in (dense, model)
-    ]
+    blocks = [sum(p.numel() for p in m.model.layers.parameters()) for m in (dense, model)]
     whole = [sum(p.numel() for p in m.parameters()) for m in (dense, model)]
     assert report.achieved["parameters"] == {"blocks": blocks, "model": whole}
     assert report.achieved["sparsity"] == 1 - blocks[1] / blocks[0]
@@ -166,8 +166,8 @@ def test_parts_that_can_not_be_left_out_are_refused_by_name() -> None:
         changes = {"do_layer_norm_before": False} if name == "opt" else {}
         model = make_model(name, **changes)
         before = {k: v.clone() for k, v in model.state_dict().items()}
+        recipe = Recipe(method="shortgpt", blocks=1, sublayer="attention")
         with pytest.raises(UnsupportedModelError, match=f"{words}.*sublayer=block"):
-            recipe = Recipe(method="shortgpt", blocks=1, sublayer="attention")
             compress(model, None, recipe, QUIET, calibration())
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
         compress(model, None, Recipe(method="shortgpt", blocks=1), QUIET, calibration())
@@ -234,7 +234,10 @@ def test_full_rank_without_ridge_is_a_linear_block(gone: list[int]) -> None:
         for other in (model, dense):
             for index in range(3):
                 if index not in gone:
-                    for linear in other.model.layers[index].self_attn, other.model.layers[index].mlp:
+                    for linear in (
+                        other.model.layers[index].self_attn,
+                        other.model.layers[index].mlp,
+                    ):
                         for p in linear.parameters():
                             p *= 3
     report = compress(model, None, Recipe(**given), QUIET, calibration())
@@ -270,7 +273,9 @@ def test_a_later_term_sees_what_the_recipe_says(propagate: str) -> None:
     given = {"method": "depth_l2", "blocks": 2, "update": "mean", "propagate": propagate}
     report = compress(model, None, Recipe(**given, heldout=0), QUIET, calibration())
     assert numbers(report) == [0, 2]
-    first, second = (model.model.layers[0].get_submodule(n) for n in ("recovered_before", "recovered_after"))
+    first, second = (
+        model.model.layers[0].get_submodule(n) for n in ("recovered_before", "recovered_after")
+    )
     if propagate == "compressed":
         skip(dense, [0])
         dense.model.layers[1].register_forward_pre_hook(first.added_before, with_kwargs=True)
@@ -279,9 +284,7 @@ def test_a_later_term_sees_what_the_recipe_says(propagate: str) -> None:
         lambda _m, args, out: seen.append(out[0].double() - args[0][0].double())
     )
     logits(dense)
-    torch.testing.assert_close(
-        second.shift.double(), torch.cat(seen).mean(0), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(second.shift.double(), torch.cat(seen).mean(0), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -348,9 +351,7 @@ def test_models_whose_blocks_need_each_other_are_refused() -> None:
         compress(model, None, Recipe(method="flap", sparsity=0.2), QUIET, calibration())
 
 
-@pytest.mark.parametrize(
-    "given", [{"blocks": 3}, {"blocks": 7, "sublayer": "attention"}], ids=str
-)
+@pytest.mark.parametrize("given", [{"blocks": 3}, {"blocks": 7, "sublayer": "attention"}], ids=str)
 def test_something_has_to_stay(given: dict[str, Any]) -> None:
     recipe = Recipe(method="shortgpt", **given)
     with pytest.raises(UserError, match=f"got {given['blocks']}, the model has 3.*blocks<=2"):

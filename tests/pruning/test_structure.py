@@ -63,7 +63,9 @@ def test_distances_are_their_definition(step: float) -> None:
         found = cls(blocks=1).distance(before, after)
         assert found.dtype == torch.float32
         # Small angles too, where 1 - cos in float32 would have no digit left.
-        torch.testing.assert_close(found.double(), value, rtol=1e-2 if step < 1e-3 else 1e-4, atol=0)
+        torch.testing.assert_close(
+            found.double(), value, rtol=1e-2 if step < 1e-3 else 1e-4, atol=0
+        )
 
 
 def test_a_small_turn_keeps_its_digits() -> None:
@@ -241,9 +243,7 @@ def test_the_budget_counts_parameters(sparsity: float) -> None:
     sizes = [100, 7, 90, 7]
     removed = Flap(sparsity=sparsity).choose(scores, sizes)
     total = sum(p * s.numel() for p, s in zip(sizes, scores, strict=True))
-    ranked = sorted(
-        (float(v), g, i) for g, group in enumerate(scores) for i, v in enumerate(group)
-    )
+    ranked = sorted((float(v), g, i) for g, group in enumerate(scores) for i, v in enumerate(group))
     spent, expected = 0, set()
     for _, g, i in ranked:
         if spent + sizes[g] > sparsity * total:

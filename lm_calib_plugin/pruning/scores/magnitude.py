@@ -20,6 +20,7 @@ class Magnitude(Score):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/1506.02626"
+    comparable: ClassVar[bool] = True
     group: ClassVar[str] = "layer"
     rows_independent: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class Random(Score):
     """
 
     seed: int = 0
+
+    comparable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.at_least("seed", 0)

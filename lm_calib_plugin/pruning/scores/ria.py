@@ -23,6 +23,7 @@ class RIA(Score):
 
     statistic: ClassVar[str] = "moments"
     paper: ClassVar[str] = "https://openreview.net/forum?id=Tr0lPx9woF"
+    comparable: ClassVar[bool] = True
     group: ClassVar[str] = "layer"
 
     def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:

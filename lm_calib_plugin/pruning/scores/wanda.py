@@ -22,6 +22,7 @@ class Wanda(Score):
     rows_independent: ClassVar[bool] = True
     elementwise: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.11695"
+    comparable: ClassVar[bool] = True
     group: ClassVar[str] = "row"
 
     def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:

@@ -76,7 +76,7 @@ class DepthMethod(StructuralMethod):
 
     def options(self) -> dict[str, Any]:
         """Return every option, the update as text with its defaults filled in."""
-        return {**super().options(), "update": part_text(self.update)}
+        return {**super().options(), "update": part_text("update", self.update)}
 
     @property
     def revision(self) -> str:  # type: ignore[override]
@@ -154,9 +154,7 @@ class WidthMethod(StructuralMethod):
         return self.sparsity == 0
 
     @abstractmethod
-    def unit_scores(
-        self, weight: Tensor, variance: Tensor, width: int, attention: bool
-    ) -> Tensor:
+    def unit_scores(self, weight: Tensor, variance: Tensor, width: int, attention: bool) -> Tensor:
         """Return the importance of every unit of one output projection, ``[units]``.
 
         Parameters

@@ -12,8 +12,8 @@ from lm_calib_plugin.pruning.structure.base import BLOCK, DepthMethod
 class DepthLoss(DepthMethod):
     """Increase of the mean loss of the calibration tokens when one part is left out.
 
-    Leave-one-out, as in the code of Siddiqui et al.: every part is left out of the whole model once,
-    and the lowest go together. It is measured with the model's own output head.
+    Leave-one-out, as in the code of Siddiqui et al.: every part is left out of the whole model
+    once, and the lowest go together. It is measured with the model's own output head.
 
     Parameters
     ----------

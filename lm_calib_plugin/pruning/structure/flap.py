@@ -26,9 +26,7 @@ class Flap(WidthMethod):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.11983"
 
-    def unit_scores(
-        self, weight: Tensor, variance: Tensor, width: int, attention: bool
-    ) -> Tensor:
+    def unit_scores(self, weight: Tensor, variance: Tensor, width: int, attention: bool) -> Tensor:
         """Return the standardized score of every unit, ``[in / width]``, in float64."""
         scores = variance.double() * weight.double().square().sum(dim=0)
         if attention:

@@ -1,0 +1,196 @@
+"""From an allocation to a method for every layer, with counts that meet the budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from lm_calib_plugin import engine
+from lm_calib_plugin.engine.batches import Chunk
+from lm_calib_plugin.engine.dense import dense_pass
+from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.pruning.allocations.base import (
+    LayerFacts,
+    apportion,
+    meet_budget,
+)
+from lm_calib_plugin.pruning.masks import removed_count
+from lm_calib_plugin.pruning.pipeline import Pipeline
+from lm_calib_plugin.statistics import LayerStats, Moments
+
+LISTED_WITHIN = 0.005
+
+
+class _Energies:
+    """Second moments per token of the inputs of all layers, from one pass of the dense model."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, LayerStats] = {}
+
+    def wants(self, index: int) -> bool:
+        return True
+
+    def start(self, index: int, groups: Sequence[Sequence[engine.TargetLayer]]) -> list[Moments]:
+        return [Moments.empty(g[0].shape[1], g[0].parameter.device) for g in groups]
+
+    def listen(
+        self, state: list[Moments], chunk: Chunk, number: int, rows: Tensor, owners: Tensor
+    ) -> None:
+        if not chunk.heldout:
+            weights = None if chunk.weights is None else chunk.weights[owners]
+            state[number].update(rows, weights)
+
+    def finish(
+        self, index: int, groups: Sequence[Sequence[engine.TargetLayer]], state: list[Moments]
+    ) -> None:
+        for group, stats in zip(groups, state, strict=True):
+            self.found |= {layer.name: stats.per_token() for layer in group}
+
+
+def allocate(
+    model: nn.Module,
+    blocks: engine.Blocks,
+    chunks: Callable[[], list[Chunk]],
+    layers: Sequence[engine.TargetLayer],
+    method: Pipeline,
+    device: torch.device,
+    progress: bool = True,
+) -> dict[str, Pipeline]:
+    """Return the method for every layer, by name.
+
+    Unless the allocation takes its fractions as they are, as many weights go as with ``uniform``,
+    to within one weight of each comparison group.
+
+    Parameters
+    ----------
+    chunks
+        Makes the calibration chunks; called when the allocation looks at activations.
+    layers
+        Targeted layers inside the blocks.
+    method
+        The method with its strength for all layers together.
+
+    Raises
+    ------
+    UserError
+        When the allocation does not fit the layers, the score or the pattern.
+    """
+    allocation = method.allocation
+    assert allocation is not None
+    assert method.score is not None
+    found: dict[str, LayerStats] = {}
+    if any(layer.block == engine.HEAD for layer in layers):
+        raise UserError(
+            "allocation",
+            "the output head is among the layers, which belongs to no block",
+            "layers of the decoder blocks, or allocation=uniform",
+        )
+    if allocation.whole_layer and (method.n_of_m or method.group not in (None, "layer")):
+        given = method.pattern if method.n_of_m else f"group={method.group}"
+        raise UserError(
+            "allocation",
+            f"`global` compares whole layers, got {given}",
+            "unstructured pruning with group=layer",
+        )
+    looks = allocation.statistic != "none"
+    if looks or (allocation.whole_layer and method.score.statistic != "none"):
+        visitor = _Energies()
+        dense_pass(model, blocks, chunks(), layers, visitor, device, progress, "allocation")
+        found = visitor.found
+    facts = [LayerFacts(x.name, x.block, x.shape, x.read, found.get(x.name)) for x in layers]
+    wanted = allocation.fractions(facts, float(method.sparsity), method.score)
+    if allocation.keeps_budget and not allocation.whole_layer:
+        sizes = [layer.size for layer in facts]
+        wanted = list(meet_budget([float(w) for w in wanted], sizes, float(method.sparsity)))
+    if method.n_of_m:
+        return _with_patterns(facts, wanted, method)
+    if not allocation.whole_layer and allocation.keeps_budget:
+        wanted = _counted(facts, [float(w) for w in wanted], method)
+    group = {"group": "layer"} if allocation.whole_layer else {}
+    return {
+        fact.name: dataclasses.replace(method, sparsity=share, **group)
+        for fact, share in zip(facts, wanted, strict=True)
+    }
+
+
+def strength_found(
+    method: Pipeline,
+    layers: Sequence[engine.TargetLayer],
+    methods: Mapping[str, Pipeline],
+    asked: float | None,
+) -> Pipeline:
+    """Return the method with the strength that its layers have together.
+
+    Raises
+    ------
+    UserError
+        When fractions that were taken as they are do not remove what was asked for.
+    """
+    assert method.allocation is not None
+    if method.allocation.keeps_budget or method.n_of_m:
+        return method
+    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
+    removed = [float(methods[x.name].sparsity) * n for x, n in zip(layers, sizes, strict=True)]
+    found = sum(removed) / sum(sizes)
+    if asked is not None and abs(found - asked) > LISTED_WITHIN:
+        raise UserError(
+            "sparsity",
+            f"the listed fractions remove {found:.4f} of the weights, got {asked:g}",
+            fix="drop `sparsity`, or list other fractions",
+        )
+    return dataclasses.replace(method, sparsity=found)
+
+
+def _counted(
+    facts: Sequence[LayerFacts], wanted: Sequence[float], method: Pipeline
+) -> list[float | Fraction]:
+    """Round fractions to counts a group; together they remove what ``uniform`` would."""
+    assert method.score is not None
+    group = method.group or method.score.group
+    if group == "block128":
+        # Blocks of a layer may differ in width: each is rounded down by itself.
+        return list(wanted)
+    widths = [fact.shape[1] if group == "row" else fact.size for fact in facts]
+    units = [fact.shape[0] if group == "row" else 1 for fact in facts]
+    total = sum(
+        removed_count(width, method.sparsity) * unit
+        for width, unit in zip(widths, units, strict=True)
+    )
+    real = [share * width for share, width in zip(wanted, widths, strict=True)]
+    counts = apportion(real, units, total, [width - 1 for width in widths])
+    return [Fraction(count, width) for count, width in zip(counts, widths, strict=True)]
+
+
+def _with_patterns(
+    facts: Sequence[LayerFacts],
+    wanted: Sequence[float | Fraction],
+    method: Pipeline,
+) -> dict[str, Pipeline]:
+    """Return methods with whole numbers kept of every M, the same in all layers of a block."""
+    assert method.n_of_m is not None
+    assert method.allocation is not None
+    keep, of = method.n_of_m
+    numbers = list(dict.fromkeys(fact.block for fact in facts))
+    sizes = {b: sum(f.size for f in facts if f.block == b) for b in numbers}
+    share = {f.block: float(w) for f, w in zip(facts, wanted, strict=True)}
+    real = [share[b] * of for b in numbers]
+    if method.allocation.keeps_budget:
+        units = [sizes[b] // of for b in numbers]
+        total = (of - keep) * sum(units)
+        counts = apportion(real, units, total, [of - 1] * len(numbers))
+    else:
+        counts = [min(round(r), of - 1) for r in real]
+    gone = dict(zip(numbers, counts, strict=True))
+    made = {}
+    for fact in facts:
+        removed = gone[fact.block]
+        made[fact.name] = (
+            dataclasses.replace(method, pattern=f"{of - removed}:{of}")
+            if removed
+            else dataclasses.replace(method, pattern="unstructured", sparsity=0.0)
+        )
+    return made
