@@ -196,6 +196,15 @@ BUILTIN: tuple[Entry, ...] = (
     ),
     Entry(
         "score",
+        "admm",
+        _PRUNING + "scores.admm:ADMM",
+        "the support that ALPS finds by alternating directions, over the layer",
+        "https://arxiv.org/abs/2406.07831",
+        options=("rho", "steps"),
+        uses_damp=True,
+    ),
+    Entry(
+        "score",
         "random",
         _PRUNING + "scores.random_choice:Random",
         "uniform; a control",
