@@ -447,7 +447,7 @@ class Recipe(BaseModel):
             )
 
     def _check_scope(self) -> None:
-        """Refuse what is meant for single layers beside methods of whole models, and the reverse."""
+        """Refuse what is meant for layers beside methods of whole models, and the reverse."""
         scope = self.entry.scope
         if self.update is not None:
             part = registry.find_part("update", parse_stage("update", self.update).name, "update")
