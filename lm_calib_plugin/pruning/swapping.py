@@ -174,8 +174,8 @@ class _Search:
         """Exchange until nothing gains; write into ``values`` and ``mask``; return the count."""
         swaps = 0
         while len(rows.number):
-            kept, removed = self._group_pairs(rows) if self.group else self._row_pairs(rows)
-            accepted = self._exchange(rows, kept, removed)
+            pairs = self._group_pairs(rows) if self.group else self._row_pairs(rows)
+            accepted = self._exchange(rows, *pairs)
             swaps += int(accepted.sum())
             going = accepted.any(1) & (rows.left > 0)
             share = float(going.float().mean())
@@ -187,8 +187,12 @@ class _Search:
 
     # --- which exchanges to try -------------------------------------------------------------------
 
-    def _row_pairs(self, rows: _Rows) -> tuple[Tensor, Tensor]:
-        """Return disjoint pairs of a shortlist, kept and removed ``[rows, pairs]``, best first."""
+    def _row_pairs(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return disjoint pairs of a shortlist, best first.
+
+        Tensors ``[rows, pairs]``: places of the kept and of the removed weights, and whether there
+        is such a pair at all.
+        """
         energy, value, residual = self.energy, rows.value, rows.residual
         removing = (value * (2 * residual + value * energy)).masked_fill(~rows.keep, INF)
         if self.free:
@@ -212,11 +216,11 @@ class _Search:
         change = pairs.change(self.free)[0]
         # Rows that keep or remove fewer than others have idle entries in their shortlist.
         change.masked_fill_((cost == INF)[:, :, None] | (gain == INF)[:, None, :], INF)
-        first, second = _disjoint(change)
-        return kept.gather(1, first), removed.gather(1, second)
+        first, second, possible = _disjoint(change)
+        return kept.gather(1, first), removed.gather(1, second), possible
 
-    def _group_pairs(self, rows: _Rows) -> tuple[Tensor, Tensor]:
-        """Return the best pair of each of the groups that gain most, ``[rows, pairs]`` each."""
+    def _group_pairs(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best pair of each of the groups that gain most, as ``_row_pairs`` does."""
         shape = (len(rows.number), -1, self.group)
         value, dense, residual = (x.view(shape) for x in (rows.value, rows.dense, rows.residual))
         keep, energy = rows.keep.view(shape), self.energy.view(-1, self.group)
@@ -233,18 +237,17 @@ class _Search:
         best, groups = best.topk(min(BATCH, best.shape[1]), dim=1, largest=False)
         pair = pair.gather(1, groups)
         start = groups * self.group
-        return start + pair // self.group, start + pair % self.group
+        return start + pair // self.group, start + pair % self.group, best < INF
 
     # --- making them ------------------------------------------------------------------------------
 
-    def _exchange(self, rows: _Rows, kept: Tensor, removed: Tensor) -> Tensor:
+    def _exchange(self, rows: _Rows, kept: Tensor, removed: Tensor, possible: Tensor) -> Tensor:
         """Make in ``rows``, one after the other, the exchanges that gain; tell which, [rows, n]."""
         count = kept.shape[1]
         index = torch.cat([kept, removed], dim=1)
         gram = self.flat[index[:, :, None] * self.width + index[:, None, :]]
         residual, energy = rows.residual.gather(1, index), self.energy[index]
         value, dense = rows.value.gather(1, kept), rows.dense.gather(1, removed)
-        possible = rows.keep.gather(1, kept) & ~rows.keep.gather(1, removed)
         accepted = torch.zeros_like(possible)
         if not count:
             return accepted
@@ -274,17 +277,19 @@ class _Search:
         return accepted
 
 
-def _disjoint(change: Tensor) -> tuple[Tensor, Tensor]:
-    """Pick up to ``BATCH`` entries of ``[rows, a, b]``, lowest first, no line or column twice."""
+def _disjoint(change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pick up to ``BATCH`` entries of ``[rows, a, b]``, lowest first, no line or column twice.
+
+    Returns lines, columns and whether the entry is finite, ``[rows, picks]`` each.
+    """
     lines, columns = change.shape[1:]
     number = torch.arange(len(change), device=change.device)
-    picked = [number.new_zeros(len(change), 0)] * 2
+    places, finite = [number.new_zeros(0, len(change))], [change.new_zeros(0, len(change)) > 0]
     for _ in range(min(BATCH, lines, columns)):
-        place = change.flatten(1).argmin(dim=1)
-        line, column = place // columns, place % columns
-        picked = [
-            torch.cat([a, b[:, None]], 1) for a, b in zip(picked, (line, column), strict=True)
-        ]
-        change[number, line] = INF
-        change[number, :, column] = INF
-    return picked[0], picked[1]
+        lowest, place = change.flatten(1).min(dim=1)
+        places.append(place[None])
+        finite.append((lowest < INF)[None])
+        change[number, place // columns] = INF
+        change[number, :, place % columns] = INF
+    picked = torch.cat(places).t()
+    return picked // max(1, columns), picked % max(1, columns), torch.cat(finite).t()
