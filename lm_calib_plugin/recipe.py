@@ -90,7 +90,8 @@ class Recipe(BaseModel):
     act_order
         Visit columns by falling input energy, scales fixed before (``gptq``). Default: true.
     damp
-        Ridge added to the Gram matrix, relative to its mean diagonal. Default: 0.01.
+        Ridge added to the Gram matrix, relative to its mean diagonal. Default: 0.01, and 0.1 for
+        ``admm``.
     compat
         ``reference`` reproduces the counting rules of the papers' code instead of exact counts.
     propagate
