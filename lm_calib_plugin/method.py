@@ -86,6 +86,11 @@ class Method(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     @property
+    def label(self) -> str:
+        """A short name for progress bars and tables."""
+        return type(self).__name__.lower()
+
+    @property
     def does_nothing(self) -> bool:
         """Whether these options leave every weight exactly as it is."""
         return False

@@ -131,7 +131,7 @@ class _Walk(BlockPass):
             self.timed("capture", self.capture)
         bar = tqdm(
             range(len(self.blocks)),
-            desc=f"{type(self.plan.method).__name__.lower()} blocks",
+            desc=f"{self.plan.method.label} blocks",
             disable=not self.progress,
         )
         # After the last block that holds a target, data only matters for the head.

@@ -76,6 +76,12 @@ class Pipeline(PruningMethod):
             plain["damp"] = self.damp
         return plain | {name: part_text(name, getattr(self, name)) for name in STAGES}
 
+    @property
+    def label(self) -> str:
+        """The names of the parts, such as ``sparsegpt+obs``."""
+        names = ((name, getattr(self, name)) for name in STAGES)
+        return "+".join(part_text(n, p).partition("?")[0] for n, p in names if p is not None)
+
     # --- what the parts say together ---------------------------------------------------------
 
     @property
