@@ -18,7 +18,8 @@ _PACKERS = "lm_calib_plugin.calibration.packers:"
 
 # Recipe fields of every pipeline; `damp` comes with parts that use the Gram matrix.
 PIPELINE_OPTIONS = (
-    "sparsity", "pattern", "group", "compat", "damp", "correction", "allocation", "score", "refine", "update",
+    "sparsity", "pattern", "group", "compat", "damp", "correction", "allocation", "score",
+    "refine", "update",
 )  # fmt: skip
 
 

@@ -94,8 +94,8 @@ class Recipe(BaseModel):
         ``admm``.
     correction
         Part of the error of earlier blocks that each layer makes up for, 0 to 1: its target is the
-        output in the dense model instead of that of its own weight. For pruning methods that use the
-        Gram matrix; one more forward pass. Default: 0 (``swap_pcg``: see there).
+        output in the dense model instead of that of its own weight. For pruning methods that use
+        the Gram matrix; one more forward pass. Default: 0 (``swap_pcg``: 0.3).
     compat
         ``reference`` reproduces the counting rules of the papers' code instead of exact counts.
     propagate
