@@ -43,7 +43,7 @@ def _manager() -> object:
 
 def test_the_argument_table_names_every_option_and_no_other() -> None:
     table = README.split("### Arguments")[1].split("### Calibration")[0]
-    named = set(re.findall(r"`([a-z_]+)`", table.split("`lm-calib ls options`")[0]))
+    named = set(re.findall(r"`([a-z0-9_]+)`", table.split("`lm-calib ls options`")[0]))
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     first = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
     known = {*Recipe.model_fields, *RUNTIME_ARGUMENTS, "recipe"}
