@@ -126,6 +126,7 @@ BUILTIN: tuple[Entry, ...] = (
         score="admm?rho=0.3&steps=21",
         group="row",
         update="pcg?steps=20&swaps=50",
+        correction=0.3,
     ),
     _depth(
         "shortgpt",

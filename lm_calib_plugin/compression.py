@@ -365,7 +365,8 @@ def _resolve(
         layers=storage.digest(done.names),
         revision=done.method.revision,
         options=done.method.options(),
-        inert=done.method.inert,
+        # Where a block sees what dense blocks give, there is nothing to correct.
+        inert=done.method.inert + (("correction",) if recipe.propagate == "dense" else ()),
         unchanged=done.unchanged,
         heldout=held,
         calib_id=calibration.calib_id if calibration else None,

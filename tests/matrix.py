@@ -113,7 +113,13 @@ ROWS: list[Row] = [
     *_pruning("swap_pcg", "gram", "row", False, False, by_score=False),
     Row(
         "swap_pcg",
-        {"sparsity": 0.6, "score": "wanda", "refine": "swap?steps=20", "update": "pcg?steps=5"},
+        {
+            "sparsity": 0.6,
+            "correction": 0.5,
+            "score": "wanda",
+            "refine": "swap?steps=20",
+            "update": "pcg?steps=5",
+        },
         "gram",
         "row",
         0.6,

@@ -158,7 +158,8 @@ class _Walk(BlockPass):
     @property
     def corrects(self) -> bool:
         """Whether layers make up for the error of earlier blocks."""
-        return self.plan.method.correction > 0 and bool(self.chunks)
+        plan = self.plan
+        return plan.method.correction > 0 and plan.propagate == "compressed" and bool(self.chunks)
 
     def _tell_of_experts(self) -> None:
         for names, what in (

@@ -60,7 +60,7 @@ class Pipeline(PruningMethod):
                 "correction",
                 f"got {self.correction:g}",
                 "methods that use the Gram matrix of the inputs",
-                "add update=pcg or update=obs, or drop `correction`",
+                "add update=pcg or update=obs, or correction=0",
             )
 
     @classmethod

@@ -103,6 +103,21 @@ def test_chunks_do_not_matter_and_nothing_is_corrected_by_zero() -> None:
     torch.testing.assert_close(run(QUIET, correction=0.5)[0], run(one, correction=0.5)[0])
 
 
+def test_dense_inputs_leave_nothing_to_correct() -> None:
+    reports = [
+        compress(
+            make_model(),
+            None,
+            Recipe(method="sparsegpt", sparsity=0.5, propagate="dense", correction=amount),
+            QUIET,
+            calibration(),
+        )
+        for amount in (0.0, 0.7)
+    ]
+    assert reports[0].weights_digest == reports[1].weights_digest
+    assert reports[0].key == reports[1].key
+
+
 def test_methods_without_a_gram_matrix_refuse() -> None:
     with pytest.raises(UserError, match="methods that use the Gram matrix"):
         Recipe(method="wanda", sparsity=0.5, correction=0.5).make_method()

@@ -64,8 +64,9 @@ class PCG(Update):
         found = masked_pcg(weight, keep, gram, self.steps, values, heldout=other)
         if self.swaps:
             moved = swap_descent(weight, keep, gram, self.swaps, strength.n_of_m, kept=found.weight)
-            keep = moved.keep
-            found = masked_pcg(weight, keep, gram, self.steps, moved.weight, heldout=other)
+            if moved.swaps:
+                keep = moved.keep
+                found = masked_pcg(weight, keep, gram, self.steps, moved.weight, heldout=other)
         return selection.but(keep=keep, weight=found.weight, solved="pcg", damp=strength.damp)
 
     def _other(self, stats: LayerStats | None) -> Tensor | None:
