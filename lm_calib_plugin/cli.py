@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -28,6 +27,10 @@ class _Verbatim(TyperCommand):
 
 class _Listed(str, Enum):
     methods = "methods"
+    allocations = "allocations"
+    scores = "scores"
+    refinements = "refinements"
+    updates = "updates"
     sources = "sources"
     packings = "packings"
     selections = "selections"
@@ -60,10 +63,11 @@ class _WithFields(TyperCommand):
         raise NotImplementedError
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        from lm_calib_plugin.listing import documented
         from lm_calib_plugin.recipe import Recipe
 
         super().format_options(ctx, formatter)
-        meanings = _documented(Recipe)
+        meanings = documented(Recipe)
         with formatter.section(self.title):
             formatter.write_dl([(f"{_flag(f)} VALUE", meanings.get(f, "")) for f in self.fields()])
 
@@ -283,15 +287,10 @@ def compare_draws(
 
 @app.command("ls")
 def list_parts(what: _Listed) -> None:
-    """List methods, calibration sources, packings, selectors, or the options of a recipe."""
-    if what is _Listed.options:
-        _print_table(("option", "default", "meaning"), _option_rows())
-    else:
-        _print_table(("name", "what it is", "paper", "from"), _part_rows(what))
-    if what is _Listed.sources:
-        typer.echo()
-        header = ("corpus", "what it is", "short for", "license", "revision")
-        _print_table(header, _corpus_rows())
+    """List methods and their stages, calibration sources and more, or the options of a recipe."""
+    from lm_calib_plugin.listing import print_list
+
+    print_list(what.value)
 
 
 @app.command()
@@ -415,86 +414,3 @@ def _extra_options(ctx: Any, names: Iterable[str]) -> dict[str, str]:
             raise UserError(flag, "has no value", f"for instance {flag} VALUE")
         found[fields[flag]] = value if equals else rest.pop(0)
     return found
-
-
-# --- tables ----------------------------------------------------------------------------------
-
-
-def _part_rows(what: _Listed) -> Iterator[tuple[str, ...]]:
-    from lm_calib_plugin import registry
-
-    kinds: dict[_Listed, tuple[registry.Kind, ...]] = {
-        _Listed.methods: ("pruning", "quantization"),
-        _Listed.sources: ("calibration", "mixture"),
-        _Listed.packings: ("packing",),
-        _Listed.selections: ("selection",),
-    }
-    for kind in kinds[what]:
-        for entry in registry.table(kind).values():
-            yield entry.name, entry.summary, entry.paper, _origin(entry.distribution)
-        for kept, ignored in registry.shadowed(kind):
-            note = f"not used: the name belongs to {kept.distribution}"
-            yield ignored.name, note, "", _origin(ignored.distribution)
-
-
-def _corpus_rows() -> Iterator[tuple[str, ...]]:
-    from lm_calib_plugin.corpora import CORPORA
-
-    for name, row in CORPORA.items():
-        revision = row.revision or "looked up and recorded when drawn from"
-        yield name, row.summary, f"hf:{row.place()}", row.licence, revision
-
-
-def _origin(distribution: str) -> str:
-    """Return ``name version``: installing a distribution is trusting it, so it is always shown."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"{distribution} {version(distribution)}"
-    except PackageNotFoundError:  # run from a source tree
-        return distribution
-
-
-def _option_rows() -> Iterator[tuple[str, ...]]:
-    from dataclasses import fields
-
-    from lm_calib_plugin.recipe import Recipe
-    from lm_calib_plugin.runtime import Runtime
-
-    meanings = _documented(Recipe) | _documented(Runtime)
-    defaults = {
-        name: "required" if field.is_required() else field.default
-        for name, field in Recipe.model_fields.items()
-    } | {field.name: field.default for field in fields(Runtime)}
-    for name, default in defaults.items():
-        shown = "" if default is None or default == () else str(default)
-        yield name, shown.lower() if isinstance(default, bool) else shown, meanings.get(name, "")
-
-
-def _documented(cls: type) -> dict[str, str]:
-    """Return what the "Parameters" of a numpy docstring say, by name."""
-    text = inspect.getdoc(cls) or ""
-    _, _, section = text.partition("Parameters\n----------\n")
-    meanings: dict[str, str] = {}
-    names: list[str] = []
-    for line in re.split(r"\n\n\w+\n---", section)[0].splitlines():
-        if line and not line[0].isspace():
-            names = [name.strip() for name in line.split(":")[0].split(",")]
-        for name in names if line[:1].isspace() else ():
-            plain = re.sub(r":\w+:`~?([^`]*)`|``?([^`]*)``?", r"\1\2", line.strip())
-            meanings[name] = f"{meanings.get(name, '')} {plain}".strip()
-    return meanings
-
-
-def _print_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe: keep each row on one line, as grep likes it
-        console = Console(width=400)
-    table = Table(*header, box=None, pad_edge=False, header_style="bold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lm_calib_plugin import cli, registry
+from lm_calib_plugin import cli, listing, registry
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
@@ -92,6 +92,10 @@ def test_eval_reaches_the_real_harness():
 LIGHT = [
     ["--help"],
     ["ls", "methods"],
+    ["ls", "allocations"],
+    ["ls", "scores"],
+    ["ls", "refinements"],
+    ["ls", "updates"],
     ["ls", "sources"],
     ["ls", "packings"],
     ["ls", "selections"],
@@ -162,7 +166,7 @@ def test_ls_names_both_distributions_of_a_claimed_name(
 
 
 def test_ls_options_explains_every_argument():
-    rows = {name: (default, meaning) for name, default, meaning in cli._option_rows()}
+    rows = {name: (default, meaning) for name, default, meaning in listing.option_rows()}
     assert list(rows) == [*Recipe.model_fields, *(f.name for f in fields(Runtime))]
     assert rows["nsamples"][0] == "128"
     assert rows["method"][0] == "required"

@@ -1,166 +1,73 @@
-"""Masked conjugate gradients: the best values of the kept weights, all rows at once."""
+"""Re-fit of the kept weights by masked conjugate gradients."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-# Rows that have stopped leave the work when so many of the rest have.
-STOPPED = 0.25
+from lm_calib_plugin.pruning.parts import Selection, Strength, Update
+from lm_calib_plugin.pruning.refit import masked_pcg
+from lm_calib_plugin.pruning.shrinkage import damped_gram
+from lm_calib_plugin.pruning.swapping import swap_descent
+from lm_calib_plugin.statistics import Gram, LayerStats
 
 
 @dataclass(frozen=True)
-class Refit:
-    """What a re-fit found.
+class PCG(Update):
+    """Lower ``tr((W - V) G (W - V)^T)`` over all values of the kept weights (ALPS, section 3.3).
 
-    ``weight`` is ``[out, in]``, zero off the mask. ``steps`` is the number of steps that the
-    slowest row took, ``residual`` the length of the gradient on the mask relative to that at the
-    start, over all rows (0: solved). ``chosen`` is the number of steps after which the held-out
-    error was lowest; None without held-out inputs.
-    """
-
-    weight: Tensor
-    steps: int
-    residual: float
-    chosen: int | None = None
-
-
-def masked_pcg(
-    weight: Tensor,
-    keep: Tensor,
-    gram: Tensor,
-    steps: int,
-    start: Tensor | None = None,
-    tolerance: float = 1e-4,
-    heldout: Tensor | None = None,
-    every: int = 5,
-) -> Refit:
-    """Lower ``tr((W - V) G (W - V)^T)`` over all ``V`` that are zero off the mask.
-
-    Conjugate gradients on ``G`` scaled to unit diagonal (which is Jacobi preconditioning), with one
-    product of ``[out, in]`` and ``[in, in]`` a step. Rows are separate problems with their own step
-    sizes, and stop by themselves. Weights of inputs without energy stay as they are.
+    Preconditioned conjugate gradients for all rows at once, from the values that a score found on
+    the mask, or the dense ones. The ridge pulls towards the dense weights, not towards zero.
 
     Parameters
     ----------
-    weight
-        Dense weight ``W``, ``[out, in]``.
-    keep
-        Mask of the weights that stay, ``[out, in]``.
-    gram
-        Gram matrix of the inputs, ``[in, in]``, of the dtype of ``weight``; a ridge is added
-        before, see :func:`~lm_calib_plugin.pruning.shrinkage.shrunk`.
     steps
-        At most so many steps.
-    start
-        Values to begin with, ``[out, in]``; None: the dense ones.
-    tolerance
-        A row stops when a step lowers its error by less than this part of it.
+        Most steps.
+    swaps
+        After the re-fit, exchange so many weights of a row, at most, a returning weight at its best
+        value, and re-fit again; 0: none.
+    shrink
+        Part of its own energy by which each input counts more, alone; correlations shrink.
     heldout
-        Gram matrix of other inputs, ``[in, in]``; the iterate with the lowest error on them, over
-        all rows, is returned; the start is one of them.
-    every
-        Steps between two looks at the held-out error; a look costs as much as a step.
-
-    Returns
-    -------
-    Refit
-        Never worse than the start on ``gram``, nor on ``heldout``, up to rounding.
-    """
-    values = torch.where(keep, weight if start is None else start, torch.zeros_like(weight))
-    diagonal = gram.diagonal()
-    scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
-    pairs = scale[:, None] * scale
-    solver = _Solver((weight - values) * scale, keep, gram / pairs)
-    judge = None if heldout is None else _Judge(heldout / pairs, solver.all_errors())
-    taken, going = 0, True
-    while going and taken < steps:
-        going = solver.step(tolerance)
-        taken += 1
-        if judge is not None and (taken % every == 0 or taken == steps or not going):
-            judge.look(solver.all_errors(), taken)
-    error = solver.all_errors() if judge is None else judge.error
-    solver.check_fallen(error)
-    found = torch.where(keep, weight - error / scale, torch.zeros_like(weight))
-    # Where nothing moved, no rounding either.
-    found = torch.where(error == solver.first, values, found)
-    return Refit(found, taken, solver.remaining(), None if judge is None else judge.chosen)
-
-
-class _Solver:
-    """Conjugate gradients on the scaled error ``E = (W - V) D``, each row with its own steps.
-
-    ``rows`` are the places of the rows still at work; ``error``, ``gradient`` and ``direction``
-    hold those only, ``[rows, in]``, ``value`` their ``e^T G e``, ``square`` the square of their
-    gradient on the mask, ``[rows]``.
+        Keep the step with the lowest error on the sequences held out, where there are any.
     """
 
-    def __init__(self, error: Tensor, keep: Tensor, gram: Tensor) -> None:
-        self.first, self.gram = error, gram
-        residual = error @ gram
-        self.start = (error * residual).sum(1)
-        self.mask = keep.to(error.dtype)
-        self.gradient = residual * self.mask
-        self.direction, self.error = self.gradient.clone(), error.clone()
-        self.value, self.square = self.start.clone(), self.gradient.square().sum(1)
-        self.rows = torch.arange(len(error), device=error.device)
-        self.finished, self.squares = error.clone(), self.square.clone()
-        self.initial = self.square.sum()
+    steps: int = 20
+    swaps: int = 0
+    shrink: float = 0.0
+    heldout: bool = True
 
-    def step(self, tolerance: float) -> bool:
-        """Make one step in every row at work; tell whether a row has still something to gain."""
-        if not len(self.rows):
-            return False
-        curved = (self.direction @ self.gram).mul_(self.mask)
-        bend = (self.direction * curved).sum(1)
-        size = torch.where(bend > 0, self.square / bend, 0.0)[:, None]
-        self.error -= size * self.direction
-        self.gradient -= size * curved
-        gain = size[:, 0] * self.square
-        self.value -= gain
-        square = self.gradient.square().sum(1)
-        turn = torch.where(self.square > 0, square / self.square, 0.0)[:, None]
-        self.direction.mul_(turn).add_(self.gradient)
-        self.square = square
-        going = gain > tolerance * self.value.clamp_min(0)
-        if float(going.float().mean()) <= 1 - STOPPED:
-            self._leave(~going)
-        return bool(going.any())
+    statistic: ClassVar[str] = "gram"
+    uses_damp: ClassVar[bool] = True
+    uses_heldout: ClassVar[bool] = True
+    rows_independent: ClassVar[bool] = False
+    paper: ClassVar[str] = "https://arxiv.org/abs/2406.07831"
 
-    def _leave(self, done: Tensor) -> None:
-        """Store the rows that are done and go on with the others."""
-        places = self.rows[done]
-        self.finished[places], self.squares[places] = self.error[done], self.square[done]
-        for name in ("rows", "mask", "error", "gradient", "direction", "value", "square"):
-            setattr(self, name, getattr(self, name)[~done])
+    def __post_init__(self) -> None:
+        self.at_least("steps", 1)
+        self.at_least("swaps", 0)
+        self.at_least("shrink", 0)
 
-    def all_errors(self) -> Tensor:
-        """Return the present scaled error of all rows, ``[out, in]``."""
-        return self.finished.index_copy(0, self.rows, self.error)
+    def update(
+        self,
+        weight: Tensor,
+        selection: Selection,
+        stats: LayerStats | None,
+        strength: Strength,
+    ) -> Selection:
+        """Return the selection with re-fitted weights, and after exchanges another mask."""
+        gram = damped_gram(stats, strength.damp, self.shrink, weight)
+        other = self._other(stats)
+        keep, values = selection.keep, selection.weight
+        found = masked_pcg(weight, keep, gram, self.steps, values, heldout=other)
+        if self.swaps:
+            moved = swap_descent(weight, keep, gram, self.swaps, strength.n_of_m, kept=found.weight)
+            keep = moved.keep
+            found = masked_pcg(weight, keep, gram, self.steps, moved.weight, heldout=other)
+        return selection.but(keep=keep, weight=found.weight, solved="pcg", damp=strength.damp)
 
-    def remaining(self) -> float:
-        """Return the length of the gradient on the mask, relative to that at the start."""
-        left = self.squares.index_copy(0, self.rows, self.square).sum()
-        return float((left / self.initial).sqrt()) if self.initial > 0 else 0.0
-
-    def check_fallen(self, error: Tensor) -> None:
-        """Assert that no row is worse than at the start, up to the rounding of sums of squares."""
-        after = ((error @ self.gram) * error).sum(1)
-        slack = torch.finfo(error.dtype).eps ** 0.5
-        assert bool((after <= self.start * (1 + slack)).all()), "a re-fit raised the error"
-
-
-class _Judge:
-    """Remembers the iterate with the lowest error on held-out inputs, summed over all rows."""
-
-    def __init__(self, gram: Tensor, error: Tensor) -> None:
-        self.gram, self.lowest, self.chosen = gram, float("inf"), 0
-        self.look(error, 0)
-
-    def look(self, error: Tensor, taken: int) -> None:
-        """Compare the iterate after ``taken`` steps."""
-        found = float(((error @ self.gram) * error).sum())
-        if found < self.lowest:
-            self.error, self.lowest, self.chosen = error, found, taken
+    def _other(self, stats: LayerStats | None) -> Tensor | None:
+        other = stats.heldout if self.heldout and stats is not None else None
+        return other.gram() if isinstance(other, Gram) and other.tokens else None

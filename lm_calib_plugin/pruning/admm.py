@@ -1,0 +1,93 @@
+"""What the methods that alternate directions share: a Gram matrix of unit diagonal, and inverses.
+
+``min_V ||X W^T - X V^T||^2`` over weights ``V`` with few non-zeros is split into a ridge problem
+and a choice of the largest entries (alternating direction method of multipliers, ADMM). Both
+steps are done on weights times the norms of their inputs, so that all columns are on one scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lm_calib_plugin.errors import NumericalError
+from lm_calib_plugin.statistics import Gram, LayerStats
+
+
+@dataclass(frozen=True)
+class UnitGram:
+    """``D^-1 G D^-1`` with a diagonal of ones, ``[in, in]``, and ``norm``, the diagonal of ``D``.
+
+    ``dead`` marks input channels without any energy, ``[in]``: they are decoupled from the others,
+    and what stands in front of them counts as zero.
+    """
+
+    matrix: Tensor
+    norm: Tensor
+    dead: Tensor
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """Return ``W D``, zero in front of silent inputs, ``[out, in]``."""
+        return (weight * self.norm).masked_fill(self.dead, 0.0).contiguous()
+
+    def restored(self, scaled: Tensor, weight: Tensor) -> Tensor:
+        """Undo :meth:`scaled`; in front of silent inputs stands ``weight``, ``[out, in]``."""
+        return torch.where(self.dead, weight, scaled / self.norm)
+
+
+def unit_gram(stats: LayerStats | None, device: torch.device, ridge: float = 0.0) -> UnitGram:
+    """Return the Gram matrix of a layer's inputs, scaled to unit diagonal.
+
+    Parameters
+    ----------
+    stats
+        Statistics that hold a Gram matrix.
+    device
+        Where the weight is.
+    ridge
+        Added to the diagonal before scaling, relative to its mean.
+    """
+    if not isinstance(stats, Gram):
+        raise ValueError("ADMM needs the Gram matrix of the inputs")
+    matrix = stats.gram().to(device, copy=True)
+    diagonal = matrix.diagonal()
+    dead = diagonal == 0
+    diagonal += ridge * diagonal.mean()
+    diagonal[dead] = 1.0
+    norm = diagonal.sqrt()
+    matrix /= norm
+    matrix /= norm[:, None]
+    matrix.diagonal().fill_(1.0)
+    return UnitGram(matrix, norm, dead)
+
+
+def inverse(matrix: Tensor, shift: float) -> Tensor:
+    """Return ``(matrix + shift * I)^-1``, ``[in, in]``, float32.
+
+    By Cholesky factorization in float32; in float64 where that is not enough.
+
+    Parameters
+    ----------
+    matrix
+        ``[in, in]``, float32, symmetric positive semi-definite, of unit diagonal.
+    shift
+        Added to the diagonal, positive.
+
+    Raises
+    ------
+    NumericalError
+        When the matrix is not positive definite in float64, either.
+    """
+    for dtype in (torch.float32, torch.float64):
+        shifted = matrix.to(dtype, copy=True)
+        shifted.diagonal().add_(shift)
+        lower, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed.item():
+            found = torch.cholesky_inverse(lower).float()
+            if bool(found.isfinite().all()):
+                return found
+    raise NumericalError(
+        "Gram matrix", "inverse", f"not positive definite even with {shift:g} more", "raise damp"
+    )

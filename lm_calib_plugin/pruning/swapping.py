@@ -1,0 +1,290 @@
+"""Exact 1-swap descent: exchange one removed weight for one kept weight while the error falls.
+
+Every row ``w`` is a problem of its own. With the present values ``v``, the error ``e = w - v`` and
+the residual ``r = G e``, removing the kept weight ``p`` and giving the removed weight ``u`` the
+value ``t`` changes ``e^T G e`` by::
+
+    v_p (2 r_p + v_p G_pp) + t (t G_uu - 2 r_u) - 2 v_p t G_pu
+
+For ``t`` there are two rules: the dense weight ``w_u``, as long as kept weights are those of the
+dense layer (arXiv 2512.10922), or the best value ``(r_u + v_p G_pu) / G_uu``, after a re-fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+# Numbers held at once in the largest tensor of a tile of rows.
+TILE = 1 << 24
+# Exchanges tried from one shortlist; each is made only if it gains after those before it.
+BATCH = 8
+# Rows that have stopped leave the work when so many of the rest have.
+STOPPED = 0.25
+INF = float("inf")
+
+
+class Swapped(NamedTuple):
+    """``keep`` and ``weight`` (zero off the mask) are ``[out, in]``; ``swaps`` counts them all."""
+
+    keep: Tensor
+    weight: Tensor
+    swaps: int
+
+
+def swap_descent(
+    weight: Tensor,
+    keep: Tensor,
+    gram: Tensor,
+    steps: int,
+    n_of_m: tuple[int, int] | None = None,
+    candidates: int | None = 32,
+    kept: Tensor | None = None,
+) -> Swapped:
+    """Exchange weights, row by row, while that lowers the output error.
+
+    The gain of every exchange is exact, so the error of a row falls with each of them. Rows stop
+    by themselves.
+
+    Parameters
+    ----------
+    weight
+        Dense weight, ``[out, in]``.
+    keep
+        Mask of the weights that stay, ``[out, in]``; every row keeps its count, and with
+        ``n_of_m`` every group.
+    gram
+        Gram matrix of the inputs, ``[in, in]``, of the dtype of ``weight``.
+    steps
+        At most so many exchanges in a row.
+    n_of_m
+        ``(N, M)``: exchange within groups of M inputs only; all pairs of every group are tried.
+    candidates
+        Unstructured: so many kept weights that cost least, and so many removed ones that gain
+        most, are paired; None or 0: all pairs of a row, at a high price.
+    kept
+        Values of the kept weights after a re-fit, ``[out, in]``; None: dense ones. When given, a
+        weight that returns takes its best value instead of its dense one.
+
+    Returns
+    -------
+    Swapped
+        New mask, values and the number of exchanges; arguments are not changed.
+    """
+    values = torch.where(keep, weight if kept is None else kept, torch.zeros_like(weight))
+    mask = keep.clone()
+    search = _Search(gram, n_of_m, candidates or weight.shape[1], free=kept is not None)
+    tile = max(1, TILE // search.numbers_per_row)
+    swaps = 0
+    for first in range(0, weight.shape[0] if steps > 0 else 0, tile):
+        own = slice(first, first + tile)
+        rows = _Rows.of(weight[own], values[own], mask[own], gram, steps)
+        before = rows.error.clone()
+        swaps += search.descend(rows, values[own], mask[own])
+        _check_fallen(weight[own] - values[own], gram, before)
+    return Swapped(mask, values, swaps)
+
+
+def _check_fallen(error: Tensor, gram: Tensor, before: Tensor) -> None:
+    """Assert that no row is worse than before, up to the rounding of sums of squares."""
+    after = ((error @ gram) * error).sum(1)
+    slack = torch.finfo(error.dtype).eps ** 0.5
+    assert bool((after <= before * (1 + slack)).all()), "an exchange of weights raised the error"
+
+
+@dataclass
+class _Rows:
+    """Rows still at work: tensors ``[rows, in]``, then ``[rows]``.
+
+    ``number`` is the place of a row in its tile, ``error`` is ``e^T G e``, ``left`` how many
+    exchanges a row may still make.
+    """
+
+    dense: Tensor
+    value: Tensor
+    keep: Tensor
+    residual: Tensor
+    number: Tensor
+    error: Tensor
+    left: Tensor
+
+    @classmethod
+    def of(cls, dense: Tensor, value: Tensor, keep: Tensor, gram: Tensor, steps: int) -> _Rows:
+        difference = dense - value
+        residual = difference @ gram
+        number = torch.arange(len(dense), device=dense.device)
+        error = (difference * residual).sum(1)
+        left = torch.full_like(number, steps)
+        return cls(dense, value.clone(), keep.clone(), residual, number, error, left)
+
+    def only(self, which: Tensor) -> _Rows:
+        return _Rows(*(getattr(self, field.name)[which] for field in fields(self)))
+
+
+@dataclass
+class _Pairs:
+    """What the change of the error needs of pairs; all tensors broadcast to ``[rows, ...pairs]``.
+
+    ``value`` of the kept weight and ``dense`` of the removed one; then, for both, residual and
+    energy (the diagonal of the Gram matrix), and the Gram element ``between`` them.
+    """
+
+    value: Tensor
+    dense: Tensor
+    residuals: tuple[Tensor, Tensor]
+    energies: tuple[Tensor, Tensor]
+    between: Tensor
+
+    def change(self, free: bool) -> tuple[Tensor, Tensor]:
+        """Return the change of the error and the value that the removed weight takes."""
+        (kept, removed), (loss, gain) = self.residuals, self.energies
+        value, slope = self.value, removed + self.value * self.between
+        # An input without energy has no residual either: its weight returns as zero.
+        taken = slope / torch.where(gain > 0, gain, 1.0) if free else self.dense
+        removing = value * (2 * kept + value * loss)
+        return removing + taken * (taken * gain - 2 * slope), taken
+
+
+class _Search:
+    """Finds and makes exchanges in many rows at once.
+
+    ``free``: a weight that returns takes its best value, else its dense one.
+    """
+
+    def __init__(
+        self, gram: Tensor, n_of_m: tuple[int, int] | None, candidates: int, free: bool
+    ) -> None:
+        self.gram, self.flat, self.free = gram, gram.reshape(-1), free
+        self.width, self.energy = gram.shape[0], gram.diagonal()
+        self.group = n_of_m[1] if n_of_m else 0
+        self.candidates = min(candidates, self.width)
+        if self.group:
+            inside = torch.arange(self.width, device=gram.device).view(-1, self.group)
+            self.blocks = gram[inside[:, :, None], inside[:, None, :]]
+        pairs = self.width * self.group if self.group else self.candidates**2
+        self.numbers_per_row = max(pairs, 8 * self.width, 4 * BATCH**2)
+        # Gains below the rounding of a row's error are none.
+        self.least = 16 * torch.finfo(gram.dtype).eps
+
+    def descend(self, rows: _Rows, values: Tensor, mask: Tensor) -> int:
+        """Exchange until nothing gains; write into ``values`` and ``mask``; return the count."""
+        swaps = 0
+        while len(rows.number):
+            kept, removed = self._group_pairs(rows) if self.group else self._row_pairs(rows)
+            accepted = self._exchange(rows, kept, removed)
+            swaps += int(accepted.sum())
+            going = accepted.any(1) & (rows.left > 0)
+            share = float(going.float().mean())
+            if share <= 1 - STOPPED:
+                done = rows.only(~going)
+                values[done.number], mask[done.number] = done.value, done.keep
+                rows = rows.only(going)
+        return swaps
+
+    # --- which exchanges to try -------------------------------------------------------------------
+
+    def _row_pairs(self, rows: _Rows) -> tuple[Tensor, Tensor]:
+        """Return disjoint pairs of a shortlist, kept and removed ``[rows, pairs]``, best first."""
+        energy, value, residual = self.energy, rows.value, rows.residual
+        removing = (value * (2 * residual + value * energy)).masked_fill(~rows.keep, INF)
+        if self.free:
+            returning = -residual.square() / torch.where(energy > 0, energy, 1.0)
+        else:
+            returning = rows.dense * (rows.dense * energy - 2 * residual)
+        returning = returning.masked_fill(rows.keep, INF)
+        count = rows.keep.sum(1)
+        short = [int(n.max()) for n in (count, self.width - count)]
+        sides = [min(self.candidates, n) for n in short]
+        cost, kept = removing.topk(sides[0], dim=1, largest=False)
+        gain, removed = returning.topk(sides[1], dim=1, largest=False)
+        between = self.flat[kept[:, :, None] * self.width + removed[:, None, :]]
+        pairs = _Pairs(
+            value.gather(1, kept)[:, :, None],
+            rows.dense.gather(1, removed)[:, None, :],
+            (residual.gather(1, kept)[:, :, None], residual.gather(1, removed)[:, None, :]),
+            (energy[kept][:, :, None], energy[removed][:, None, :]),
+            between,
+        )
+        change = pairs.change(self.free)[0]
+        # Rows that keep or remove fewer than others have idle entries in their shortlist.
+        change.masked_fill_((cost == INF)[:, :, None] | (gain == INF)[:, None, :], INF)
+        first, second = _disjoint(change)
+        return kept.gather(1, first), removed.gather(1, second)
+
+    def _group_pairs(self, rows: _Rows) -> tuple[Tensor, Tensor]:
+        """Return the best pair of each of the groups that gain most, ``[rows, pairs]`` each."""
+        shape = (len(rows.number), -1, self.group)
+        value, dense, residual = (x.view(shape) for x in (rows.value, rows.dense, rows.residual))
+        keep, energy = rows.keep.view(shape), self.energy.view(-1, self.group)
+        pairs = _Pairs(
+            value[..., None],
+            dense[..., None, :],
+            (residual[..., None], residual[..., None, :]),
+            (energy[:, :, None], energy[:, None, :]),
+            self.blocks,
+        )
+        change = pairs.change(self.free)[0]
+        change.masked_fill_(~keep[..., None] | keep[..., None, :], INF)
+        best, pair = change.flatten(2).min(dim=2)
+        best, groups = best.topk(min(BATCH, best.shape[1]), dim=1, largest=False)
+        pair = pair.gather(1, groups)
+        start = groups * self.group
+        return start + pair // self.group, start + pair % self.group
+
+    # --- making them ------------------------------------------------------------------------------
+
+    def _exchange(self, rows: _Rows, kept: Tensor, removed: Tensor) -> Tensor:
+        """Make in ``rows``, one after the other, the exchanges that gain; tell which, [rows, n]."""
+        count = kept.shape[1]
+        index = torch.cat([kept, removed], dim=1)
+        gram = self.flat[index[:, :, None] * self.width + index[:, None, :]]
+        residual, energy = rows.residual.gather(1, index), self.energy[index]
+        value, dense = rows.value.gather(1, kept), rows.dense.gather(1, removed)
+        possible = rows.keep.gather(1, kept) & ~rows.keep.gather(1, removed)
+        accepted = torch.zeros_like(possible)
+        if not count:
+            return accepted
+        # What is taken from the error of each entry: removing adds to it, returning subtracts.
+        moved = torch.zeros_like(residual)
+        for i in range(count):
+            j = count + i
+            change, taken = _Pairs(
+                value[:, i],
+                dense[:, i],
+                (residual[:, i], residual[:, j]),
+                (energy[:, i], energy[:, j]),
+                gram[:, i, j],
+            ).change(self.free)
+            yes = possible[:, i] & (change < -self.least * rows.error) & (rows.left > 0)
+            accepted[:, i] = yes
+            moved[:, i] = torch.where(yes, value[:, i], 0.0)
+            moved[:, j] = torch.where(yes, -taken, 0.0)
+            residual += moved[:, i, None] * gram[:, i] + moved[:, j, None] * gram[:, j]
+            rows.error += torch.where(yes, change, 0.0)
+            rows.left -= yes.long()
+        rows.residual += embedding_bag(index, self.gram, per_sample_weights=moved, mode="sum")
+        # Rejected entries, which may repeat an accepted one, add zero.
+        rows.value.scatter_add_(1, index, -moved)
+        turned = accepted.repeat(1, 2).to(moved.dtype)
+        rows.keep ^= torch.zeros_like(rows.value).scatter_add_(1, index, turned) > 0
+        return accepted
+
+
+def _disjoint(change: Tensor) -> tuple[Tensor, Tensor]:
+    """Pick up to ``BATCH`` entries of ``[rows, a, b]``, lowest first, no line or column twice."""
+    lines, columns = change.shape[1:]
+    number = torch.arange(len(change), device=change.device)
+    picked = [number.new_zeros(len(change), 0)] * 2
+    for _ in range(min(BATCH, lines, columns)):
+        place = change.flatten(1).argmin(dim=1)
+        line, column = place // columns, place % columns
+        picked = [
+            torch.cat([a, b[:, None]], 1) for a, b in zip(picked, (line, column), strict=True)
+        ]
+        change[number, line] = INF
+        change[number, :, column] = INF
+    return picked[0], picked[1]
