@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lm_calib_plugin.pruning import swapping as module
 from lm_calib_plugin.pruning.masks import keep_highest, keep_n_of_m
-from lm_calib_plugin.pruning.refinements import swap as module
-from lm_calib_plugin.pruning.refinements.swap import swap_descent
+from lm_calib_plugin.pruning.swapping import swap_descent
 
 
 def problem(rows: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
