@@ -19,13 +19,20 @@ from typing import Any
 
 import torch
 from naive_methods import gptq, magnitude, rtn, sparsegpt, wanda
+from naive_pruning import admm, alps, dsnot, owl_fractions, ria, wanda_refit, wanda_variant
 from perplexity import perplexities
 from torch import Tensor, nn
 
 METHODS: dict[str, tuple[Callable[..., Tensor], str | None]] = {
     "magnitude": (magnitude, None),
     "wanda": (wanda, "diagonal"),
+    "wanda_variant": (wanda_variant, "diagonal"),
+    "wanda_refit": (wanda_refit, "gram"),
+    "ria": (ria, "diagonal"),
+    "dsnot": (dsnot, "tallies"),
     "sparsegpt": (sparsegpt, "gram"),
+    "admm": (admm, "gram"),
+    "alps": (alps, "gram"),
     "rtn": (rtn, None),
     "gptq": (gptq, "gram"),
 }
@@ -65,14 +72,35 @@ def run_block(block: nn.Module, inputs: list[tuple[Tensor, dict]]) -> list[tuple
     return outputs
 
 
-def observe(block: nn.Module, inputs: list[tuple[Tensor, dict]], full: bool) -> dict[str, Tensor]:
-    """Float64 Gram matrix (`full`) or its diagonal at the input of each linear layer."""
+def gram_of(x: Tensor) -> Tensor:
+    """Gram matrix of inputs ``[tokens, in]``."""
+    return x.T @ x
+
+
+def diagonal_of(x: Tensor) -> Tensor:
+    """Diagonal of the Gram matrix."""
+    return x.square().sum(0)
+
+
+def tallies_of(x: Tensor) -> Tensor:
+    """Sums, sums of squares, tokens and sequences (one) of each input of a sequence."""
+    one = torch.ones(x.shape[1], dtype=x.dtype)
+    return torch.stack([x.sum(0), x.square().sum(0), len(x) * one, one])
+
+
+STATISTICS = {"gram": gram_of, "diagonal": diagonal_of, "tallies": tallies_of}
+
+
+def observe(
+    block: nn.Module, inputs: list[tuple[Tensor, dict]], statistic: str
+) -> dict[str, Tensor]:
+    """Sum of a statistic over the samples, float64, at the input of each linear layer."""
     sums: dict[str, Any] = dict.fromkeys(linears(block), 0)
 
     def hook(name: str) -> Callable:
         def add(_: nn.Module, args: tuple) -> None:
             x = args[0].reshape(-1, args[0].shape[-1]).double()
-            sums[name] = sums[name] + (x.T @ x if full else x.square().sum(0))
+            sums[name] = sums[name] + STATISTICS[statistic](x)
 
         return add
 
@@ -84,7 +112,23 @@ def observe(block: nn.Module, inputs: list[tuple[Tensor, dict]], full: bool) -> 
 
 
 @torch.no_grad()
-def compress(model: nn.Module, samples: list[list[int]], method: str, **options: Any) -> None:
+def fractions_by_outliers(
+    model: nn.Module, samples: list[list[int]], sparsity: float
+) -> list[float]:
+    """Fraction that OWL removes from each block, from one pass of the dense model."""
+    inputs, scores = first_inputs(model, samples), []
+    for block in model.model.layers:
+        found = observe(block, inputs, "diagonal")
+        own = [part.weight.abs() * found[name].sqrt() for name, part in linears(block).items()]
+        scores.append(torch.cat([score.flatten() for score in own]))
+        inputs = run_block(block, inputs)
+    return owl_fractions(scores, sparsity)
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module, samples: list[list[int]], method: str, owl: bool = False, **options: Any
+) -> None:
     """Compress all linear layers of all blocks in place.
 
     Parameters
@@ -95,13 +139,18 @@ def compress(model: nn.Module, samples: list[list[int]], method: str, **options:
         Calibration windows; not looked at by ``magnitude`` and ``rtn``.
     method : str
         A name of `METHODS`.
+    owl : bool
+        Whether OWL says how much is removed from each block; for unstructured pruning.
     **options
         The options of that method, by the argument names of its function.
     """
     function, statistic = METHODS[method]
     inputs = first_inputs(model, samples) if statistic else []
-    for block in model.model.layers:
-        found = observe(block, inputs, full=statistic == "gram") if statistic else {}
+    shares = fractions_by_outliers(model, samples, options["sparsity"]) if owl else []
+    for index, block in enumerate(model.model.layers):
+        if owl:
+            options["sparsity"] = shares[index]
+        found = observe(block, inputs, statistic) if statistic else {}
         for name, part in linears(block).items():
             arguments = [found[name]] if statistic else []
             part.weight.copy_(function(part.weight, *arguments, **options))
@@ -120,7 +169,7 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         return options
     pattern = tuple(int(part) for part in args.pattern.split(":")) if args.pattern else None
     sparsity = 1 - pattern[0] / pattern[1] if pattern else args.sparsity
-    return {"sparsity": sparsity, "pattern": pattern}
+    return {"sparsity": sparsity, "pattern": pattern, "owl": args.owl}
 
 
 def block_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -140,6 +189,7 @@ def main() -> None:
     parser.add_argument("--method", choices=["dense", *METHODS], required=True)
     parser.add_argument("--sparsity", type=float, default=0.5, help="fraction removed")
     parser.add_argument("--pattern", help="N:M, N = kept; overrides --sparsity")
+    parser.add_argument("--owl", action="store_true", help="fractions by outliers of the blocks")
     parser.add_argument("--bits", type=int, default=3)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--no-act-order", action="store_true")

@@ -46,8 +46,8 @@ def fill(
     sources
         Name -> calibration expression.
     options
-        Fields of a recipe: those of the calibration set, ``targets``, ``ignore``, ``blocks`` and
-        ``exclude_first_token``.
+        Fields of a recipe: those of the calibration set, ``targets``, ``ignore``,
+        ``block_path`` and ``exclude_first_token``.
     out
         Folder of the bank; goes on with one that was begun, opens one that is finished.
     folds
@@ -223,7 +223,7 @@ def study_draws(
 
 def bank_layers(bank: Bank, model: nn.Module, recipe: Recipe) -> list[engine.TargetLayer]:
     """Return the layers of the model that are in the bank."""
-    blocks = engine.find_blocks(model, recipe.blocks)
+    blocks = engine.find_blocks(model, recipe.block_path)
     held = {name for row in bank.inputs for name in row.layers}
     # Experts of a kind unknown to us are not in a bank either.
     layers, _ = engine.find_layers(blocks, ("*",))

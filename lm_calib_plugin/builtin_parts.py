@@ -7,6 +7,7 @@ from typing import Any
 from lm_calib_plugin.registry import Entry
 
 _PRUNING = "lm_calib_plugin.pruning."
+_STRUCTURE = _PRUNING + "structure."
 _PIPELINE = _PRUNING + "pipeline:Pipeline"
 _QUANTIZATION = "lm_calib_plugin.quantization."
 _SOURCES = "lm_calib_plugin.calibration.sources."
@@ -34,6 +35,19 @@ def _preset(
         needs_data=needs_data,
         options=PIPELINE_OPTIONS,
         stages=tuple(stages.items()),
+    )
+
+
+def _depth(name: str, target: str, summary: str, arxiv: str, *options: str) -> Entry:
+    """Return the row of a method that removes blocks or parts of them."""
+    return Entry(
+        "pruning",
+        name,
+        _STRUCTURE + target,
+        summary,
+        f"https://arxiv.org/abs/{arxiv}",
+        options=("blocks", "sparsity", *options, "update"),
+        scope="model",
     )
 
 
@@ -68,6 +82,21 @@ BUILTIN: tuple[Entry, ...] = (
         update="obs",
     ),
     _preset(
+        "dsnot",
+        "wanda, then weights change places until the mean output is kept",
+        "2310.08915",
+        score="wanda",
+        refine="dsnot",
+    ),
+    _preset(
+        "admm",
+        "mask grows while the weights are solved for, by alternating directions",
+        "2401.02938",
+        score="admm_gradual",
+        update="admm",
+        damp=0.1,
+    ),
+    _preset(
         "owl",
         "wanda, more from blocks with fewer outliers",
         "2310.05175",
@@ -96,6 +125,57 @@ BUILTIN: tuple[Entry, ...] = (
         score="wanda",
         refine="swap",
         update="pcg",
+    ),
+    _depth(
+        "shortgpt",
+        "shortgpt:ShortGPT",
+        "blocks that turn their input least, all at once",
+        "2403.03853",
+        "sublayer",
+    ),
+    _depth(
+        "angular",
+        "angular:Angular",
+        "the run of blocks that turns the last token least",
+        "2403.17887",
+    ),
+    _depth(
+        "depth_cosine",
+        "depth_cosine:DepthCosine",
+        "blocks, attention or MLP by 1 - cos of input and output",
+        "2407.16286",
+        "sublayer",
+    ),
+    _depth(
+        "depth_l1",
+        "depth_l1:DepthL1",
+        "blocks, attention or MLP that add least, 1-norm",
+        "2407.16286",
+        "sublayer",
+    ),
+    _depth(
+        "depth_l2",
+        "depth_l2:DepthL2",
+        "blocks, attention or MLP that add least, 2-norm",
+        "2407.16286",
+        "sublayer",
+    ),
+    _depth(
+        "depth_loss",
+        "depth_loss:DepthLoss",
+        "blocks, attention or MLP that the loss misses least",
+        "2407.16286",
+        "sublayer",
+        "greedy",
+    ),
+    Entry(
+        "pruning",
+        "flap",
+        _STRUCTURE + "flap:Flap",
+        "heads and neurons that fluctuate least, their mean kept in a bias",
+        "https://arxiv.org/abs/2312.11983",
+        options=("sparsity",),
+        scope="model",
     ),
     Entry(
         "quantization",
@@ -131,6 +211,13 @@ BUILTIN: tuple[Entry, ...] = (
     ),
     Entry(
         "score",
+        "wanda_variant",
+        _PRUNING + "scores.wanda_variant:WandaVariant",
+        "wanda, where every row gives up the same share of its scores",
+        "https://arxiv.org/abs/2306.11695",
+    ),
+    Entry(
+        "score",
         "ria",
         _PRUNING + "scores.ria:RIA",
         "share of row and column x root of the input norm, over the layer",
@@ -155,6 +242,15 @@ BUILTIN: tuple[Entry, ...] = (
     ),
     Entry(
         "score",
+        "admm_gradual",
+        _PRUNING + "scores.admm_gradual:ADMMGradual",
+        "a mask that grows while update=admm solves, over the layer",
+        "https://arxiv.org/abs/2401.02938",
+        options=("rho", "steps", "mask_steps"),
+        uses_damp=True,
+    ),
+    Entry(
+        "score",
         "random",
         _PRUNING + "scores.random_choice:Random",
         "uniform; a control",
@@ -162,6 +258,14 @@ BUILTIN: tuple[Entry, ...] = (
         options=("seed",),
     ),
     Entry("refinement", "none", "", "the mask of the score", needs_data=False),
+    Entry(
+        "refinement",
+        "dsnot",
+        _PRUNING + "refinements.dsnot:DSnoT",
+        "removed and kept weights change places until the mean output is kept",
+        "https://arxiv.org/abs/2310.08915",
+        options=("cycles", "threshold", "power"),
+    ),
     Entry(
         "refinement",
         "swap",
@@ -182,6 +286,15 @@ BUILTIN: tuple[Entry, ...] = (
     ),
     Entry(
         "update",
+        "admm",
+        _PRUNING + "updates.admm:ADMMUpdate",
+        "alternating directions on any mask",
+        "https://arxiv.org/abs/2401.02938",
+        options=("rho", "steps"),
+        uses_damp=True,
+    ),
+    Entry(
+        "update",
         "pcg",
         _PRUNING + "updates.pcg:PCG",
         "re-fit by masked conjugate gradients",
@@ -194,6 +307,23 @@ BUILTIN: tuple[Entry, ...] = (
         "bias",
         _PRUNING + "updates.bias:Bias",
         "the mean output is restored by the bias",
+    ),
+    Entry(
+        "update",
+        "mean",
+        _STRUCTURE + "recovery:MeanUpdate",
+        "depth pruning: the mean of what a removed block added",
+        "https://arxiv.org/abs/2407.16286",
+        scope="model",
+    ),
+    Entry(
+        "update",
+        "lowrank",
+        _STRUCTURE + "recovery:LowRankUpdate",
+        "depth pruning: a linear map of low rank for a removed block",
+        "https://arxiv.org/abs/2407.16286",
+        options=("rank", "ridge"),
+        scope="model",
     ),
     Entry(
         "allocation",

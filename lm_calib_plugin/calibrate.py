@@ -26,7 +26,7 @@ from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
 
 # What else of a recipe decides the shares of a mixture, beside the method and its options.
-_SERVED = ("exclude_first_token", "targets", "ignore", "blocks")
+_SERVED = ("exclude_first_token", "targets", "ignore", "block_path")
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def make_bank(
     exclude_first_token: bool = typer.Option(False, "--exclude-first-token"),
     targets: str = typer.Option(None, help="Layers, name patterns joined by +."),
     ignore: str = typer.Option(None, help="Layers to leave out, name patterns joined by +."),
-    blocks: str = typer.Option(None, help="Path of the list of decoder blocks."),
+    block_path: str = typer.Option(None, help="Path of the list of decoder blocks."),
     tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
     revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
     dtype: str = typer.Option("auto", help="Of the model."),
@@ -211,7 +211,7 @@ def make_bank(
     from pathlib import Path
 
     options: dict[str, Any] = dict(_extra_options(ctx, [f for f in _set_fields() if f != "fold"]))
-    given = {"targets": targets, "ignore": ignore, "blocks": blocks}
+    given = {"targets": targets, "ignore": ignore, "block_path": block_path}
     options |= {name: value for name, value in given.items() if value is not None}
     options["exclude_first_token"] = exclude_first_token
 

@@ -82,8 +82,13 @@ def compress(
     given = calibration is not None
     if not given:
         check_calibration(recipe)
-    blocks = engine.find_blocks(model, recipe.blocks)
-    layers, left = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
+    blocks = engine.find_blocks(model, recipe.block_path)
+    structural = method.scope == "model"
+    layers, left = [], []
+    if not structural:
+        layers, left = engine.select_layers(
+            model, blocks, recipe.targets, recipe.ignore, recipe.untie
+        )
     for layer in layers:
         method.check_layer(layer.name, layer.shape)
         if method.needs_bias and layer.bias is None:
@@ -106,6 +111,8 @@ def compress(
     seconds: dict[str, float] = {}
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     with left_as_found(model):
+        if structural:
+            engine.check_reshape(model, blocks, method, device)
         start = time.perf_counter()
         dense_digest = engine.model_digest(model)
         seconds["digest"] = time.perf_counter() - start
@@ -131,35 +138,49 @@ def compress(
         chunks = _chunks(calibration, recipe, runtime, model, tokenizer, device)
         for place in _cuda_devices(model):
             torch.cuda.reset_peak_memory_stats(place)
-        methods: dict[str, Any] = {}
-        if getattr(method, "allocation", None) is not None and not method.does_nothing:
-            start = time.perf_counter()
-            # A pass uses chunks up, so each has its own.
-            methods = allocate(
-                model,
-                blocks,
-                lambda: _chunks(calibration, recipe, runtime, model, tokenizer, device),
-                layers,
-                method,
-                device,
-                runtime.progress,
+        result: Any
+        if structural:
+            follow = recipe.propagate == "compressed"
+            result = engine.reshape(
+                model, blocks, chunks, method, device, follow=follow, progress=runtime.progress
             )
-            method = strength_found(method, layers, methods, recipe.sparsity)
-            seconds["allocation"] = time.perf_counter() - start
-        plan = engine.Plan(method, layers, recipe.propagate, methods)
-        result = engine.run(model, blocks, chunks, plan, device, runtime.progress)
+        else:
+            methods: dict[str, Any] = {}
+            if getattr(method, "allocation", None) is not None and not method.does_nothing:
+                start = time.perf_counter()
+                # A pass uses chunks up, so each has its own.
+                methods = allocate(
+                    model,
+                    blocks,
+                    lambda: _chunks(calibration, recipe, runtime, model, tokenizer, device),
+                    layers,
+                    method,
+                    device,
+                    runtime.progress,
+                )
+                method = strength_found(method, layers, methods, recipe.sparsity)
+                seconds["allocation"] = time.perf_counter() - start
+            plan = engine.Plan(method, layers, recipe.propagate, methods)
+            result = engine.run(model, blocks, chunks, plan, device, runtime.progress)
         seconds |= result.seconds
         start = time.perf_counter()
-        achieved = measure(model, blocks, layers, method, result.grids)
+        achieved = (
+            result.achieved()
+            if structural
+            else measure(model, blocks, layers, method, result.grids)
+        )
         final_digest = engine.weights_digest(model)
         seconds["measure"] = time.perf_counter() - start
     held = sum(chunk.rows for chunk in chunks if chunk.heldout)
-    resolved = _resolve(recipe, method, dense_digest, layers, calibration, held)
+    names = [blocks.path] if structural else [layer.name for layer in layers]
+    unchanged = method.does_nothing or (structural and not result.removed)
+    resolved = _resolve(recipe, method, dense_digest, names, unchanged, calibration, held)
     report = Report(
         key=resolved.key(),
         recipe=resolved.to_metadata() | _counted(calibration, given),
         calibration=_calibration_summary(calibration, result.pads, held),
-        layers=result.rows,
+        layers=[] if structural else result.rows,
+        structure=result.table() if structural else None,
         achieved=achieved,
         left_dense=left,
         seconds=seconds,
@@ -324,7 +345,8 @@ def _resolve(
     recipe: Recipe,
     method: Method,
     dense_digest: str,
-    layers: Sequence[engine.TargetLayer],
+    layers: Sequence[str],
+    unchanged: bool,
     calibration: CalibrationSet | None,
     held: int,
 ) -> ResolvedRecipe:
@@ -332,11 +354,11 @@ def _resolve(
     packs = sorted({str(s["pack"]) for s in sources if s.get("pack")})
     facts = Facts(
         model=dense_digest,
-        layers=storage.digest([layer.name for layer in layers]),
+        layers=storage.digest(list(layers)),
         revision=method.revision,
         options=method.options(),
         inert=method.inert,
-        unchanged=method.does_nothing,
+        unchanged=unchanged,
         heldout=held,
         calib_id=calibration.calib_id if calibration else None,
         seqlen=calibration.seqlen if calibration else None,

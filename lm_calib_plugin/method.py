@@ -50,6 +50,8 @@ class Method(ABC):
     elementwise
         Whether what happens to a weight depends on the input statistics of its own channel only by
         products of whole tensors, so that moments may differ from row to row, ``[out, in]``.
+    scope
+        ``layer``: sees one weight at a time; ``model``: takes whole parts out of the model.
     needs_bias
         Whether layers without a bias have to be refused.
     uses_heldout
@@ -63,6 +65,7 @@ class Method(ABC):
     """
 
     kind: ClassVar[str]
+    scope: ClassVar[str] = "layer"
     statistic: ClassVar[str] = "none"
     permutation_safe: ClassVar[bool] = False
     rows_independent: ClassVar[bool] = False
@@ -93,6 +96,10 @@ class Method(ABC):
         ``shape`` is ``(out, in)``. Called for all layers before any data is read.
         """
         return None
+
+    def for_layer(self, name: str) -> Self:
+        """Return the method as it treats the layer of this name, ``model.layers.0.mlp.up_proj``."""
+        return self
 
     @abstractmethod
     def compress(

@@ -34,11 +34,11 @@ STORED_SET = "set"
 # options of the methods. Every other field decides what is in the set.
 _USED_LATER = (
     "schema_version", "method", "propagate", "heldout", "exclude_first_token", "targets", "ignore",
-    "blocks", "untie",
+    "block_path", "untie",
 )  # fmt: skip
 _OF_METHODS = (
-    "sparsity", "pattern", "group", "allocation", "score", "refine", "update", "bits",
-    "group_size", "symmetric", "act_order", "damp", "compat",
+    "sparsity", "pattern", "blocks", "sublayer", "greedy", "group", "allocation", "score", "refine",
+    "update", "bits", "group_size", "symmetric", "act_order", "damp", "compat",
 )  # fmt: skip
 UNSTRUCTURED = "unstructured"
 ALL_FOLDS = "all"
@@ -60,6 +60,13 @@ class Recipe(BaseModel):
         Fraction of the weights *removed*, 0 <= s < 1 (pruning).
     pattern
         ``unstructured`` or ``N:M``: N weights *kept* in every M consecutive inputs (pruning).
+    blocks
+        Number of blocks, or sub-layers, that are removed; instead of ``sparsity`` (depth pruning).
+    sublayer
+        What is removed: ``block``, or only its ``attention`` or ``mlp`` (depth pruning).
+        Default: ``block``.
+    greedy
+        Remove one block at a time and measure the others anew (``depth_loss``). Default: false.
     bits
         Width of the integer grid, 2-8; 16 leaves the weights as they are (quantization).
         Default: 4.
@@ -74,7 +81,8 @@ class Recipe(BaseModel):
     refine
         What improves the mask; a name of ``lm-calib ls refinements`` (pruning).
     update
-        What gives the kept weights new values; a name of ``lm-calib ls updates`` (pruning).
+        What gives the kept weights new values; a name of ``lm-calib ls updates`` (pruning). For
+        depth pruning: what stands in for the removed blocks.
     group_size
         Consecutive inputs that share a scale; -1: one scale per output channel. Default: 128.
     symmetric
@@ -126,7 +134,7 @@ class Recipe(BaseModel):
         decoder blocks.
     ignore
         Layers to leave as they are, name patterns joined by ``+``.
-    blocks
+    block_path
         Path of the list of decoder blocks, when it is not found by itself.
     untie
         Give the output head its own copy of the weights before it is compressed.
@@ -143,6 +151,9 @@ class Recipe(BaseModel):
     method: str
     sparsity: float | None = None
     pattern: str | None = None
+    blocks: int | None = None
+    sublayer: str | None = None
+    greedy: bool | None = None
     bits: int | None = None
     group: str | None = None
     allocation: str | None = None
@@ -170,7 +181,7 @@ class Recipe(BaseModel):
     exclude_first_token: bool = False
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
-    blocks: str | None = None
+    block_path: str | None = None
     untie: bool = False
 
     def __init__(self, **data: Any) -> None:
@@ -262,7 +273,13 @@ class Recipe(BaseModel):
         return found
 
     @field_validator(
-        "symmetric", "act_order", "untie", "exclude_first_token", "chat_template", mode="before"
+        "symmetric",
+        "act_order",
+        "greedy",
+        "untie",
+        "exclude_first_token",
+        "chat_template",
+        mode="before",
     )
     @classmethod
     def _check_flags(cls, value: Any, info: Any) -> bool:
@@ -276,24 +293,40 @@ class Recipe(BaseModel):
             raise UserError("damp", f"got {found:g}", "a ridge >= 0, usually 0.01")
         return found
 
-    @field_validator("blocks", mode="before")
+    @field_validator("block_path", mode="before")
     @classmethod
-    def _check_blocks(cls, value: Any) -> str:
+    def _check_block_path(cls, value: Any) -> str:
         if not isinstance(value, str) or not value.strip():
             raise UserError(
-                "blocks",
+                "block_path",
                 f"got {value!r}",
                 "the path of the list of decoder blocks",
-                "for instance blocks=model.layers",
+                "for instance block_path=model.layers",
             )
         return value.strip()
 
-    @field_validator("compat", "group", "propagate", "pack", "fold", "select", mode="before")
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _check_blocks(cls, value: Any) -> int:
+        try:
+            return whole("blocks", value, lowest=0)
+        except UserError as error:
+            if isinstance(value, str) and re.search("[a-z]", value):
+                hint = f"block_path={value.strip()}"
+                raise UserError(
+                    "blocks", f"got {value!r}", "how many blocks are removed", f"for a path {hint}"
+                ) from None
+            raise error from None
+
+    @field_validator(
+        "compat", "group", "sublayer", "propagate", "pack", "fold", "select", mode="before"
+    )
     @classmethod
     def _check_choices(cls, value: Any, info: Any) -> str:
         allowed: list[str] = {
             "compat": ["reference"],
             "group": ["row", "layer", "block128"],
+            "sublayer": ["block", "attention", "mlp"],
             "propagate": ["compressed", "dense"],
             "pack": list(registry.table("packing")),
             "fold": list(FOLDS),
@@ -367,6 +400,7 @@ class Recipe(BaseModel):
                 )
         if entry.kind == "pruning":
             self._check_pruning()
+        self._check_scope()
         self._check_selection()
         taken = registry.table("packing")[self.pack].options if self.pack else ()
         for name in self.packing_options():
@@ -412,15 +446,52 @@ class Recipe(BaseModel):
                 "drop `select_target`",
             )
 
+    def _check_scope(self) -> None:
+        """Refuse what is meant for layers beside methods of whole models, and the reverse."""
+        scope = self.entry.scope
+        if self.update is not None:
+            part = registry.find_part("update", parse_stage("update", self.update).name, "update")
+            if part.target and part.scope != scope:
+                rows = registry.table("update").values()
+                fitting = [row.name for row in rows if row.scope == scope or not row.target]
+                what = "removes whole parts" if scope == "model" else "works on single weights"
+                raise UserError(
+                    "update",
+                    f"`{part.name}` does not go with method `{self.method}`, which {what}",
+                    f"updates of this method: {listed(fitting)}",
+                    "name one of them, or drop `update`",
+                )
+        if scope == "layer":
+            return
+        for name in ("targets", "ignore", "untie"):
+            if getattr(self, name):
+                raise UserError(
+                    name,
+                    f"method `{self.method}` does not choose among layers",
+                    "it looks at the whole model",
+                    f"drop `{name}`",
+                )
+        if "blocks" in self.options and (self.blocks is None) == (self.sparsity is None):
+            raise UserError(
+                "blocks",
+                "missing" if self.blocks is None else "given beside `sparsity`",
+                "how many blocks are removed: blocks=N, or sparsity=S as a fraction of them",
+                f"for instance method={self.method},blocks=2",
+            )
+
     def _check_pruning(self) -> None:
+        if "blocks" in self.entry.options:
+            return
         if self.pattern in (None, UNSTRUCTURED):
             listed_out = "allocation" in self.stages and self.stages["allocation"].name == "list"
             if self.sparsity is None and "sparsity" in self.entry.options and not listed_out:
                 raise UserError(
                     "sparsity",
                     "missing",
-                    "a fraction removed, 0 <= s < 1, or a pattern",
-                    "for instance sparsity=0.5 or pattern=2:4",
+                    "a fraction removed, 0 <= s < 1"
+                    + (", or a pattern" if "pattern" in self.entry.options else ""),
+                    "for instance sparsity=0.5"
+                    + (" or pattern=2:4" if "pattern" in self.entry.options else ""),
                 )
         else:
             implied = 1 - self.kept[0] / self.kept[1]

@@ -44,6 +44,7 @@ KINDS: tuple[Kind, ...] = (
     "packing",
     "selection",
 )
+Scope = Literal["layer", "model"]
 Nested = Literal["no", "one", "many", "varies"]
 OURS = "lm-calib-plugin"
 
@@ -57,7 +58,8 @@ class Entry:
     ``nested`` tells how many sources stand inside the parentheses of a source or mixture:
     ``no`` or ``one``, ``many`` (at least one), or ``varies`` (the class decides). ``stages`` are
     the stages, and other defaults, that a name of a pruning pipeline stands for; ``uses_damp``
-    tells whether a stage uses a ridge.
+    tells whether a stage uses a ridge. ``scope`` is ``model`` for methods that take whole parts out
+    of a model, and for the updates that go with them.
     """
 
     kind: Kind
@@ -71,6 +73,7 @@ class Entry:
     nested: Nested = "no"
     stages: tuple[tuple[str, Any], ...] = ()
     uses_damp: bool = False
+    scope: Scope = "layer"
 
     def make(self, options: Mapping[str, Any]) -> Any:
         """Return the method with these options; a named pipeline adds its own stages."""
@@ -148,6 +151,7 @@ def find_part(kind: Kind, name: str, argument: str) -> Entry:
         needs_data=part.statistic != "none",
         options=tuple(field.name.rstrip("_") for field in fields(part)),
         uses_damp=getattr(part, "uses_damp", False),
+        scope=getattr(part, "scope", "layer"),
     )
 
 
@@ -182,6 +186,7 @@ def find_method(name: str) -> Entry:
                 paper=method.paper,
                 needs_data=method.statistic != "none",
                 options=tuple(field.name for field in fields(method)),
+                scope=getattr(method, "scope", "layer"),
             )
     known = [*table("pruning"), *table("quantization")]
     raise UserError(

@@ -42,8 +42,10 @@ class Report:
     """Everything that is said about one compressed model.
 
     ``key`` names the result (see :meth:`lm_calib_plugin.recipe.ResolvedRecipe.key`); ``achieved``
-    is counted on the live weights after all work is done. ``calibration_set`` is the set that was
-    used, None without data; it is not written anywhere.
+    is counted on the live weights after all work is done. ``structure`` tells what methods of whole
+    models took out: ``removed`` (names), ``ranking`` (every part with its value) and ``error``, the
+    relative squared error of what the output head receives; ``layers`` is empty then.
+    ``calibration_set`` is the set that was used, None without data; it is not written anywhere.
     """
 
     key: str
@@ -60,11 +62,20 @@ class Report:
     model_digest: str = ""
     report_file: str | None = None
     report_sha256: str | None = None
+    structure: dict[str, Any] | None = None
     calibration_set: Any = field(default=None, repr=False, compare=False)
 
     def error(self) -> dict[str, Any]:
-        """Return median and worst relative output error, on calibration and held-out tokens."""
+        """Return median and worst relative output error, on calibration and held-out tokens.
+
+        Of methods of whole models: the error of the last hidden states.
+        """
         found: dict[str, Any] = {}
+        if self.structure is not None:
+            for kind in ("calibration", "heldout"):
+                value = self.structure["error"].get(kind)
+                found[kind] = None if value is None else {"last_hidden": _rounded(value)}
+            return found
         for kind in ("calibration", "heldout"):
             pairs = [(getattr(r, f"error_{kind}"), r.name) for r in self.layers]
             known = [(e, name) for e, name in pairs if e is not None]
@@ -94,7 +105,7 @@ class Report:
             "weights_digest": self.weights_digest,
             "report_file": self.report_file,
             "report_sha256": self.report_sha256,
-        }
+        } | ({} if self.structure is None else {"removed": self.structure["removed"]})
 
     def line(self) -> str:
         """Return one line for people: what was compressed, by what, with which data, how well."""
@@ -109,13 +120,19 @@ class Report:
             c = self.calibration
             names = "+".join(s["source"] for s in c["sources"]) or "a given set"
             data = f"{names} ({c['nsamples']} x {c['seqlen']} tokens, {c['calib_id'][:12]})"
+        what = f"{len(self.layers)} layers"
+        if self.structure is not None:
+            what = _shortly(self.structure["removed"])
         parts = [
-            f"{self.recipe['method']}: {len(self.layers)} layers, {', '.join(strength)}",
+            f"{self.recipe['method']}: {what}, {', '.join(strength)}",
             f"calibrated on {data}",
         ]
         for kind, label in (("calibration", "layer error"), ("heldout", "held out")):
-            if error[kind]:
+            if error[kind] and "median" in error[kind]:
                 parts.append(f"{label} {error[kind]['median']:.4f}")
+            elif error[kind]:
+                label = label.replace("layer error", "error of the last hidden state")
+                parts.append(f"{label} {error[kind]['last_hidden']:.4f}")
         parts.append(f"{sum(self.seconds.values()):.1f} s")
         parts.append(f"key {self.key[:12]}")
         if self.warnings:
@@ -133,7 +150,7 @@ class Report:
                 {k: v for k, v in asdict(row).items() if k != "seconds"} for row in self.layers
             ],
             "left_dense": [{"name": name, "why": why} for name, why in self.left_dense],
-        }
+        } | ({} if self.structure is None else {"structure": self.structure})
 
     def write(self, folder: Path) -> Path:
         """Write the side file atomically; its name holds the key, its hash goes in the summary."""
@@ -144,6 +161,12 @@ class Report:
         write_text(path, canonical_json(content) + "\n")
         self.report_file, self.report_sha256 = str(path), file_digest(path)
         return path
+
+
+def _shortly(removed: list[str], limit: int = 4) -> str:
+    """Return what was removed, the first few by name."""
+    more = f" and {len(removed) - limit} more" if len(removed) > limit else ""
+    return f"without {', '.join(removed[:limit])}{more}" if removed else "nothing removed"
 
 
 def _rounded(value: float, digits: int = 6) -> float:

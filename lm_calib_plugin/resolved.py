@@ -29,7 +29,7 @@ class Facts:
     options
         The method's options with defaults filled in.
     inert
-        Names of options that this method takes without any effect on the weights.
+        Names of options, and ``propagate``, without any effect on the weights by this method.
     unchanged
         Whether these options leave every weight as it is.
     calib_id
@@ -80,8 +80,9 @@ class ResolvedRecipe:
             identity |= {
                 "calib_id": facts.calib_id,
                 "heldout": facts.heldout,
-                "propagate": recipe.propagate,
             }
+            if "propagate" not in facts.inert:
+                identity["propagate"] = recipe.propagate
             if recipe.exclude_first_token:
                 identity["exclude_first_token"] = True
         return digest(identity)

@@ -20,7 +20,8 @@ class Row:
     or ``levels`` for quantization. ``budget`` is the fraction removed, or ``(N, M)`` kept.
     ``stats_scale``: the result does not depend on the scale of the statistic. ``weight_scale``:
     scaling the weights scales the result. ``keeps_values``: weights that stay are not changed.
-    ``zero`` are options that turn the method into nothing.
+    ``by_score``: with uncorrelated inputs, what goes are the smallest products of weight and input
+    norm. ``zero`` are options that turn the method into nothing.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Row:
     stats_scale: bool = True
     weight_scale: bool = True
     keeps_values: bool = False
+    by_score: bool = True
     zero: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -45,7 +47,13 @@ class Row:
 
 
 def _pruning(
-    name: str, statistic: str, group: str, permutation_safe: bool, keeps_values: bool
+    name: str,
+    statistic: str,
+    group: str,
+    permutation_safe: bool,
+    keeps_values: bool,
+    reference: str = "at least",
+    **claims: bool,
 ) -> list[Row]:
     def row(options: dict[str, Any], kind: str, budget: Any, safe: bool) -> Row:
         return Row(
@@ -57,6 +65,7 @@ def _pruning(
             permutation_safe=safe,
             keeps_values=keeps_values,
             zero={"sparsity": 0.0},
+            **claims,
         )
 
     rows = [row({"sparsity": s}, group, s, permutation_safe) for s in (0.5, 0.29, 0.99)]
@@ -66,7 +75,7 @@ def _pruning(
         row({"pattern": f"{n}:{m}"}, "n:m", (n, m), alone)
         for n, m in ((2, 4), (1, 4), (3, 5), (4, 8))
     ]
-    reference = "row" if group == "row" else "at least"
+    reference = "row" if group == "row" else reference
     rows.append(row({"sparsity": 0.5, "compat": "reference"}, reference, 0.5, permutation_safe))
     return rows
 
@@ -96,8 +105,26 @@ def _quantization(name: str, statistic: str, extra: list[dict[str, Any]]) -> lis
 ROWS: list[Row] = [
     *_pruning("magnitude", "none", "layer", permutation_safe=False, keeps_values=True),
     *_pruning("wanda", "moments", "row", permutation_safe=True, keeps_values=True),
-    *_pruning("ria", "moments", "layer", permutation_safe=False, keeps_values=True),
+    # Its scores share row and column.
+    *_pruning("ria", "moments", "layer", permutation_safe=False, keeps_values=True, by_score=False),
     *_pruning("sparsegpt", "gram", "block", permutation_safe=False, keeps_values=False),
+    *_pruning("admm", "gram", "layer", False, False, reference="layer", by_score=False),
+    *_pruning("alps", "gram", "layer", False, False, reference="layer", by_score=False),
+    # Its threshold is a number in the units of the output.
+    *_pruning(
+        "dsnot", "spread", "row", True, True, by_score=False, stats_scale=False, weight_scale=False
+    ),
+    Row(
+        "dsnot",
+        {"sparsity": 0.5, "refine": "dsnot?threshold=0"},
+        "spread",
+        "row",
+        0.5,
+        permutation_safe=True,
+        keeps_values=True,
+        by_score=False,
+        zero={"sparsity": 0.0},
+    ),
     # Without other layers an allocation changes nothing.
     *_pruning("owl", "moments", "row", permutation_safe=True, keeps_values=True),
     *_pruning("owl_sparsegpt", "gram", "block", permutation_safe=False, keeps_values=False),

@@ -216,7 +216,15 @@ def test_every_calibration_field_is_an_option(capsys: pytest.CaptureFixture[str]
     rows = [*table("pruning").values(), *table("quantization").values()]
     assert {"calibration", "nsamples", "seqlen", "calib_seed", "pack"} <= fields
     assert not fields & {name for row in rows for name in row.options}
-    assert not fields & {"method", "heldout", "propagate", "targets", "ignore", "blocks", "untie"}
+    assert not fields & {
+        "method",
+        "heldout",
+        "propagate",
+        "targets",
+        "ignore",
+        "block_path",
+        "untie",
+    }
     with pytest.raises(SystemExit):
         cli.main(["calibrate", "--help"])
     shown = capsys.readouterr().out

@@ -55,9 +55,21 @@ _common = {
     "propagate": st.sampled_from(["compressed", "dense"]),
     "targets": st.lists(_names, min_size=1, max_size=3),
     "ignore": st.lists(_names, max_size=3),
-    "blocks": _names,
+    "block_path": _names,
     "untie": st.booleans(),
 }
+_whole = {k: v for k, v in _common.items() if k not in ("targets", "ignore", "untie")}
+_depth = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(["shortgpt", "depth_l1", "depth_loss"]),
+        "blocks": st.integers(0, 9),
+    },
+    optional={
+        "sublayer": st.sampled_from(["block", "attention", "mlp"]),
+        "update": st.sampled_from(["none", "mean", "lowrank", "lowrank?rank=3&ridge=0.5"]),
+        **_whole,
+    },
+)
 _pruning = st.fixed_dictionaries(
     {"method": st.sampled_from(["magnitude", "wanda", "sparsegpt"])},
     optional={"compat": st.just("reference"), **_common},
@@ -83,7 +95,7 @@ _quantization = st.fixed_dictionaries(
         **_common,
     },
 )
-_given = st.one_of(st.builds(lambda a, b: {**a, **b}, _pruning, _strength), _quantization)
+_given = st.one_of(st.builds(lambda a, b: {**a, **b}, _pruning, _strength), _quantization, _depth)
 
 
 def method_of(recipe: Recipe) -> Any:
@@ -281,7 +293,7 @@ def test_method_options_are_those_given_only() -> None:
         {"pack": "pad"},
         {"targets": "*"},
         {"ignore": "*nothing*"},
-        {"blocks": "model.layers"},
+        {"block_path": "model.layers"},
         {"schema_version": 1},
         {"propagate": "compressed"},
         {"heldout": 0.2},  # how many sequences that means is in the facts
@@ -306,6 +318,21 @@ def test_key_stays_when_model_layers_and_tokens_are_the_same(changes: dict[str, 
 )
 def test_key_changes_when_the_recipe_may_change_the_weights(changes: dict[str, Any]) -> None:
     assert key(wanda(**changes)) != key(wanda())
+
+
+def test_key_of_a_method_of_whole_models() -> None:
+    """What is fitted behind a removed block depends on what it sees; a ranking does not."""
+
+    def depth(**changes: Any) -> str:
+        return key(Recipe(**{"method": "shortgpt", "blocks": 2, **changes}))
+
+    assert depth() == depth(propagate="dense") == depth(update="none", sublayer="block")
+    assert depth(update="mean") != depth(update="mean", propagate="dense")
+    flap = Recipe(method="flap", sparsity=0.2)
+    assert key(flap) == key(flap.replaced(propagate="dense"))
+    changes: list[dict[str, Any]] = [{}, {"blocks": 3}, {"sublayer": "mlp"}, {"update": "mean"}]
+    changes += [{"method": "depth_l2"}, {"update": "lowrank"}, {"update": "lowrank?rank=4"}]
+    assert len({depth(**c) for c in changes}) == len(changes)
 
 
 @pytest.mark.parametrize(

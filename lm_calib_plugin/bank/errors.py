@@ -27,6 +27,13 @@ def check_banked(recipe: Recipe) -> None:
         When a stage looks at more than second moments, or layers are not treated alike.
     """
     method: Method = recipe.make_method()
+    if method.scope == "model":
+        raise UserError(
+            "method",
+            f"`{recipe.method}` takes whole parts out of the model",
+            "a bank judges layers one by one",
+            "judge the sets for wanda or sparsegpt, and use the best with your method",
+        )
     if method.statistic not in BANKED:
         raise UserError(
             "method",

@@ -198,7 +198,7 @@ def make_task(
     UserError
         When the recipe does not fit the model.
     """
-    blocks = engine.find_blocks(model, recipe.blocks)
+    blocks = engine.find_blocks(model, recipe.block_path)
     layers, _ = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
     method = recipe.make_method()
     for layer in layers:

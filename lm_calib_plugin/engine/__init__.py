@@ -11,6 +11,7 @@ from lm_calib_plugin.engine.discovery import (
 )
 from lm_calib_plugin.engine.fingerprint import model_digest, weights_digest
 from lm_calib_plugin.engine.layers import CHOSEN, HEAD, TargetLayer, find_layers, untied
+from lm_calib_plugin.engine.reshape import ReshapeResult, check_reshape, reshape
 from lm_calib_plugin.engine.selection import select_layers
 from lm_calib_plugin.engine.walk import Plan, WalkResult, run
 
@@ -19,16 +20,19 @@ __all__ = [
     "HEAD",
     "Blocks",
     "Plan",
+    "ReshapeResult",
     "TargetLayer",
     "Visitor",
     "WalkResult",
     "check_config",
+    "check_reshape",
     "check_supported",
     "dense_pass",
     "find_blocks",
     "find_layers",
     "heldout_indices",
     "model_digest",
+    "reshape",
     "run",
     "select_layers",
     "text_config",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from lm_calib_plugin.engine.batches import BlockCall, Chunk
 from lm_calib_plugin.engine.discovery import Blocks
 from lm_calib_plugin.errors import UnsupportedModelError
+
+_CALL = ("forward", "_forward_hooks", "_forward_pre_hooks")
 
 
 class _Stop(BaseException):
@@ -145,23 +148,46 @@ class Recorder:
             hook.remove()
         return received[0]
 
+    def logits(self, chunk: Chunk, hidden: Tensor) -> Tensor:
+        """Return the logits of the model when the blocks end with ``hidden``.
+
+        Shape ``[batch, length, vocabulary]``; everything behind the blocks is run, scaling and
+        capping of logits too.
+        """
+        last = len(self.blocks) - 1
+
+        def visit(index: int, call: BlockCall, received: Tensor) -> Any:
+            return self._like(index, hidden if index == last else received)
+
+        with self._stubs(visit):
+            output = self.model(**self.inputs(chunk))
+        found: Tensor = output.logits
+        return found
+
     def _run_stubbed(self, chunk: Chunk, visit: Callable[[int, BlockCall, Tensor], Any]) -> None:
         with self._stubs(visit), contextlib.suppress(_Stop):
             self.model(**self.inputs(chunk))
 
     @contextlib.contextmanager
     def _stubs(self, visit: Callable[[int, BlockCall, Tensor], Any]) -> Iterator[None]:
-        """Replace the forward of every block; instance attributes are put back as they were."""
-        before = [block.__dict__.get("forward") for block in self.blocks.modules]
+        """Replace the forward of every block, hooks included, since replaying runs them again.
+
+        Instance attributes are put back as they were.
+        """
+        before = [
+            {name: block.__dict__.get(name) for name in _CALL} for block in self.blocks.modules
+        ]
         try:
             for index, block in enumerate(self.blocks.modules):
+                block._forward_hooks, block._forward_pre_hooks = OrderedDict(), OrderedDict()
                 block.forward = _stub(index, block, visit)  # type: ignore[method-assign]
             yield
         finally:
-            for block, forward in zip(self.blocks.modules, before, strict=True):
-                block.__dict__.pop("forward", None)
-                if forward is not None:
-                    block.forward = forward  # type: ignore[method-assign]
+            for block, attributes in zip(self.blocks.modules, before, strict=True):
+                for name, value in attributes.items():
+                    block.__dict__.pop(name, None)
+                    if value is not None:
+                        block.__dict__[name] = value
 
     def _like(self, index: int, hidden: Tensor | None) -> Any:
         template = self.templates[index]

@@ -110,7 +110,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
         if path in lists:
             return Blocks(path, lists[path])
         raise UnsupportedModelError(
-            "blocks", f"no list of blocks at `{path}`", f"lists in this model: {listed(lists)}"
+            "block_path", f"no list of blocks at `{path}`", f"lists in this model: {listed(lists)}"
         )
     depth = getattr(text_config(getattr(model, "config", None)), "num_hidden_layers", None)
     outermost = [
@@ -122,7 +122,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
             "model",
             f"cannot find repeated blocks in {type(model).__name__}",
             f"lists seen: {listed(lists) or 'none'}",
-            "give blocks=path.to.layers",
+            "give block_path=path.to.layers",
         )
     best = max(fitting, key=lambda n: sum(p.numel() for p in lists[n].parameters()))
     return Blocks(best, lists[best])

@@ -41,7 +41,7 @@ class Plan:
 
     def method_of(self, layer: TargetLayer) -> Method:
         """Return the method as it treats one layer."""
-        return self.methods.get(layer.name, self.method)
+        return self.methods.get(layer.name, self.method).for_layer(layer.name)
 
 
 @dataclass

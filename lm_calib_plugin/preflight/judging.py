@@ -189,7 +189,7 @@ def _cached(digest: str, parts: list[Part], recipe: Recipe) -> Path:
         "model": digest,
         "parts": [[p.source, p.fold, p.calibration.calib_id, p.second_order] for p in parts],
         "exclude_first_token": recipe.exclude_first_token,
-        "layers": [recipe.targets, recipe.ignore, recipe.blocks],
+        "layers": [recipe.targets, recipe.ignore, recipe.block_path],
     }
     return storage.cache_dir() / "banks" / storage.digest(content)[:24]
 

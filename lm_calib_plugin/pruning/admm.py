@@ -91,3 +91,40 @@ def inverse(matrix: Tensor, shift: float) -> Tensor:
     raise NumericalError(
         "Gram matrix", "inverse", f"not positive definite even with {shift:g} more", "raise damp"
     )
+
+
+class Splitting:
+    """ADMM at a constant penalty (Boza, arXiv 2401.02938, algorithm 1).
+
+    ``W`` minimizes the error plus ``rho/2 ||W - Z + U||^2``, ``Z`` is ``W + U`` on the mask and
+    zero elsewhere, ``U`` adds up ``W - Z``. All are ``[out, in]``, on the scale of unit inputs.
+
+    Parameters
+    ----------
+    matrix
+        ``[in, in]``, of unit diagonal.
+    dense
+        The dense weight on that scale, where ``W`` starts.
+    damp
+        Added to the diagonal of the matrix.
+    rho
+        Penalty.
+    """
+
+    def __init__(self, matrix: Tensor, dense: Tensor, damp: float, rho: float) -> None:
+        self.rho = rho
+        self.target = torch.add(dense @ matrix, dense, alpha=damp)
+        self.inverse = inverse(matrix, damp + rho)
+        self.values = dense.clone()
+
+    def step(self, keep: Tensor) -> None:
+        """Do one iteration on a mask; ``values``, ``W + U``, are then the weights on it."""
+        kept = self.values * keep
+        dual = self.values.sub_(kept)
+        right = torch.add(self.target, kept.sub_(dual), alpha=self.rho)
+        self.values = torch.addmm(dual, right, self.inverse)
+
+
+def solved_by(rho: float, steps: int) -> str:
+    """Return the name of what :class:`Splitting` arrives at."""
+    return f"admm?rho={rho:g}&steps={steps}"

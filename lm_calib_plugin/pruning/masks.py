@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 
-def removed_count(size: int, sparsity: float | Fraction) -> int:
-    """Return ``floor(size * sparsity)`` with ``sparsity`` read as the decimal that was typed.
+def as_typed(sparsity: float | Fraction) -> Fraction:
+    """Return the decimal that was typed; an exact fraction is taken as it is.
 
-    ``100 * 0.29`` is 28.999999999999996 in floating point; here it is 29. An exact fraction is
-    taken as it is.
+    ``100 * 0.29`` is 28.999999999999996 in floating point; here it is 29.
     """
-    exact = sparsity if isinstance(sparsity, Fraction) else Fraction(repr(float(sparsity)))
-    return math.floor(size * exact)
+    return sparsity if isinstance(sparsity, Fraction) else Fraction(repr(float(sparsity)))
+
+
+def removed_count(size: int, sparsity: float | Fraction) -> int:
+    """Return ``floor(size * sparsity)`` with ``sparsity`` read as the decimal that was typed."""
+    return math.floor(size * as_typed(sparsity))
 
 
 def keep_highest(scores: Tensor, removed: int) -> Tensor:

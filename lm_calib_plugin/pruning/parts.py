@@ -213,6 +213,10 @@ class Refinement(Part):
 
     stage: ClassVar[str] = "refine"
 
+    def applies_to(self, layer: str, strength: Strength) -> bool:
+        """Return whether the mask of a layer, by its name in the model, is refined at all."""
+        return True
+
     @abstractmethod
     def refine(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -131,6 +131,12 @@ class Pipeline(PruningMethod):
     def strength(self) -> Strength:
         """How much of a layer goes, for the parts."""
         return Strength(self.sparsity, self.n_of_m, self.group, self.compat, self.damp)
+
+    def for_layer(self, name: str) -> Self:
+        """Return the method without a refinement that leaves this layer out."""
+        if self.refine is None or self.refine.applies_to(name, self.strength):
+            return self
+        return replace(self, refine=None)
 
     def compress(
         self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype = torch.float32

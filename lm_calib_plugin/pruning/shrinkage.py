@@ -11,9 +11,8 @@ def damped_gram(stats: LayerStats | None, damp: float, shrink: float, weight: Te
     """Return ``G + damp * mean(diag G) * I + shrink * diag(G)``, ``[in, in]``.
 
     In the output error ``tr((W - V) G (W - V)^T)`` both are ridges towards the dense weights, not
-    towards zero. The first is the same for all inputs; where a few have huge activations, it holds
-    the others very strongly. The second is in units of each input's own energy: it divides all
-    correlations by ``1 + shrink``, and inputs without energy stay without.
+    towards zero. The first is the same for all inputs that have energy; where a few have huge
+    activations, it holds the others very strongly. For the second see :func:`shrunk`.
 
     Parameters
     ----------
@@ -26,8 +25,28 @@ def damped_gram(stats: LayerStats | None, damp: float, shrink: float, weight: Te
     """
     if not isinstance(stats, Gram):
         raise ValueError("the Gram matrix of the inputs is needed")
-    found = stats.gram().to(weight, copy=True)
-    diagonal = found.diagonal()
-    alive = diagonal > 0
-    diagonal.mul_(1.0 + shrink).add_(damp * stats.energy().to(weight).mean() * alive)
+    gram = stats.gram().to(weight)
+    energy = gram.diagonal()
+    found = shrunk(gram, shrink)
+    found.diagonal().add_(damp * energy.mean() * (energy > 0))
+    return found
+
+
+def shrunk(gram: Tensor, amount: float) -> Tensor:
+    """Return ``G + amount * diag(G)``: all correlations divided by ``1 + amount``.
+
+    In the output error ``tr((W - V) G (W - V)^T)`` this is a ridge towards the dense weights, not
+    towards zero, in units of each input's own energy; so a few inputs with huge activations do not
+    decide how strongly the others are held, as they do with a multiple of the mean of the
+    diagonal. Inputs without energy stay without.
+
+    Parameters
+    ----------
+    gram
+        ``[in, in]``; not changed.
+    amount
+        At least 0.
+    """
+    found = gram.clone()
+    found.diagonal().mul_(1.0 + amount)
     return found

@@ -76,7 +76,7 @@ def test_every_golden_file_has_a_case() -> None:
         {"method": "magnitude", "sparsity": 0.5, "calibration": None},
         {"method": "rtn", "bits": "16"},
         {"method": "gptq", "symmetric": "False", "act_order": "yes", "group_size": "-1"},
-        {"method": "wanda", "sparsity": 0.5, "seqlen": "", "pack": None, "blocks": "null"},
+        {"method": "wanda", "sparsity": 0.5, "seqlen": "", "pack": None, "block_path": "null"},
         {"method": "wanda", "sparsity": 0.5, "ignore": [], "targets": "*q_proj + *mlp*"},
     ],
     ids=str,

@@ -48,7 +48,7 @@ def test_the_argument_table_names_every_option_and_no_other() -> None:
     first = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
     known = {*Recipe.model_fields, *RUNTIME_ARGUMENTS, "recipe"}
     assert first <= known
-    assert known - {"schema_version", "blocks", "untie"} <= first
+    assert known - {"schema_version", "block_path", "untie"} <= first
     assert set(registry.table("pruning")) | set(registry.table("quantization")) <= named
 
 

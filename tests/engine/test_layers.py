@@ -136,7 +136,7 @@ def test_models_of_another_kind_are_refused_by_name() -> None:
         compress(quantized, None, recipe, QUIET)
     with pytest.raises(UnsupportedModelError, match="no list of blocks at `model.blocks`.*layers"):
         compress(
-            make_model(), None, Recipe(method="magnitude", sparsity=0.5, blocks="model.blocks")
+            make_model(), None, Recipe(method="magnitude", sparsity=0.5, block_path="model.blocks")
         )
 
 

@@ -107,6 +107,33 @@ def test_every_method_reports_what_it_did(
     assert "acc,none" in results["results"]["tiny_choice"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "shortgpt", "blocks": 1, "update": "lowrank?rank=2"},
+        {"method": "depth_loss", "sparsity": 0.7, "sublayer": "attention", "greedy": True},
+        {"method": "flap", "sparsity": 0.3},
+    ],
+    ids=lambda o: o["method"],
+)
+def test_models_without_some_parts_are_evaluated(
+    options: dict[str, Any], task: Path, tmp_path: Path
+) -> None:
+    folder = saved_model(tmp_path / "model")
+    arguments = {"pretrained": folder, **options, **COMMON}
+    results = evaluate(task, "calib_pruned", arguments)
+    found = results["config"]["compression"]
+    assert found["removed"]
+    assert 0 < found["achieved"]["sparsity_model"] < found["achieved"]["sparsity_blocks"] < 1
+    assert found["error"]["heldout"]["last_hidden"] > 0
+    assert found["layers"] == 0
+    side = json.loads(Path(found["report_file"]).read_text())
+    assert side["structure"]["removed"] == found["removed"]
+    assert len(side["structure"]["ranking"]) == (6 if options["method"] == "flap" else 3)
+    json.dumps(found)
+    assert "acc,none" in results["results"]["tiny_choice"]
+
+
 def test_zero_strength_scores_like_the_dense_model(task: Path, tmp_path: Path) -> None:
     folder = saved_model(tmp_path / "model")
     dense = evaluate(task, "hf", {"pretrained": folder}, log_samples=True)

@@ -82,14 +82,6 @@ def test_alps_support_is_better_than_that_of_single_scores() -> None:
         assert errors[0] < 0.9 * errors[1]
 
 
-def test_alps_reference_rounds_what_stays() -> None:
-    weight, x = normal(1, 9), inputs(9)
-    strength = Strength(0.5)  # 4.5 of 9
-    assert int(ADMM().select(weight, gram_of(x), strength).keep.sum()) == 5
-    reference = Strength(0.5, compat="reference")
-    assert int(ADMM().select(weight, gram_of(x), reference).keep.sum()) == 4
-
-
 def test_alps_with_nothing_to_remove_leaves_the_weight_alone() -> None:
     weight, x = normal(3, 8), inputs(8)
     found = ADMM().select(weight, gram_of(x), Strength(0.0))

@@ -8,10 +8,7 @@ from torch import Tensor
 
 from lm_calib_plugin.pruning.masks import keep_highest, keep_n_of_m
 from lm_calib_plugin.pruning.refit import masked_pcg
-
-
-def shrunk(gram: Tensor, amount: float) -> Tensor:
-    return gram + amount * gram.diagonal().diag()
+from lm_calib_plugin.pruning.shrinkage import shrunk
 
 
 def problem(
@@ -228,3 +225,11 @@ def test_float32_comes_close_and_arguments_stay() -> None:
     best = errors(weight, solved(weight, keep, gram), gram).sum()
     assert errors(weight, result.weight.double(), gram).sum() <= best * 1.001
     assert all(torch.equal(a, b) for a, b in zip(arguments, copies, strict=True))
+
+
+def test_shrinkage_is_a_ridge_of_each_inputs_own_energy() -> None:
+    _, x = problem(1, 6, 42)
+    gram = x.T @ x
+    found = shrunk(gram, 0.25)
+    assert torch.equal(found, gram + 0.25 * gram.diagonal().diag())
+    assert torch.equal(shrunk(gram, 0.0), gram)

@@ -227,7 +227,7 @@ def decoder_blocks(model: nn.Module, path: str | None) -> nn.ModuleList:
             "select",
             f"cannot find repeated blocks in {type(model).__name__}",
             f"lists seen: {listed(lists) or 'none'}",
-            "give blocks=path.to.layers",
+            "give block_path=path.to.layers",
         )
     return lists[max(fitting, key=lambda n: sum(p.numel() for p in lists[n].parameters()))]
 

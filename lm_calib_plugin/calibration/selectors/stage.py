@@ -78,7 +78,7 @@ class Choice:
     Parameters
     ----------
     recipe
-        ``select``, ``pool``, ``nsamples``, ``select_target`` and ``blocks`` are read.
+        ``select``, ``pool``, ``nsamples``, ``select_target`` and ``block_path`` are read.
     targets
         Sequences that the pool is compared with; empty for selectors that take none.
     """
@@ -144,7 +144,7 @@ class Choice:
         given: dict[str, Any] = {
             "model": context.model,
             "tokenizer": context.tokenizer,
-            "blocks": self.recipe.blocks,
+            "blocks": self.recipe.block_path,
             "batch_size": size if isinstance(size, int) else None,
             "progress": context.runtime.progress,
         }

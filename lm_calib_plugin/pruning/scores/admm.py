@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin.pruning.admm import UnitGram, inverse, unit_gram
-from lm_calib_plugin.pruning.masks import keep_highest
 from lm_calib_plugin.pruning.parts import Score, Selection, Strength
 from lm_calib_plugin.statistics import LayerStats
 
@@ -30,7 +29,7 @@ class ADMM(Score):
     While it never moved much, ``rho`` is divided by five, and the search starts again.
 
     Mask and values are those of ``D`` when the search ends; ``compat=reference`` takes the largest
-    of ``B``, as the paper's code does, and rounds the number of weights that stay.
+    of ``B``, as the paper's code does. Counts are exact in both.
 
     Parameters
     ----------
@@ -54,24 +53,22 @@ class ADMM(Score):
         self.at_least("steps", 1)
 
     def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
-        """Return ``|W| sqrt(G_jj)`` with a ridge of 0.01, where the search starts, ``[out, in]``."""
+        """Return ``|W| sqrt(G_jj)``, ridge 0.01, with which the search starts, ``[out, in]``."""
         return unit_gram(stats, weight.device, Strength(0.0).damp).scaled(weight).abs()
 
     def select(self, weight: Tensor, stats: LayerStats | None, strength: Strength) -> Selection:
         """Return support and values of the search, values on the scale of the weight."""
         gram = unit_gram(stats, weight.device, strength.damp)
         search = _Search(gram, gram.scaled(weight), strength, self.rho)
-        keep = search.keep
-        if not keep.all():
-            for step in range(1, self.steps + 1):
-                search.step()
-                if step % LOOK == 0 and search.settled(step):
-                    break
-            keep, values = search.found()
-            return Selection(
-                keep, gram.restored(values, weight), solved="admm_alps", damp=strength.damp
-            )
-        return Selection(keep, damp=strength.damp)
+        if search.keep.all():
+            return Selection(search.keep, damp=strength.damp)
+        for step in range(1, self.steps + 1):
+            search.step()
+            if step % LOOK == 0 and search.settled(step):
+                break
+        keep, values = search.found()
+        weight = gram.restored(values, weight)
+        return Selection(keep, weight, solved="admm_alps", damp=strength.damp)
 
 
 class _Search:
@@ -103,11 +100,7 @@ class _Search:
 
     def largest(self, values: Tensor) -> Tensor:
         """Return the mask of the largest values."""
-        sizes, strength = values.abs(), self.strength
-        if strength.reference and not strength.n_of_m and strength.group in (None, "layer"):
-            stay = round((1 - float(strength.sparsity)) * sizes.numel())
-            return keep_highest(sizes.reshape(1, -1), sizes.numel() - stay).reshape(sizes.shape)
-        return replace(strength, compat=None).keep(sizes, ADMM.group)
+        return replace(self.strength, compat=None).keep(values.abs(), ADMM.group)
 
     def step(self) -> None:
         """Do one iteration."""

@@ -1,0 +1,1 @@
+"""Pruning of whole parts: decoder blocks, their attention and MLP, heads and neurons."""
