@@ -18,7 +18,7 @@ _PACKERS = "lm_calib_plugin.calibration.packers:"
 
 # Recipe fields of every pipeline; `damp` comes with parts that use the Gram matrix.
 PIPELINE_OPTIONS = (
-    "sparsity", "pattern", "group", "compat", "damp", "allocation", "score", "refine", "update",
+    "sparsity", "pattern", "group", "compat", "damp", "correction", "allocation", "score", "refine", "update",
 )  # fmt: skip
 
 
@@ -120,11 +120,11 @@ BUILTIN: tuple[Entry, ...] = (
     ),
     _preset(
         "swap_pcg",
-        "wanda, weights exchanged by exact gain, kept weights re-fitted",
-        "",
-        score="wanda",
-        refine="swap",
-        update="pcg",
+        "ours: support of each row by alternating directions, then exchanges and re-fits",
+        "2512.10922",
+        score="admm?rho=0.3&steps=21",
+        group="row",
+        update="pcg?steps=20&swaps=50",
     ),
     _depth(
         "shortgpt",

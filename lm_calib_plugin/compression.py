@@ -6,12 +6,10 @@ The only module that knows calibration, methods and engine at once.
 from __future__ import annotations
 
 import dataclasses
-import platform
-import resource
-import sys
+import functools
 import time
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,14 @@ import torch
 from torch import nn
 
 from lm_calib_plugin import engine, storage
+from lm_calib_plugin.accounting import (
+    calibration_summary,
+    cuda_devices,
+    data_warnings,
+    measure,
+    peak_memory,
+    versions,
+)
 from lm_calib_plugin.allocation import allocate, strength_found
 from lm_calib_plugin.bank.mixtures import Task, check_mixture, draw
 from lm_calib_plugin.calibration import (
@@ -28,16 +34,16 @@ from lm_calib_plugin.calibration import (
     validate_calibration,
 )
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
-from lm_calib_plugin.errors import NumericalError, UserError
+from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.method import Method
+from lm_calib_plugin.pruning.pipeline import Pipeline
 from lm_calib_plugin.recipe import Recipe
-from lm_calib_plugin.report import Report
+from lm_calib_plugin.report import LayerRow, Report
 from lm_calib_plugin.resolved import Facts, ResolvedRecipe
 from lm_calib_plugin.runtime import Runtime
 
 DEFAULT_SEQLEN = 2048
-PACKAGES = ("lm-calib-plugin", "torch", "transformers", "lm-eval", "datasets", "accelerate")
 
 
 def compress(
@@ -89,15 +95,7 @@ def compress(
         layers, left = engine.select_layers(
             model, blocks, recipe.targets, recipe.ignore, recipe.untie
         )
-    for layer in layers:
-        method.check_layer(layer.name, layer.shape)
-        if method.needs_bias and layer.bias is None:
-            raise UserError(
-                "update",
-                f"{layer.name} has no bias to correct",
-                "models whose layers have biases (OPT, GPT-2, Phi)",
-                f"leave it out (ignore={layer.name.rsplit('.', 1)[-1]}), or use another update",
-            )
+    _check_layers(method, layers)
     if tokenizer is None and recipe.terms and not given:
         raise UserError(
             "tokenizer",
@@ -135,58 +133,28 @@ def compress(
             if found.damp is not None:
                 method = dataclasses.replace(method, damp=found.damp)  # type: ignore[type-var]
         seconds["calibration"] = time.perf_counter() - start
-        chunks = _chunks(calibration, recipe, runtime, model, tokenizer, device)
-        for place in _cuda_devices(model):
+        for place in cuda_devices(model):
             torch.cuda.reset_peak_memory_stats(place)
-        result: Any
+        fresh = functools.partial(_chunks, calibration, recipe, runtime, model, tokenizer, device)
         if structural:
-            follow = recipe.propagate == "compressed"
-            result = engine.reshape(
-                model, blocks, chunks, method, device, follow=follow, progress=runtime.progress
-            )
+            done = _on_model(model, blocks, method, recipe, runtime, fresh())
         else:
-            methods: dict[str, Any] = {}
-            if getattr(method, "allocation", None) is not None and not method.does_nothing:
-                start = time.perf_counter()
-                # A pass uses chunks up, so each has its own.
-                methods = allocate(
-                    model,
-                    blocks,
-                    lambda: _chunks(calibration, recipe, runtime, model, tokenizer, device),
-                    layers,
-                    method,
-                    device,
-                    runtime.progress,
-                )
-                method = strength_found(method, layers, methods, recipe.sparsity)
-                seconds["allocation"] = time.perf_counter() - start
-            plan = engine.Plan(method, layers, recipe.propagate, methods)
-            result = engine.run(model, blocks, chunks, plan, device, runtime.progress)
-        seconds |= result.seconds
-        start = time.perf_counter()
-        achieved = (
-            result.achieved()
-            if structural
-            else measure(model, blocks, layers, method, result.grids)
-        )
+            done = _on_layers(model, blocks, layers, method, recipe, runtime, fresh)
         final_digest = engine.weights_digest(model)
-        seconds["measure"] = time.perf_counter() - start
-    held = sum(chunk.rows for chunk in chunks if chunk.heldout)
-    names = [blocks.path] if structural else [layer.name for layer in layers]
-    unchanged = method.does_nothing or (structural and not result.removed)
-    resolved = _resolve(recipe, method, dense_digest, names, unchanged, calibration, held)
+    held = len(engine.heldout_indices(calibration.nsamples, recipe.heldout)) if calibration else 0
+    resolved = _resolve(recipe, done, dense_digest, calibration, held)
     report = Report(
         key=resolved.key(),
         recipe=resolved.to_metadata() | _counted(calibration, given),
-        calibration=_calibration_summary(calibration, result.pads, held),
-        layers=[] if structural else result.rows,
-        structure=result.table() if structural else None,
-        achieved=achieved,
+        calibration=calibration_summary(calibration, done.pads, held),
+        layers=done.rows,
+        structure=done.structure,
+        achieved=done.achieved,
         left_dense=left,
-        seconds=seconds,
-        peak_memory_gib=_peak_memory(model),
-        warnings=result.warnings + _data_warnings(recipe, calibration, left),
-        versions=_versions(),
+        seconds=seconds | done.seconds,
+        peak_memory_gib=peak_memory(model),
+        warnings=done.warnings + data_warnings(recipe, calibration, left),
+        versions=versions(),
         weights_digest=final_digest,
         model_digest=dense_digest,
         calibration_set=calibration,
@@ -195,6 +163,82 @@ def compress(
         folder = runtime.report_dir
         report.write(Path(folder) if folder else storage.cache_dir() / "reports")
     return report
+
+
+@dataclass
+class _Done:
+    """What came out of the work on a model; ``names`` are those of what was worked on."""
+
+    method: Method
+    names: list[str]
+    unchanged: bool
+    achieved: dict[str, Any]
+    seconds: dict[str, float]
+    warnings: list[str]
+    pads: int
+    rows: list[LayerRow] = field(default_factory=list)
+    structure: dict[str, Any] | None = None
+
+
+def _on_layers(
+    model: nn.Module,
+    blocks: engine.Blocks,
+    layers: Sequence[engine.TargetLayer],
+    method: Method,
+    recipe: Recipe,
+    runtime: Runtime,
+    fresh: Callable[[], list[Chunk]],
+) -> _Done:
+    """Compress weights one by one; ``fresh`` makes the chunks, which a pass uses up."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    seconds: dict[str, float] = {}
+    methods: dict[str, Pipeline] = {}
+    start = time.perf_counter()
+    if isinstance(method, Pipeline) and method.allocation is not None and not method.does_nothing:
+        methods = allocate(model, blocks, fresh, layers, method, device, runtime.progress)
+        method = strength_found(method, layers, methods, recipe.sparsity)
+        seconds["allocation"] = time.perf_counter() - start
+    plan = engine.Plan(method, layers, recipe.propagate, methods)
+    result = engine.run(model, blocks, fresh(), plan, device, runtime.progress)
+    start = time.perf_counter()
+    achieved = measure(model, blocks, layers, method, result.grids)
+    seconds["measure"] = time.perf_counter() - start
+    return _Done(
+        method,
+        [layer.name for layer in layers],
+        method.does_nothing,
+        achieved,
+        seconds | result.seconds,
+        result.warnings,
+        result.pads,
+        rows=result.rows,
+    )
+
+
+def _on_model(
+    model: nn.Module,
+    blocks: engine.Blocks,
+    method: Any,
+    recipe: Recipe,
+    runtime: Runtime,
+    chunks: list[Chunk],
+) -> _Done:
+    """Take whole parts out of a model."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    follow = recipe.propagate == "compressed"
+    result = engine.reshape(
+        model, blocks, chunks, method, device, follow=follow, progress=runtime.progress
+    )
+    return _Done(
+        method,
+        [blocks.path],
+        method.does_nothing or not result.removed,
+        result.achieved(),
+        result.seconds,
+        result.warnings,
+        result.pads,
+        structure=result.table(),
+    )
 
 
 def check_calibration(recipe: Recipe) -> None:
@@ -213,52 +257,6 @@ def is_main_process() -> bool:
     """Tell whether this process speaks for all: the only one, or rank 0."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not distributed or torch.distributed.get_rank() == 0
-
-
-def measure(
-    model: nn.Module,
-    blocks: engine.Blocks,
-    layers: Sequence[engine.TargetLayer],
-    method: Method,
-    grids: dict[str, Any],
-) -> dict[str, Any]:
-    """Count zeros, and check that quantized weights lie on their grid, on the live model.
-
-    Returns
-    -------
-    dict
-        ``sparsity`` of the targeted layers, ``sparsity_blocks`` of all parameters of the blocks,
-        ``sparsity_model`` of all parameters, ``bits`` (mean width of a targeted weight, without
-        scales; None when nothing was quantized).
-
-    Raises
-    ------
-    NumericalError
-        When a weight is not on the grid it was rounded to.
-    """
-    for layer in layers:
-        grid = grids.get(layer.name)
-        if grid is not None and not grid.holds(layer.weight):
-            raise NumericalError(layer.name, "final count", "weights are not on their grid")
-    target = [(int((x.stored == 0).sum()), x.stored.numel()) for x in layers]
-    inside = [(int((p == 0).sum()), p.numel()) for p in blocks.modules.parameters()]
-    everything = [(int((p == 0).sum()), p.numel()) for p in model.parameters()]
-    bits = None
-    if grids:
-        sizes = {x.name: x.stored.numel() for x in layers}
-        bits = sum(grids[n].bits * sizes[n] for n in grids) / sum(sizes[n] for n in grids)
-    elif method.kind == "quantization":
-        bits = 16.0
-    return {
-        "sparsity": _share(target),
-        "sparsity_blocks": _share(inside),
-        "sparsity_model": _share(everything),
-        "bits": bits,
-    }
-
-
-def _share(counts: Sequence[tuple[int, int]]) -> float:
-    return sum(zeros for zeros, _ in counts) / max(1, sum(size for _, size in counts))
 
 
 def sequence_length(recipe: Recipe, config: Any) -> int:
@@ -291,6 +289,18 @@ def sequence_length(recipe: Recipe, config: Any) -> int:
             f"use seqlen<={limit}",
         )
     return recipe.seqlen
+
+
+def _check_layers(method: Method, layers: Sequence[engine.TargetLayer]) -> None:
+    for layer in layers:
+        method.check_layer(layer.name, layer.shape)
+        if method.needs_bias and layer.bias is None:
+            raise UserError(
+                "update",
+                f"{layer.name} has no bias to correct",
+                "models whose layers have biases (OPT, GPT-2, Phi)",
+                f"leave it out (ignore={layer.name.rsplit('.', 1)[-1]}), or use another update",
+            )
 
 
 def _check_tokenizer(calibration: CalibrationSet, tokenizer: Any) -> None:
@@ -343,10 +353,8 @@ def _chunks(
 
 def _resolve(
     recipe: Recipe,
-    method: Method,
+    done: _Done,
     dense_digest: str,
-    layers: Sequence[str],
-    unchanged: bool,
     calibration: CalibrationSet | None,
     held: int,
 ) -> ResolvedRecipe:
@@ -354,11 +362,11 @@ def _resolve(
     packs = sorted({str(s["pack"]) for s in sources if s.get("pack")})
     facts = Facts(
         model=dense_digest,
-        layers=storage.digest(list(layers)),
-        revision=method.revision,
-        options=method.options(),
-        inert=method.inert,
-        unchanged=unchanged,
+        layers=storage.digest(done.names),
+        revision=done.method.revision,
+        options=done.method.options(),
+        inert=done.method.inert,
+        unchanged=done.unchanged,
         heldout=held,
         calib_id=calibration.calib_id if calibration else None,
         seqlen=calibration.seqlen if calibration else None,
@@ -368,66 +376,7 @@ def _resolve(
     return recipe.resolve(facts)
 
 
-def _calibration_summary(
-    calibration: CalibrationSet | None, pads: int, held: int
-) -> dict[str, Any] | None:
-    if calibration is None:
-        return None
-    return {
-        **calibration.summary(),
-        "heldout_sequences": held,
-        "pad_tokens_excluded": pads,
-    }
-
-
-def _data_warnings(
-    recipe: Recipe, calibration: CalibrationSet | None, left: Sequence[tuple[str, str]]
-) -> list[str]:
-    sources = calibration.sources if calibration else ()
-    notes = [f"{s['source']}: {note}" for s in sources for note in s.get("warnings", ())]
-    if (
-        calibration is not None
-        and recipe.heldout
-        and not engine.heldout_indices(len(calibration.sequences), recipe.heldout)
-    ):
-        notes.append(
-            f"nothing held out: {recipe.heldout:g} of {len(calibration.sequences)} sequences is "
-            "less than one, so no held-out error"
-        )
-    reasons: dict[str, int] = {}
-    for _, why in left:
-        if why in engine.CHOSEN:
-            continue
-        reasons[why] = reasons.get(why, 0) + 1
-    notes += [f"{count} matrices left dense: {why}" for why, count in reasons.items()]
-    return notes
-
-
 def _counted(calibration: CalibrationSet | None, given: bool) -> dict[str, Any]:
     if calibration is None:
         return {}
     return {"nsamples": calibration.nsamples} | ({"calibration": "given"} if given else {})
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
-
-
-def _peak_memory(model: nn.Module) -> float:
-    """Return the peak in GiB: summed over the model's CUDA devices during the work, or without
-    any, of this process since it started."""
-    devices = _cuda_devices(model)
-    if devices:
-        return round(sum(torch.cuda.max_memory_allocated(d) for d in devices) / 2**30, 3)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found

@@ -56,6 +56,9 @@ class Method(ABC):
         Whether layers without a bias have to be refused.
     uses_heldout
         Whether the statistics are to come with those of the sequences held out.
+    correction
+        Part of the error of earlier blocks that a layer makes up for, 0 to 1; an option of the
+        methods that use the Gram matrix.
     inert
         Options taken for the sake of uniform commands, without any effect on this method.
     revision
@@ -73,6 +76,7 @@ class Method(ABC):
     inert: ClassVar[tuple[str, ...]] = ()
     needs_bias: ClassVar[bool] = False
     uses_heldout: ClassVar[bool] = False
+    correction: ClassVar[float] = 0.0
     revision: ClassVar[int | str] = 1
     paper: ClassVar[str] = ""
 
@@ -84,6 +88,11 @@ class Method(ABC):
     def options(self) -> dict[str, Any]:
         """Return every option with its value, defaults filled in, as plain values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    @property
+    def label(self) -> str:
+        """A short name for progress bars and tables."""
+        return type(self).__name__.lower()
 
     @property
     def does_nothing(self) -> bool:

@@ -38,7 +38,7 @@ _USED_LATER = (
 )  # fmt: skip
 _OF_METHODS = (
     "sparsity", "pattern", "blocks", "sublayer", "greedy", "group", "allocation", "score", "refine",
-    "update", "bits", "group_size", "symmetric", "act_order", "damp", "compat",
+    "update", "bits", "group_size", "symmetric", "act_order", "damp", "correction", "compat",
 )  # fmt: skip
 UNSTRUCTURED = "unstructured"
 ALL_FOLDS = "all"
@@ -90,7 +90,12 @@ class Recipe(BaseModel):
     act_order
         Visit columns by falling input energy, scales fixed before (``gptq``). Default: true.
     damp
-        Ridge added to the Gram matrix, relative to its mean diagonal. Default: 0.01.
+        Ridge added to the Gram matrix, relative to its mean diagonal. Default: 0.01, and 0.1 for
+        ``admm``.
+    correction
+        Part of the error of earlier blocks that each layer makes up for, 0 to 1: its target is the
+        output in the dense model instead of that of its own weight. For pruning methods that use the
+        Gram matrix; one more forward pass. Default: 0 (``swap_pcg``: see there).
     compat
         ``reference`` reproduces the counting rules of the papers' code instead of exact counts.
     propagate
@@ -164,6 +169,7 @@ class Recipe(BaseModel):
     symmetric: bool | None = None
     act_order: bool | None = None
     damp: float | None = None
+    correction: float | None = None
     compat: str | None = None
     propagate: str = "compressed"
     calibration: tuple[SourceTerm, ...] | None = None
@@ -291,6 +297,14 @@ class Recipe(BaseModel):
         found = number("damp", value)
         if found < 0:
             raise UserError("damp", f"got {found:g}", "a ridge >= 0, usually 0.01")
+        return found
+
+    @field_validator("correction", mode="before")
+    @classmethod
+    def _check_correction(cls, value: Any) -> float:
+        found = number("correction", value)
+        if not 0 <= found <= 1:
+            raise UserError("correction", f"got {found:g}", "a part of the error, 0 to 1")
         return found
 
     @field_validator("block_path", mode="before")

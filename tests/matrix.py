@@ -110,6 +110,16 @@ ROWS: list[Row] = [
     *_pruning("sparsegpt", "gram", "block", permutation_safe=False, keeps_values=False),
     *_pruning("admm", "gram", "layer", False, False, reference="layer", by_score=False),
     *_pruning("alps", "gram", "layer", False, False, reference="layer", by_score=False),
+    *_pruning("swap_pcg", "gram", "row", False, False, by_score=False),
+    Row(
+        "swap_pcg",
+        {"sparsity": 0.6, "score": "wanda", "refine": "swap?steps=20", "update": "pcg?steps=5"},
+        "gram",
+        "row",
+        0.6,
+        by_score=False,
+        zero={"sparsity": 0.0},
+    ),
     # Its threshold is a number in the units of the output.
     *_pruning(
         "dsnot", "spread", "row", True, True, by_score=False, stats_scale=False, weight_scale=False

@@ -77,7 +77,7 @@ def test_the_domains_own_text_is_the_measure(
     assert table.at("dots", "p").regret > 1.05
     assert table.at("dots", "d").regret > 1.05
     assert table.at("own", "d").regret > 1
-    assert table.baseline == ("RTN" if "bits" in fields else "Magnitude")
+    assert table.baseline == ("rtn" if "bits" in fields else "magnitude")
     kinds = {(p.source, p.fold): p for p in found.bank.header.parts}
     assert kinds["p", "judge"].second_order
     assert len(found.bank.rows("p", "judge")) == 9

@@ -206,7 +206,7 @@ def transfer(
                     own_against_no_data=float((own / baseline_error).nanmedian()),
                 )
             )
-    return Transfer(type(method).__name__, type(baseline).__name__, tuple(entries), rows)
+    return Transfer(method.label, baseline.label, tuple(entries), rows)
 
 
 def refuse_nothing(method: Method) -> None:

@@ -30,7 +30,8 @@ class Chunk:
 
     ``ids`` and ``mask`` are ``[batch, length]`` on the CPU (``mask`` None without pads);
     ``hidden`` is ``[batch, length, hidden]``; ``calls`` has one entry a block. ``numbers`` are the
-    places of the sequences in the set. ``weights`` (``[batch]``, None: all one) says how many times
+    places of the sequences in the set. ``dense`` are the hidden states of the dense model, where
+    both are followed. ``weights`` (``[batch]``, None: all one) says how many times
     a token of each counts in the statistics, ``skip_first`` whether first tokens count at all.
     """
 
@@ -41,6 +42,7 @@ class Chunk:
     weights: Tensor | None = None
     skip_first: bool = False
     hidden: Tensor | None = None
+    dense: Tensor | None = None
     calls: list[BlockCall] = field(default_factory=list)
     done: bool = False
 
@@ -86,6 +88,7 @@ class Chunk:
                 None if self.weights is None else self.weights[part],
                 self.skip_first,
                 None if self.hidden is None else self.hidden[part].clone(),
+                None if self.dense is None else self.dense[part].clone(),
                 done=self.done,
             )
             for part in (slice(None, middle), slice(middle, None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -66,6 +67,7 @@ class BlockPass:
         start: Callable[[], Any],
         listen: Callable[[Any, Chunk, int, Tensor, Tensor], None],
         keep: bool,
+        pair: Callable[[Any, Chunk, int, Tensor, Tensor], None] | None = None,
     ) -> Any:
         """Run one block and hand what its layers receive to ``listen``.
 
@@ -79,28 +81,37 @@ class BlockPass:
             Called with state, chunk, group number, rows ``[tokens, in]`` and their owners.
         keep
             Whether the outputs become the hidden states of the chunks.
+        pair
+            When given, the dense hidden states of the chunks go through the block, too, and it is
+            called with state, chunk, group number, rows, and the rows of the dense model.
 
         Returns
         -------
         The state after all chunks.
         """
 
-        def once() -> tuple[Any, list[Tensor | None]]:
+        def once() -> tuple[Any, list[Tensor | None], list[Tensor | None]]:
             state = start()
-            outputs = [
-                groups.watch(chunk, index, _bound(listen, state, chunk), whole=keep)
-                for chunk in self.chunks
-            ]
-            return state, outputs
+            outputs, followed = [], []
+            for chunk in self.chunks:
+                heard = _bound(listen, state, chunk)
+                if pair is not None:
+                    dense, output = _dense_inputs(groups, chunk, index)
+                    followed.append(output)
+                    heard = _both(heard, _bound(pair, state, chunk), dense)
+                outputs.append(groups.watch(chunk, index, heard, whole=keep))
+            return state, outputs, followed
 
-        state, outputs = self.until_it_fits(once)
-        if keep:
-            for chunk, hidden in zip(self.chunks, outputs, strict=True):
-                chunk.hidden = hidden
+        state, outputs, followed = self.until_it_fits(once)
+        for chunk, hidden in zip(self.chunks, outputs if keep else (), strict=keep):
+            chunk.hidden = hidden
+        for chunk, hidden in zip(self.chunks, followed, strict=pair is not None):
+            chunk.dense = hidden
         return state
 
-    def propagate(self, index: int) -> None:
-        """Pass the hidden states of all chunks through one block."""
+    def propagate(self, index: int, dense: bool = False) -> None:
+        """Pass the hidden states of all chunks through one block; with ``dense``, also those of
+        the dense model, where they are followed."""
         block = self.blocks.modules[index]
         for chunk in self.chunks:
             chunk.done = False
@@ -109,6 +120,8 @@ class BlockPass:
             for chunk in [c for c in self.chunks if not c.done]:
                 assert chunk.hidden is not None
                 chunk.hidden = replay(block, chunk.calls[index], chunk.hidden)
+                if dense and chunk.dense is not None:
+                    chunk.dense = replay(block, chunk.calls[index], chunk.dense)
                 chunk.done = True
 
         self.until_it_fits(rest)
@@ -157,6 +170,33 @@ class BlockPass:
     def _synchronize(self) -> None:
         for device in {p.device for p in self.model.parameters() if p.device.type == "cuda"}:
             torch.cuda.synchronize(device)
+
+
+def _dense_inputs(
+    groups: InputGroups, chunk: Chunk, index: int
+) -> tuple[dict[int, Tensor], Tensor | None]:
+    """Return what the layers receive from the dense hidden states, and the output of the block."""
+    found: dict[int, Tensor] = {}
+
+    def take(number: int, rows: Tensor, _owners: Tensor) -> None:
+        found[number] = rows
+
+    output = groups.watch(dataclasses.replace(chunk, hidden=chunk.dense), index, take, whole=True)
+    return found, output
+
+
+def _both(
+    heard: Callable[[int, Tensor, Tensor], None],
+    pair: Callable[[int, Tensor, Tensor], None],
+    dense: dict[int, Tensor],
+) -> Callable[[int, Tensor, Tensor], None]:
+    """Return a listener that hands rows on alone and beside those of the dense model."""
+
+    def listen(number: int, rows: Tensor, owners: Tensor) -> None:
+        heard(number, rows, owners)
+        pair(number, rows, dense[number])
+
+    return listen
 
 
 def _bound(

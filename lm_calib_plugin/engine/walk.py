@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lm_calib_plugin.engine.batches import Chunk
+from lm_calib_plugin.engine.correction import corrected
 from lm_calib_plugin.engine.discovery import Blocks
 from lm_calib_plugin.engine.experts import ENOUGH, fill_up
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
@@ -57,12 +58,16 @@ class WalkResult:
 
 @dataclass
 class _Watched:
-    """What is remembered of one distinct input."""
+    """What is remembered of one distinct input.
+
+    ``cross`` is ``X^T (Y - X)``, ``[in, in]``, where ``Y`` are the inputs in the dense model.
+    """
 
     stats: LayerStats | None
     used: TokenSample
     heldout: TokenSample
     finite: bool = True
+    cross: Tensor | None = None
 
 
 def run(
@@ -129,9 +134,12 @@ class _Walk(BlockPass):
             by_block.setdefault(layer.block, []).append(layer)
         if self.chunks:
             self.timed("capture", self.capture)
+        for chunk in self.chunks if self.corrects else ():
+            assert chunk.hidden is not None
+            chunk.dense = chunk.hidden.clone()
         bar = tqdm(
             range(len(self.blocks)),
-            desc=f"{type(self.plan.method).__name__.lower()} blocks",
+            desc=f"{self.plan.method.label} blocks",
             disable=not self.progress,
         )
         # After the last block that holds a target, data only matters for the head.
@@ -146,6 +154,11 @@ class _Walk(BlockPass):
             self.timed("compress", lambda: self._head(by_block[HEAD][0]))
         self._tell_of_experts()
         return self.result
+
+    @property
+    def corrects(self) -> bool:
+        """Whether layers make up for the error of earlier blocks."""
+        return self.plan.method.correction > 0 and bool(self.chunks)
 
     def _tell_of_experts(self) -> None:
         for names, what in (
@@ -172,7 +185,7 @@ class _Walk(BlockPass):
             watched = self.timed("observe", lambda: self._watched(index, groups, dense and more))
             self.timed("compress", lambda: self._compress(layers, watched))
         if more and not (dense and layers):
-            self.timed("propagate", lambda: self.propagate(index))
+            self.timed("propagate", lambda: self.propagate(index, dense=not layers))
 
     def _watched(self, index: int, groups: InputGroups, keep: bool) -> dict[int, _Watched]:
         """Collect statistics of every distinct input; by ``id(layer)`` of the layers."""
@@ -180,7 +193,8 @@ class _Walk(BlockPass):
         def start() -> list[_Watched]:
             return [self._empty(group[0]) for group in groups.groups]
 
-        watched = self.observe(index, groups, start, _listen, keep)
+        pair = _pair if self.corrects else None
+        watched = self.observe(index, groups, start, _listen, keep, pair)
         found = {}
         for group, seen in zip(groups.groups, watched, strict=True):
             if not seen.finite or (seen.stats is not None and not seen.stats.is_finite()):
@@ -203,13 +217,16 @@ class _Walk(BlockPass):
             stats = STATISTICS[kind].empty(width, device)
             if self.plan.method.uses_heldout:
                 stats.heldout = STATISTICS[kind].empty(width, device)
-        used = sum(c.tokens for c in self.chunks if not c.heldout)
-        out = sum(c.tokens for c in self.chunks if c.heldout)
+        counts = [sum(c.tokens for c in self.chunks if c.heldout == h) for h in (False, True)]
         if layer.expert is not None:
             # Two experts a token is usual; a busier expert keeps more rows than the limit.
             share = max(1, layer.parameter.shape[0] // 2)
-            used, out = -(-used // share), -(-out // share)
-        return _Watched(stats, TokenSample(used, ERROR_TOKENS), TokenSample(out, ERROR_TOKENS))
+            counts = [-(-count // share) for count in counts]
+        # The two models send tokens to experts of their own.
+        corrected = self.corrects and layer.expert is None
+        cross = torch.zeros(width, width, device=device) if corrected else None
+        used, out = (TokenSample(count, ERROR_TOKENS) for count in counts)
+        return _Watched(stats, used, out, cross=cross)
 
     def _compress(self, layers: Sequence[TargetLayer], watched: dict[int, _Watched]) -> None:
         for layer in layers:
@@ -223,13 +240,23 @@ class _Walk(BlockPass):
             if method.does_nothing:
                 result = LayerResult(before)
             else:
-                result = self._solve(method, layer, before, stats)
+                target = before if seen is None else self._target(layer, before, seen)
+                result = self._solve(method, layer, target, stats)
                 layer.write(result.weight)
                 if result.bias is not None:
                     layer.add_to_bias(result.bias)
             if result.grid is not None:
                 self.result.grids[layer.name] = result.grid
             self.result.rows.append(self._row(layer, before, result, seen, start))
+
+    def _target(self, layer: TargetLayer, before: Tensor, seen: _Watched) -> Tensor:
+        """Return the weight that brings the outputs nearest to those of the dense model."""
+        if seen.cross is None:
+            return before
+        try:
+            return corrected(before, seen.stats, seen.cross, self.plan.method.correction)
+        except NumericalError as error:
+            raise NumericalError(layer.name, error.stage, error.what, error.fix) from None
 
     def _solve(
         self, method: Method, layer: TargetLayer, before: Tensor, stats: LayerStats | None
@@ -308,3 +335,16 @@ def _listen(
     seen.used.update(rows)
     if seen.stats is not None:
         seen.stats.update(rows, weights, owners)
+
+
+def _pair(
+    watched: Sequence[_Watched], chunk: Chunk, number: int, rows: Tensor, dense: Tensor
+) -> None:
+    seen = watched[number]
+    if seen.cross is None or chunk.heldout:
+        return
+    rows = rows.float()
+    difference = dense.float() - rows
+    if chunk.weights is not None:
+        difference *= chunk.weights[chunk.owners()].to(difference)[:, None]
+    seen.cross.addmm_(rows.t(), difference)

@@ -31,6 +31,8 @@ class Pipeline(PruningMethod):
         defines.
     damp
         Ridge of the parts that use the Gram matrix, relative to its mean diagonal.
+    correction
+        Part of the error of earlier blocks that a layer makes up for, 0 to 1.
     allocation
         How much goes from which layer; whoever knows all layers makes a pipeline for each of it.
         None: from each the same fraction.
@@ -41,6 +43,7 @@ class Pipeline(PruningMethod):
     kind: ClassVar[str] = "pruning"
     group: str | None = None
     damp: float = 0.01
+    correction: float = 0.0  # type: ignore[misc]
     allocation: Allocation | None = None
     score: Score | None = None
     refine: Refinement | None = None
@@ -52,6 +55,13 @@ class Pipeline(PruningMethod):
             raise ValueError("a pruning method needs a score")
         if self.group is not None and self.group not in GROUPS:
             raise UserError("group", f"got {self.group!r}", f"allowed: {listed(GROUPS)}")
+        if self.correction and "gram" not in self.statistic:
+            raise UserError(
+                "correction",
+                f"got {self.correction:g}",
+                "methods that use the Gram matrix of the inputs",
+                "add update=pcg or update=obs, or drop `correction`",
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -74,7 +84,15 @@ class Pipeline(PruningMethod):
         }
         if any(part.uses_damp for part in self.parts):
             plain["damp"] = self.damp
+        if self.correction:
+            plain["correction"] = self.correction
         return plain | {name: part_text(name, getattr(self, name)) for name in STAGES}
+
+    @property
+    def label(self) -> str:
+        """The names of the parts, such as ``sparsegpt+obs``."""
+        names = ((name, getattr(self, name)) for name in STAGES)
+        return "+".join(part_text(n, p).partition("?")[0] for n, p in names if p is not None)
 
     # --- what the parts say together ---------------------------------------------------------
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lm_calib_plugin import compress
+from lm_calib_plugin import compress, registry
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.pruning.parts import Selection, Strength
 from lm_calib_plugin.pruning.refinements.dsnot import DSnoT
 from lm_calib_plugin.pruning.scores.wanda import Wanda
 from lm_calib_plugin.recipe import Recipe
-from lm_calib_plugin.statistics import Spread
+from lm_calib_plugin.statistics import STATISTICS, Spread
 from tests.engine.test_walk import QUIET, calibration
+from tests.methods import pruner
 from tests.tiny import make_model
 
 
@@ -154,6 +155,25 @@ def test_values_of_another_mask_are_dropped_with_it() -> None:
     assert (moved.weight, moved.solved, moved.damp) == (None, "", 0.5)
     still = DSnoT(cycles=0).refine(weight, found, stats, UNSTRUCTURED)
     assert still.weight is found.weight
+
+
+@pytest.mark.parametrize("update", ["none", "obs", "admm", "pcg"])
+@pytest.mark.parametrize("score", [n for n in registry.table("score") if n != "random"])
+@pytest.mark.parametrize("strength", [{"sparsity": 0.4}, {"pattern": "2:4"}], ids=str)
+def test_it_refines_the_mask_of_any_score_before_any_update(
+    strength: dict, score: str, update: str
+) -> None:
+    weight = normal(9, 40)
+    x = normal(200, 40, seed=1) + 0.3
+    method = pruner("dsnot", score=score, update=update, **strength)
+    stats = STATISTICS[method.statistic].empty(40)
+    stats.update(x)
+    gone = method.compress(weight, stats).weight == 0
+    start = pruner("dsnot", score=score, refine="none", **strength).compress(weight, stats)
+    assert int(gone.sum()) == int((start.weight == 0).sum())
+    assert not torch.equal(gone, start.weight == 0)
+    if "pattern" in strength:
+        assert (gone.reshape(9, -1, 4).sum(-1) == 2).all()
 
 
 @pytest.mark.parametrize("option", ["cycles", "threshold", "power"])

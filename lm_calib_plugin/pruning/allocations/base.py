@@ -121,9 +121,14 @@ def apportion(
     most
         Largest count of each.
     """
+    # Whole numbers may come with the rounding of the arithmetic before.
     counts = [min(int(w + 1e-9), m) for w, m in zip(wanted, most, strict=True)]
     missing = total - sum(c * u for c, u in zip(counts, units, strict=True))
     order = sorted(range(len(counts)), key=lambda i: counts[i] - wanted[i])
+    for i in reversed(order):
+        if missing < 0 and counts[i]:
+            counts[i] -= 1
+            missing += units[i]
     for i in order:
         if units[i] <= missing and counts[i] < most[i]:
             counts[i] += 1

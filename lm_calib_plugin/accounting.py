@@ -1,0 +1,130 @@
+"""What a report says of a run: what was counted, used, and worth a warning."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from lm_calib_plugin import engine
+from lm_calib_plugin.calibration import CalibrationSet
+from lm_calib_plugin.errors import NumericalError
+from lm_calib_plugin.method import Method
+from lm_calib_plugin.recipe import Recipe
+
+PACKAGES = ("lm-calib-plugin", "torch", "transformers", "lm-eval", "datasets", "accelerate")
+
+
+def measure(
+    model: nn.Module,
+    blocks: engine.Blocks,
+    layers: Sequence[engine.TargetLayer],
+    method: Method,
+    grids: dict[str, Any],
+) -> dict[str, Any]:
+    """Count zeros, and check that quantized weights lie on their grid, on the live model.
+
+    Returns
+    -------
+    dict
+        ``sparsity`` of the targeted layers, ``sparsity_blocks`` of all parameters of the blocks,
+        ``sparsity_model`` of all parameters, ``bits`` (mean width of a targeted weight, without
+        scales; None when nothing was quantized).
+
+    Raises
+    ------
+    NumericalError
+        When a weight is not on the grid it was rounded to.
+    """
+    for layer in layers:
+        grid = grids.get(layer.name)
+        if grid is not None and not grid.holds(layer.weight):
+            raise NumericalError(layer.name, "final count", "weights are not on their grid")
+    target = [(int((x.stored == 0).sum()), x.stored.numel()) for x in layers]
+    inside = [(int((p == 0).sum()), p.numel()) for p in blocks.modules.parameters()]
+    everything = [(int((p == 0).sum()), p.numel()) for p in model.parameters()]
+    bits = None
+    if grids:
+        sizes = {x.name: x.stored.numel() for x in layers}
+        bits = sum(grids[n].bits * sizes[n] for n in grids) / sum(sizes[n] for n in grids)
+    elif method.kind == "quantization":
+        bits = 16.0
+    return {
+        "sparsity": _share(target),
+        "sparsity_blocks": _share(inside),
+        "sparsity_model": _share(everything),
+        "bits": bits,
+    }
+
+
+def _share(counts: Sequence[tuple[int, int]]) -> float:
+    return sum(zeros for zeros, _ in counts) / max(1, sum(size for _, size in counts))
+
+
+def calibration_summary(
+    calibration: CalibrationSet | None, pads: int, held: int
+) -> dict[str, Any] | None:
+    """Return what is said of the calibration set, None without one."""
+    if calibration is None:
+        return None
+    return {
+        **calibration.summary(),
+        "heldout_sequences": held,
+        "pad_tokens_excluded": pads,
+    }
+
+
+def data_warnings(
+    recipe: Recipe, calibration: CalibrationSet | None, left: Sequence[tuple[str, str]]
+) -> list[str]:
+    """Return what is worth saying of the data and of the matrices left dense."""
+    sources = calibration.sources if calibration else ()
+    notes = [f"{s['source']}: {note}" for s in sources for note in s.get("warnings", ())]
+    if (
+        calibration is not None
+        and recipe.heldout
+        and not engine.heldout_indices(len(calibration.sequences), recipe.heldout)
+    ):
+        notes.append(
+            f"nothing held out: {recipe.heldout:g} of {len(calibration.sequences)} sequences is "
+            "less than one, so no held-out error"
+        )
+    reasons: dict[str, int] = {}
+    for _, why in left:
+        if why in engine.CHOSEN:
+            continue
+        reasons[why] = reasons.get(why, 0) + 1
+    notes += [f"{count} matrices left dense: {why}" for why, count in reasons.items()]
+    return notes
+
+
+def cuda_devices(model: nn.Module) -> list[torch.device]:
+    """Return the CUDA devices that hold parameters of the model."""
+    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+
+
+def peak_memory(model: nn.Module) -> float:
+    """Return the peak in GiB: summed over the model's CUDA devices during the work, or without
+    any, of this process since it started."""
+    devices = cuda_devices(model)
+    if devices:
+        return round(sum(torch.cuda.max_memory_allocated(d) for d in devices) / 2**30, 3)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
