@@ -23,6 +23,7 @@ from torch.nn.functional import embedding_bag
 TILE = 1 << 24
 # Exchanges tried from one shortlist; each is made only if it gains after those before it.
 BATCH = 8
+GROUPS = 32  # the same with N:M, one of each group
 # Rows that have stopped leave the work when so many of the rest have.
 STOPPED = 0.25
 INF = float("inf")
@@ -125,30 +126,6 @@ class _Rows:
         return _Rows(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
-@dataclass
-class _Pairs:
-    """What the change of the error needs of pairs; all tensors broadcast to ``[rows, ...pairs]``.
-
-    ``value`` of the kept weight and ``dense`` of the removed one; then, for both, residual and
-    energy (the diagonal of the Gram matrix), and the Gram element ``between`` them.
-    """
-
-    value: Tensor
-    dense: Tensor
-    residuals: tuple[Tensor, Tensor]
-    energies: tuple[Tensor, Tensor]
-    between: Tensor
-
-    def change(self, free: bool) -> tuple[Tensor, Tensor]:
-        """Return the change of the error and the value that the removed weight takes."""
-        (kept, removed), (loss, gain) = self.residuals, self.energies
-        value, slope = self.value, removed + self.value * self.between
-        # An input without energy has no residual either: its weight returns as zero.
-        taken = slope / torch.where(gain > 0, gain, 1.0) if free else self.dense
-        removing = value * (2 * kept + value * loss)
-        return removing + taken * (taken * gain - 2 * slope), taken
-
-
 class _Search:
     """Finds and makes exchanges in many rows at once.
 
@@ -160,13 +137,15 @@ class _Search:
     ) -> None:
         self.gram, self.flat, self.free = gram, gram.reshape(-1), free
         self.width, self.energy = gram.shape[0], gram.diagonal()
+        # An input without energy has no residual either: its weight returns as zero.
+        self.inverse = torch.where(self.energy > 0, 1 / self.energy, 0.0)
         self.group = n_of_m[1] if n_of_m else 0
         self.candidates = min(candidates, self.width)
         if self.group:
             inside = torch.arange(self.width, device=gram.device).view(-1, self.group)
             self.blocks = gram[inside[:, :, None], inside[:, None, :]]
         pairs = self.width * self.group if self.group else self.candidates**2
-        self.numbers_per_row = max(pairs, 8 * self.width, 4 * BATCH**2)
+        self.numbers_per_row = max(pairs, 8 * self.width, 4 * (GROUPS if n_of_m else BATCH) ** 2)
         # Gains below the rounding of a row's error are none.
         self.least = 16 * torch.finfo(gram.dtype).eps
 
@@ -187,54 +166,77 @@ class _Search:
 
     # --- which exchanges to try -------------------------------------------------------------------
 
+    def _alone(self, rows: _Rows) -> tuple[Tensor, Tensor]:
+        """Return what removing, and what returning, would change by itself, ``[rows, in]`` each.
+
+        Infinite where a weight is removed already, or there.
+        """
+        value, residual, energy = rows.value, rows.residual, self.energy
+        removing = value * (2 * residual + value * energy)
+        if self.free:
+            returning = -residual.square() * self.inverse
+        else:
+            returning = rows.dense * (rows.dense * energy - 2 * residual)
+        return removing.masked_fill_(~rows.keep, INF), returning.masked_fill_(rows.keep, INF)
+
+    def _together(
+        self,
+        between: Tensor,
+        value: Tensor,
+        removed: tuple[Tensor, Tensor, Tensor],
+        alone: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Return the change of the error by pairs; all tensors broadcast to the pairs.
+
+        ``between`` is the Gram element of a pair, ``value`` that of the kept weight, ``removed``
+        holds dense weight, residual and inverse energy of the removed one, ``alone`` what each
+        would change by itself.
+        """
+        dense, residual, inverse = removed
+        change = between * value
+        if self.free:
+            change.add_(residual).square_().mul_(-inverse)
+            returning = torch.where(alone[1] == INF, INF, 0.0)
+        else:
+            change.mul_(-2 * dense)
+            returning = alone[1]
+        return change.add_(alone[0]).add_(returning)
+
     def _row_pairs(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Return disjoint pairs of a shortlist, best first.
 
         Tensors ``[rows, pairs]``: places of the kept and of the removed weights, and whether there
         is such a pair at all.
         """
-        energy, value, residual = self.energy, rows.value, rows.residual
-        removing = (value * (2 * residual + value * energy)).masked_fill(~rows.keep, INF)
-        if self.free:
-            returning = -residual.square() / torch.where(energy > 0, energy, 1.0)
-        else:
-            returning = rows.dense * (rows.dense * energy - 2 * residual)
-        returning = returning.masked_fill(rows.keep, INF)
+        removing, returning = self._alone(rows)
         count = rows.keep.sum(1)
-        short = [int(n.max()) for n in (count, self.width - count)]
-        sides = [min(self.candidates, n) for n in short]
-        cost, kept = removing.topk(sides[0], dim=1, largest=False)
-        gain, removed = returning.topk(sides[1], dim=1, largest=False)
-        between = self.flat[kept[:, :, None] * self.width + removed[:, None, :]]
-        pairs = _Pairs(
-            value.gather(1, kept)[:, :, None],
-            rows.dense.gather(1, removed)[:, None, :],
-            (residual.gather(1, kept)[:, :, None], residual.gather(1, removed)[:, None, :]),
-            (energy[kept][:, :, None], energy[removed][:, None, :]),
-            between,
-        )
-        change = pairs.change(self.free)[0]
         # Rows that keep or remove fewer than others have idle entries in their shortlist.
-        change.masked_fill_((cost == INF)[:, :, None] | (gain == INF)[:, None, :], INF)
+        most = [min(self.candidates, int(n.max())) for n in (count, self.width - count)]
+        cost, kept = removing.topk(most[0], dim=1, largest=False)
+        gain, removed = returning.topk(most[1], dim=1, largest=False)
+        of_removed = (rows.dense.gather(1, removed), rows.residual.gather(1, removed))
+        change = self._together(
+            self.flat[kept[:, :, None] * self.width + removed[:, None, :]],
+            rows.value.gather(1, kept)[:, :, None],
+            (of_removed[0][:, None], of_removed[1][:, None], self.inverse[removed][:, None]),
+            (cost[:, :, None], gain[:, None]),
+        )
         first, second, possible = _disjoint(change)
         return kept.gather(1, first), removed.gather(1, second), possible
 
     def _group_pairs(self, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Return the best pair of each of the groups that gain most, as ``_row_pairs`` does."""
         shape = (len(rows.number), -1, self.group)
-        value, dense, residual = (x.view(shape) for x in (rows.value, rows.dense, rows.residual))
-        keep, energy = rows.keep.view(shape), self.energy.view(-1, self.group)
-        pairs = _Pairs(
-            value[..., None],
-            dense[..., None, :],
-            (residual[..., None], residual[..., None, :]),
-            (energy[:, :, None], energy[:, None, :]),
+        removing, returning = (x.view(shape) for x in self._alone(rows))
+        dense, residual = (x.view(shape)[:, :, None] for x in (rows.dense, rows.residual))
+        change = self._together(
             self.blocks,
+            rows.value.view(shape)[..., None],
+            (dense, residual, self.inverse.view(-1, 1, self.group)),
+            (removing[..., None], returning[:, :, None]),
         )
-        change = pairs.change(self.free)[0]
-        change.masked_fill_(~keep[..., None] | keep[..., None, :], INF)
         best, pair = change.flatten(2).min(dim=2)
-        best, groups = best.topk(min(BATCH, best.shape[1]), dim=1, largest=False)
+        best, groups = best.topk(min(GROUPS, best.shape[1]), dim=1, largest=False)
         pair = pair.gather(1, groups)
         start = groups * self.group
         return start + pair // self.group, start + pair % self.group, best < INF
@@ -248,20 +250,18 @@ class _Search:
         gram = self.flat[index[:, :, None] * self.width + index[:, None, :]]
         residual, energy = rows.residual.gather(1, index), self.energy[index]
         value, dense = rows.value.gather(1, kept), rows.dense.gather(1, removed)
+        inverse = self.inverse[removed]
         accepted = torch.zeros_like(possible)
         if not count:
             return accepted
-        # What is taken from the error of each entry: removing adds to it, returning subtracts.
+        # What is added to the error of each entry: a removed value, minus a returning one.
         moved = torch.zeros_like(residual)
         for i in range(count):
             j = count + i
-            change, taken = _Pairs(
-                value[:, i],
-                dense[:, i],
-                (residual[:, i], residual[:, j]),
-                (energy[:, i], energy[:, j]),
-                gram[:, i, j],
-            ).change(self.free)
+            slope = residual[:, j] + value[:, i] * gram[:, i, j]
+            taken = slope * inverse[:, i] if self.free else dense[:, i]
+            change = value[:, i] * (2 * residual[:, i] + value[:, i] * energy[:, i])
+            change += taken * (taken * energy[:, j] - 2 * slope)
             yes = possible[:, i] & (change < -self.least * rows.error) & (rows.left > 0)
             accepted[:, i] = yes
             moved[:, i] = torch.where(yes, value[:, i], 0.0)
