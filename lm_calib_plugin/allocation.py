@@ -51,6 +51,37 @@ class _Energies:
             self.found |= {layer.name: stats.per_token() for layer in group}
 
 
+def check_allocation(layers: Sequence[engine.TargetLayer], method: Pipeline) -> None:
+    """Refuse an allocation that does not fit, as far as that can be told before data is read.
+
+    Raises
+    ------
+    UserError
+        When the output head is among the layers, for a group or pattern beside one threshold, and
+        when a rule that looks at no activations refuses these layers.
+    """
+    allocation = method.allocation
+    if allocation is None:
+        return
+    if any(layer.block == engine.HEAD for layer in layers):
+        raise UserError(
+            "allocation",
+            "the output head is among the layers, which belongs to no block",
+            "layers of the decoder blocks, or allocation=uniform",
+        )
+    if allocation.whole_layer and (method.n_of_m or method.group not in (None, "layer")):
+        given = method.pattern if method.n_of_m else f"group={method.group}"
+        raise UserError(
+            "allocation",
+            f"`global` compares whole layers, got {given}",
+            "unstructured pruning with group=layer",
+        )
+    assert method.score is not None
+    if allocation.statistic == "none" and not allocation.whole_layer:
+        facts = [LayerFacts(x.name, x.block, x.shape, x.read) for x in layers]
+        allocation.fractions(facts, float(method.sparsity), method.score)
+
+
 def allocate(
     model: nn.Module,
     blocks: engine.Blocks,
@@ -83,19 +114,6 @@ def allocate(
     assert allocation is not None
     assert method.score is not None
     found: dict[str, LayerStats] = {}
-    if any(layer.block == engine.HEAD for layer in layers):
-        raise UserError(
-            "allocation",
-            "the output head is among the layers, which belongs to no block",
-            "layers of the decoder blocks, or allocation=uniform",
-        )
-    if allocation.whole_layer and (method.n_of_m or method.group not in (None, "layer")):
-        given = method.pattern if method.n_of_m else f"group={method.group}"
-        raise UserError(
-            "allocation",
-            f"`global` compares whole layers, got {given}",
-            "unstructured pruning with group=layer",
-        )
     looks = allocation.statistic != "none"
     if looks or (allocation.whole_layer and method.score.statistic != "none"):
         visitor = _Energies()

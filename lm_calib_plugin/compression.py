@@ -25,7 +25,7 @@ from lm_calib_plugin.accounting import (
     peak_memory,
     versions,
 )
-from lm_calib_plugin.allocation import allocate, strength_found
+from lm_calib_plugin.allocation import allocate, check_allocation, strength_found
 from lm_calib_plugin.bank.mixtures import Task, check_mixture, draw
 from lm_calib_plugin.calibration import (
     CalibrationSet,
@@ -96,6 +96,8 @@ def compress(
             model, blocks, recipe.targets, recipe.ignore, recipe.untie
         )
     _check_layers(method, layers)
+    if isinstance(method, Pipeline):
+        check_allocation(layers, method)
     if tokenizer is None and recipe.terms and not given:
         raise UserError(
             "tokenizer",
@@ -194,13 +196,18 @@ def _on_layers(
     seconds: dict[str, float] = {}
     methods: dict[str, Pipeline] = {}
     start = time.perf_counter()
-    if isinstance(method, Pipeline) and method.allocation is not None and not method.does_nothing:
+    rule = method.allocation if isinstance(method, Pipeline) else None
+    if rule is not None and not (method.does_nothing and rule.keeps_budget):
+        assert isinstance(method, Pipeline)
         methods = allocate(model, blocks, fresh, layers, method, device, runtime.progress)
         method = strength_found(method, layers, methods, recipe.sparsity)
         seconds["allocation"] = time.perf_counter() - start
     plan = engine.Plan(method, layers, recipe.propagate, methods)
     result = engine.run(model, blocks, fresh(), plan, device, runtime.progress)
     start = time.perf_counter()
+    emptied = [name for name, own in methods.items() if float(own.sparsity) == 1]
+    if emptied:
+        result.warnings.append(f"{len(emptied)} layers ({emptied[0]}, ...) lost every weight")
     achieved = measure(model, blocks, layers, method, result.grids)
     seconds["measure"] = time.perf_counter() - start
     return _Done(
@@ -365,6 +372,7 @@ def _resolve(
         layers=storage.digest(done.names),
         revision=done.method.revision,
         options=done.method.options(),
+        identity=done.method.identity(),
         # Where a block sees what dense blocks give, there is nothing to correct.
         inert=done.method.inert + (("correction",) if recipe.propagate == "dense" else ()),
         unchanged=done.unchanged,

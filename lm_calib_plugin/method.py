@@ -89,6 +89,10 @@ class Method(ABC):
         """Return every option with its value, defaults filled in, as plain values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
+    def identity(self) -> dict[str, Any]:
+        """Return the options as they enter the recipe key: equal whenever the result is."""
+        return self.options()
+
     @property
     def label(self) -> str:
         """A short name for progress bars and tables."""

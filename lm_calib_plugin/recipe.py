@@ -538,7 +538,8 @@ class Recipe(BaseModel):
         """Names of the fields that the method reads."""
         parts = [registry.find_part(STAGES[k], v.name, k) for k, v in self.stages.items()]
         if parts and not any(part.uses_damp for part in parts):
-            return tuple(name for name in self.entry.options if name != "damp")
+            # Both belong to the Gram matrix.
+            return tuple(n for n in self.entry.options if n not in ("damp", "correction"))
         return self.entry.options
 
     @property
@@ -647,9 +648,10 @@ def read_arguments(arguments: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
     from lm_calib_plugin.recipe_file import merge_recipe_file
 
     given = {name: plain_value(value) for name, value in arguments.items()}
-    if "calibration" in arguments and arguments["calibration"] is None:
-        # The harness turns the text `none` into None before we see it.
-        given["calibration"] = NO_DATA
+    # The harness turns the text `none` into None before we see it.
+    for name in ("calibration", "refine", "update"):
+        if name in arguments and arguments[name] is None:
+            given[name] = NO_DATA
     merged, places = merge_recipe_file(given)
     try:
         runtime = Runtime(**{name: merged.pop(name) for name in RUNTIME_ARGUMENTS & merged.keys()})

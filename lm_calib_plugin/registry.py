@@ -47,6 +47,7 @@ KINDS: tuple[Kind, ...] = (
 Scope = Literal["layer", "model"]
 Nested = Literal["no", "one", "many", "varies"]
 OURS = "lm-calib-plugin"
+_STAGES = ("allocation", "score", "refine", "update")
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,16 @@ class Entry:
     scope: Scope = "layer"
 
     def make(self, options: Mapping[str, Any]) -> Any:
-        """Return the method with these options; a named pipeline adds its own stages."""
-        return self.load().from_options({**dict(self.stages), **options})
+        """Return the method with these options; a named pipeline adds its own stages.
+
+        What it adds beside stages (a ridge, a group) is for its own score and update only.
+        """
+        own = dict(self.stages)
+        for stage in ("score", "update"):
+            given, named = str(options.get(stage, "")), str(own.get(stage, "none"))
+            if given and given.partition("?")[0] != named.partition("?")[0]:
+                own = {k: v for k, v in own.items() if k in _STAGES}
+        return self.load().from_options({**own, **options})
 
     def load(self) -> Any:
         """Import and return the class."""

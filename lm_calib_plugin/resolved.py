@@ -30,6 +30,8 @@ class Facts:
         The method's options with defaults filled in.
     inert
         Names of options, and ``propagate``, without any effect on the weights by this method.
+    identity
+        The options as they enter the key, when some that read differently mean the same.
     unchanged
         Whether these options leave every weight as it is.
     calib_id
@@ -45,6 +47,7 @@ class Facts:
     revision: int | str
     options: Mapping[str, Any]
     inert: tuple[str, ...] = ()
+    identity: Mapping[str, Any] | None = None
     unchanged: bool = False
     calib_id: str | None = None
     heldout: int = 0
@@ -69,11 +72,12 @@ class ResolvedRecipe:
         }
         if facts.unchanged:
             return digest(identity)
+        options = facts.options if facts.identity is None else facts.identity
         identity |= {
             # A name of a pipeline is its stages, which stand among the options.
             "method": "pipeline" if recipe.stages else recipe.method,
             "revision": facts.revision,
-            "options": {k: v for k, v in facts.options.items() if k not in facts.inert},
+            "options": {k: v for k, v in options.items() if k not in facts.inert},
             "layers": facts.layers,
         }
         if recipe.needs_data:

@@ -40,7 +40,11 @@ def parse_stage(argument: str, value: Any) -> Stage:
     UserError
         For a part that is not installed, or an option that it does not have.
     """
-    stage = _from_mapping(argument, value) if isinstance(value, Mapping) else _from_text(value)
+    stage = (
+        _from_mapping(argument, value)
+        if isinstance(value, Mapping)
+        else _from_text(argument, value)
+    )
     entry = registry.find_part(STAGES[argument], stage.name, argument)
     for option in stage.options:
         if option not in entry.options:
@@ -62,11 +66,13 @@ def _from_mapping(argument: str, value: Mapping[str, Any]) -> Stage:
     return Stage(name, {k: _as_text(v) for k, v in options.items()})
 
 
-def _from_text(value: Any) -> Stage:
+def _from_text(argument: str, value: Any) -> Stage:
     name, _, rest = str(value).strip().partition("?")
     options = {}
     for pair in rest.split("&") if rest else ():
         key, _, given = pair.partition("=")
+        if key.strip() in options:
+            raise UserError(argument, f"got {key.strip()} twice in `{value}`", "every option once")
         options[key.strip()] = given.strip()
     return Stage(name, options)
 

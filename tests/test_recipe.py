@@ -477,3 +477,27 @@ def test_public_names_are_listed_and_others_are_refused() -> None:
     assert set(lm_calib_plugin.__all__) <= set(dir(lm_calib_plugin))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lm_calib_plugin.nothing
+
+
+@pytest.mark.parametrize("stage", ["refine", "update"])
+def test_a_stage_that_does_nothing_survives_the_harness(stage: str) -> None:
+    """The harness turns the text `none` into None."""
+    for given in ("none", None):
+        arguments = {"method": "sparsegpt", "refine": "swap", "sparsity": 0.5, stage: given}
+        assert Recipe.from_model_args(arguments).stages[stage].name == "none"
+
+
+def test_points_that_mean_the_same_have_one_key() -> None:
+    def key(**given: object) -> str:
+        recipe = Recipe(**given)
+        found = facts_of(recipe, identity=recipe.make_method().identity())
+        return recipe.resolve(found).key()
+
+    wanda = {"method": "wanda", "sparsity": 0.5}
+    assert key(**wanda) == key(**wanda, group="row") == key(**wanda, compat="reference")
+    assert key(**wanda) != key(**wanda, group="layer")
+    assert key(method="wanda", pattern="2:4") == key(method="wanda", pattern="2:4", group="layer")
+    over_all = {**wanda, "allocation": "global"}
+    assert key(**over_all) != key(**over_all, compat="reference")
+    magnitude = {"method": "magnitude", "sparsity": 0.5, "allocation": "owl"}
+    assert key(**magnitude) == key(**magnitude, propagate="dense")

@@ -41,6 +41,13 @@ def check_banked(recipe: Recipe) -> None:
             f"a bank holds second moments, for methods that look at {listed(BANKED[1:])}",
             "judge the sets for wanda or sparsegpt, and use the best with your method",
         )
+    if method.correction:
+        raise UserError(
+            "correction",
+            f"got {method.correction:g}",
+            "a bank holds what the dense model does, where nothing is to be corrected",
+            "judge the sets with correction=0, and use the best with yours",
+        )
     allocation = recipe.stages.get("allocation")
     if allocation is not None and allocation.name != UNIFORM:
         raise UserError(

@@ -95,7 +95,9 @@ class BlockPass:
             outputs, followed = [], []
             for chunk in self.chunks:
                 heard = _bound(listen, state, chunk)
-                if pair is not None:
+                if pair is None or chunk.dense is None:
+                    followed.append(chunk.dense)
+                else:
                     dense, output = _dense_inputs(groups, chunk, index)
                     followed.append(output)
                     heard = _both(heard, _bound(pair, state, chunk), dense)
@@ -119,9 +121,11 @@ class BlockPass:
         def rest() -> None:
             for chunk in [c for c in self.chunks if not c.done]:
                 assert chunk.hidden is not None
-                chunk.hidden = replay(block, chunk.calls[index], chunk.hidden)
-                if dense and chunk.dense is not None:
-                    chunk.dense = replay(block, chunk.calls[index], chunk.dense)
+                hidden, followed = replay(block, chunk.calls[index], chunk.hidden), chunk.dense
+                if dense and followed is not None:
+                    followed = replay(block, chunk.calls[index], followed)
+                # Both at once: a pass that runs out of memory in between is repeated whole.
+                chunk.hidden, chunk.dense = hidden, followed
                 chunk.done = True
 
         self.until_it_fits(rest)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lm_calib_plugin.engine.batches import Chunk
-from lm_calib_plugin.engine.correction import corrected
+from lm_calib_plugin.engine.correction import input_shift
 from lm_calib_plugin.engine.discovery import Blocks
 from lm_calib_plugin.engine.experts import ENOUGH, fill_up
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
@@ -60,7 +60,8 @@ class WalkResult:
 class _Watched:
     """What is remembered of one distinct input.
 
-    ``cross`` is ``X^T (Y - X)``, ``[in, in]``, where ``Y`` are the inputs in the dense model.
+    ``cross`` is ``X^T (Y - X)``, ``[in, in]``, where ``Y`` are the inputs in the dense model, and
+    ``shift`` what follows from it for the weights of all layers that share the input.
     """
 
     stats: LayerStats | None
@@ -68,6 +69,7 @@ class _Watched:
     heldout: TokenSample
     finite: bool = True
     cross: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def run(
@@ -136,7 +138,7 @@ class _Walk(BlockPass):
             self.timed("capture", self.capture)
         for chunk in self.chunks if self.corrects else ():
             assert chunk.hidden is not None
-            chunk.dense = chunk.hidden.clone()
+            chunk.dense = None if chunk.heldout else chunk.hidden.clone()
         bar = tqdm(
             range(len(self.blocks)),
             desc=f"{self.plan.method.label} blocks",
@@ -224,7 +226,7 @@ class _Walk(BlockPass):
             share = max(1, layer.parameter.shape[0] // 2)
             counts = [-(-count // share) for count in counts]
         # The two models send tokens to experts of their own.
-        corrected = self.corrects and layer.expert is None
+        corrected = self.corrects and layer.expert is None and layer.block != HEAD
         cross = torch.zeros(width, width, device=device) if corrected else None
         used, out = (TokenSample(count, ERROR_TOKENS) for count in counts)
         return _Watched(stats, used, out, cross=cross)
@@ -255,7 +257,9 @@ class _Walk(BlockPass):
         if seen.cross is None:
             return before
         try:
-            return corrected(before, seen.stats, seen.cross, self.plan.method.correction)
+            if seen.shift is None:
+                seen.shift = input_shift(seen.stats, seen.cross)
+            return before + self.plan.method.correction * (before @ seen.shift.t())
         except NumericalError as error:
             raise NumericalError(layer.name, error.stage, error.what, error.fix) from None
 

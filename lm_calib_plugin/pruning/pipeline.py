@@ -114,6 +114,8 @@ class Pipeline(PruningMethod):
     @property
     def _by_row(self) -> bool:
         assert self.score is not None
+        if self.allocation is not None and self.allocation.whole_layer:
+            return False
         return self.n_of_m is not None or (self.group or self.score.group) == "row"
 
     @property
@@ -124,9 +126,19 @@ class Pipeline(PruningMethod):
 
     @property
     def inert(self) -> tuple[str, ...]:  # type: ignore[override]
-        """``compat``, where rows are counted exactly in the papers' code, too."""
+        """``compat``, where rows are counted exactly in the papers' code, too; ``propagate``, where
+        nothing is looked at while blocks are pruned."""
         counted = self._by_row and not any(part.uses_compat for part in self.parts)
-        return ("compat",) if counted else ()
+        blind = self.statistic == NONE
+        return ("compat",) * counted + ("propagate",) * blind
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options with the comparison group that is in force."""
+        assert self.score is not None
+        group = self.group or self.score.group
+        if self.allocation is not None and self.allocation.whole_layer:
+            group = "layer"
+        return {**self.options(), "group": None if self.n_of_m else group}
 
     @property
     def needs_bias(self) -> bool:  # type: ignore[override]
@@ -141,7 +153,8 @@ class Pipeline(PruningMethod):
     @property
     def revision(self) -> str:  # type: ignore[override]
         """Revisions of the parts, in order."""
-        return ".".join(str(part.revision) for part in self.parts)
+        parts = (self.allocation, self.score, self.refine, self.update)
+        return ".".join(str(getattr(part, "revision", 0)) for part in parts)
 
     # --- work ----------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lm_calib_plugin.pruning.descent import check_fallen
+
 # Rows that have stopped leave the work when so many of the rest have.
 STOPPED = 0.25
 
@@ -82,7 +84,7 @@ def masked_pcg(
         if judge is not None and (taken % every == 0 or taken == steps or not going):
             judge.look(solver.all_errors(), taken)
     error = solver.all_errors() if judge is None else judge.error
-    solver.check_fallen(error)
+    check_fallen(solver.start, error, solver.gram, "re-fit")
     found = torch.where(keep, weight - error / scale, torch.zeros_like(weight))
     # Where nothing moved, no rounding either.
     found = torch.where(error == solver.first, values, found)
@@ -144,12 +146,6 @@ class _Solver:
         """Return the length of the gradient on the mask, relative to that at the start."""
         left = self.squares.index_copy(0, self.rows, self.square).sum()
         return float((left / self.initial).sqrt()) if self.initial > 0 else 0.0
-
-    def check_fallen(self, error: Tensor) -> None:
-        """Assert that no row is worse than at the start, up to the rounding of sums of squares."""
-        after = ((error @ self.gram) * error).sum(1)
-        slack = torch.finfo(error.dtype).eps ** 0.5
-        assert bool((after <= self.start * (1 + slack)).all()), "a re-fit raised the error"
 
 
 class _Judge:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from lm_calib_plugin.pruning.descent import check_fallen
+
 # Numbers held at once in the largest tensor of a tile of rows.
 TILE = 1 << 24
 # Exchanges tried from one shortlist; each is made only if it gains after those before it.
@@ -86,15 +88,8 @@ def swap_descent(
         rows = _Rows.of(weight[own], values[own], mask[own], gram, steps)
         before = rows.error.clone()
         swaps += search.descend(rows, values[own], mask[own])
-        _check_fallen(weight[own] - values[own], gram, before)
+        check_fallen(before, weight[own] - values[own], gram, "exchange of weights")
     return Swapped(mask, values, swaps)
-
-
-def _check_fallen(error: Tensor, gram: Tensor, before: Tensor) -> None:
-    """Assert that no row is worse than before, up to the rounding of sums of squares."""
-    after = ((error @ gram) * error).sum(1)
-    slack = torch.finfo(error.dtype).eps ** 0.5
-    assert bool((after <= before * (1 + slack)).all()), "an exchange of weights raised the error"
 
 
 @dataclass

@@ -23,7 +23,8 @@ class Spread(Moments):
         # Sum over sequences of (sum of the sequence)^2 / (its number of rows).
         self.between = torch.zeros_like(self.sum_squares)
         self.mass = 0.0
-        self.sequences = 0
+        # A number of sequences; part of one when statistics were scaled.
+        self.sequences = 0.0
 
     def update(
         self, x: Tensor, weights: Tensor | None = None, owners: Tensor | None = None
@@ -50,6 +51,10 @@ class Spread(Moments):
         size.index_add_(0, owner, mass)
         self.between += (total.square() / size.clamp_min(1e-300)[:, None]).sum(0)
         self.sequences += count
+
+    def _add(self, x: Tensor) -> None:
+        # In float64, as the sums: a variance is what is left of both.
+        self.sum_squares += x.double().square().sum(dim=0)
 
     def _join(self, other: Self) -> None:
         super()._join(other)

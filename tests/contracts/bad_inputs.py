@@ -164,6 +164,12 @@ CASES = [
         ("`m` is not an option of `ria`", "its options: none"),
     ),
     Case(
+        "stage_option_twice",
+        wanda(allocation="owl?m=3&m=5"),
+        "allocation",
+        ("got m twice", "every option once"),
+    ),
+    Case(
         "stage_option_no_number",
         made(method="owl", sparsity=0.5, allocation="owl?m=many"),
         "allocation=m",

@@ -9,7 +9,7 @@ import torch
 
 from lm_calib_plugin import Recipe, compress
 from lm_calib_plugin.engine import walk
-from lm_calib_plugin.engine.correction import RIDGE, corrected
+from lm_calib_plugin.engine.correction import RIDGE, input_shift
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.statistics import Gram
 from tests.engine.test_walk import LENGTHS, QUIET, calibration, flat
@@ -34,11 +34,9 @@ def test_the_target_is_a_ridge_regression_on_the_dense_outputs() -> None:
     best = torch.linalg.lstsq(left, right, driver="gelsd").solution.t()
     best[:, 4] = w[:, 4]
     cross = own.t() @ (dense - own)
-    whole = corrected(weight, stats, cross, 1.0)
-    torch.testing.assert_close(whole.double(), best, rtol=1e-4, atol=1e-4)
-    half = corrected(weight, stats, cross, 0.5)
-    torch.testing.assert_close(half, (weight + whole) / 2, rtol=1e-5, atol=1e-5)
-    assert torch.equal(corrected(weight, stats, torch.zeros(12, 12), 1.0), weight)
+    found = weight + weight @ input_shift(stats, cross).t()
+    torch.testing.assert_close(found.double(), best, rtol=1e-4, atol=1e-4)
+    assert not input_shift(stats, torch.zeros(12, 12)).any()
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
@@ -119,5 +117,8 @@ def test_dense_inputs_leave_nothing_to_correct() -> None:
 
 
 def test_methods_without_a_gram_matrix_refuse() -> None:
-    with pytest.raises(UserError, match="methods that use the Gram matrix"):
-        Recipe(method="wanda", sparsity=0.5, correction=0.5).make_method()
+    with pytest.raises(UserError, match="`correction` is not an option of method `wanda`"):
+        Recipe(method="wanda", sparsity=0.5, correction=0.5)
+    # What a preset adds is for its own score and update.
+    plain = Recipe(method="swap_pcg", sparsity=0.5, score="wanda", update="none").make_method()
+    assert (plain.correction, plain.group) == (0, None)

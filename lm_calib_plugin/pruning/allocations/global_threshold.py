@@ -66,13 +66,13 @@ def _smallest(scores: Callable[[], Iterator[Tensor]], count: int) -> float:
         return -1.0
     upper = torch.zeros(HALF, dtype=torch.long)
     for part in scores():
-        upper += torch.bincount((_bits(part) >> 16).cpu(), minlength=HALF)
+        upper += torch.bincount(_bits(part) >> 16, minlength=HALF).cpu()
     high = int((upper.cumsum(0) >= count).nonzero()[0])
     rest = count - int(upper[:high].sum())
     lower = torch.zeros(HALF, dtype=torch.long)
     for part in scores():
         bits = _bits(part)
-        lower += torch.bincount((bits[(bits >> 16) == high] & (HALF - 1)).cpu(), minlength=HALF)
+        lower += torch.bincount(bits[(bits >> 16) == high] & (HALF - 1), minlength=HALF).cpu()
     low = int((lower.cumsum(0) >= rest).nonzero()[0])
     return float(torch.tensor([(high << 16) | low], dtype=torch.int32).view(torch.float32))
 

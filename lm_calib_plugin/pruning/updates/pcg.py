@@ -41,9 +41,13 @@ class PCG(Update):
 
     statistic: ClassVar[str] = "gram"
     uses_damp: ClassVar[bool] = True
-    uses_heldout: ClassVar[bool] = True
     rows_independent: ClassVar[bool] = False
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.07831"
+
+    @property
+    def uses_heldout(self) -> bool:  # type: ignore[override]
+        """Whether the held-out sequences decide where to stop."""
+        return self.heldout
 
     def __post_init__(self) -> None:
         self.at_least("steps", 1)
@@ -67,7 +71,8 @@ class PCG(Update):
             if moved.swaps:
                 keep = moved.keep
                 found = masked_pcg(weight, keep, gram, self.steps, moved.weight, heldout=other)
-        return selection.but(keep=keep, weight=found.weight, solved="pcg", damp=strength.damp)
+        damp = max(selection.damp or 0.0, strength.damp)
+        return selection.but(keep=keep, weight=found.weight, solved="pcg", damp=damp)
 
     def _other(self, stats: LayerStats | None) -> Tensor | None:
         other = stats.heldout if self.heldout and stats is not None else None
