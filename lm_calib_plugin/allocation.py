@@ -23,6 +23,7 @@ from lm_calib_plugin.pruning.pipeline import Pipeline
 from lm_calib_plugin.statistics import LayerStats, Moments
 
 LISTED_WITHIN = 0.005
+WHOLE = 1e-6
 
 
 class _Energies:
@@ -201,6 +202,13 @@ def _with_patterns(
         total = (of - keep) * sum(units)
         counts = apportion(real, units, total, [of - 1] * len(numbers))
     else:
+        for fraction, count in zip(share.values(), real, strict=True):
+            if abs(count - round(count)) > WHOLE:
+                raise UserError(
+                    "allocation",
+                    f"{fraction:g} is no whole number of every {of}",
+                    f"fractions of {of}, to go with pattern={method.pattern}",
+                )
         counts = [min(round(r), of - 1) for r in real]
     gone = dict(zip(numbers, counts, strict=True))
     made = {}

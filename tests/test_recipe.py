@@ -479,12 +479,12 @@ def test_public_names_are_listed_and_others_are_refused() -> None:
         _ = lm_calib_plugin.nothing
 
 
+@pytest.mark.parametrize("given", ["none", None])
 @pytest.mark.parametrize("stage", ["refine", "update"])
-def test_a_stage_that_does_nothing_survives_the_harness(stage: str) -> None:
+def test_a_stage_that_does_nothing_survives_the_harness(stage: str, given: str | None) -> None:
     """The harness turns the text `none` into None."""
-    for given in ("none", None):
-        arguments = {"method": "sparsegpt", "refine": "swap", "sparsity": 0.5, stage: given}
-        assert Recipe.from_model_args(arguments).stages[stage].name == "none"
+    arguments = {"method": "sparsegpt", "refine": "swap", "sparsity": 0.5, stage: given}
+    assert Recipe.from_model_args(arguments).stages[stage].name == "none"
 
 
 def test_points_that_mean_the_same_have_one_key() -> None:

@@ -212,7 +212,12 @@ def part_text(argument: str, part: Part | None) -> str:
     kind = STAGES[argument]
     cls = type(part)
     place = f"{cls.__module__}:{cls.__qualname__}"
-    name = next((n for n, e in registry.table(kind).items() if e.target == place), place)
+    rows = registry.table(kind).items()
+    name = next((n for n, e in rows if e.target == place), None)
+    if name is None:
+        # Another package may name a class where it is imported, not where it is written.
+        foreign = (n for n, e in rows if e.distribution != registry.OURS and e.load() is cls)
+        name = next(foreign, place)
     values = {k: _plain(v) for k, v in part.options().items() if v is not None}
     return Stage(name, values).text()
 
