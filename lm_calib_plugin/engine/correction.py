@@ -15,7 +15,7 @@ def input_shift(stats: LayerStats | None, cross: Tensor) -> Tensor:
     """Return ``T``, ``[in, in]``, for which ``W + W T^T`` has the outputs nearest to the dense ones.
 
     A layer receives ``X`` from compressed blocks, where it received ``Y`` in the dense model. With
-    ``D = X^T (Y - X)`` and ``R`` a tenth of the diagonal of ``G = X^T X``, ``T = (G + R)^-1 D``, and
+    ``D = X^T (Y - X)``, ``R`` a tenth of the diagonal of ``G = X^T X`` and ``T = (G + R)^-1 D``,
     ``V = W + W T^T`` minimizes ``||X V^T - Y W^T||^2 + ||R^(1/2) (V - W)^T||^2``. To compress
     ``V`` on ``G`` is to compress ``W`` against the outputs of the dense model, whatever the method
     (the asymmetric calibration of arXiv 2504.02692).
