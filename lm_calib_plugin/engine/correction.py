@@ -12,7 +12,7 @@ RIDGE = 0.1
 
 
 def input_shift(stats: LayerStats | None, cross: Tensor) -> Tensor:
-    """Return ``T``, ``[in, in]``, for which ``W + W T^T`` has the outputs nearest to the dense ones.
+    """Return the ``T``, ``[in, in]``, for which ``W + W T^T`` comes nearest to the dense outputs.
 
     A layer receives ``X`` from compressed blocks, where it received ``Y`` in the dense model. With
     ``D = X^T (Y - X)``, ``R`` a tenth of the diagonal of ``G = X^T X`` and ``T = (G + R)^-1 D``,
