@@ -168,8 +168,7 @@ def _counted(
     facts: Sequence[LayerFacts], wanted: Sequence[float], method: Pipeline
 ) -> list[float | Fraction]:
     """Round fractions to counts a group; together they remove what ``uniform`` would."""
-    assert method.score is not None
-    group = method.group or method.score.group
+    group = method.group_in_force
     if group == "block128":
         # Blocks of a layer may differ in width: each is rounded down by itself.
         return list(wanted)

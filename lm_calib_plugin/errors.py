@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 
@@ -57,6 +58,15 @@ class NumericalError(CalibError):
     def __init__(self, layer: str, stage: str, what: str, fix: str = "") -> None:
         self.layer, self.stage, self.what, self.fix = layer, stage, what, fix
         super().__init__(f"{layer}, {stage}: {what}" + (f"; {fix}" if fix else "") + ".")
+
+
+@contextlib.contextmanager
+def named(layer: str) -> Iterator[None]:
+    """Name the layer in what the mathematics, which does not know it, raises inside."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(layer, error.stage, error.what, error.fix) from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -536,7 +536,7 @@ class Recipe(BaseModel):
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the fields that the method reads."""
-        parts = [registry.find_part(STAGES[k], v.name, k) for k, v in self.stages.items()]
+        parts = self._parts()
         if parts and not any(part.uses_damp for part in parts):
             # Both belong to the Gram matrix.
             return tuple(n for n in self.entry.options if n not in ("damp", "correction"))
@@ -545,11 +545,11 @@ class Recipe(BaseModel):
     @property
     def needs_data(self) -> bool:
         """Whether the method, or a stage of it, looks at calibration data."""
-        if not self.stages:
-            return self.entry.needs_data
-        return any(
-            registry.find_part(STAGES[k], v.name, k).needs_data for k, v in self.stages.items()
-        )
+        return any(row.needs_data for row in self._parts() or [self.entry])
+
+    def _parts(self) -> list[registry.Entry]:
+        """Return the registry rows of the stages, none for methods without stages."""
+        return [registry.find_part(STAGES[k], v.name, k) for k, v in self.stages.items()]
 
     @property
     def kept(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lm_calib_plugin.corpora import CORPORA as CORPORA
 from lm_calib_plugin.errors import UserError, listed, nearest
@@ -32,22 +32,17 @@ Kind = Literal[
     "packing",
     "selection",
 ]
-KINDS: tuple[Kind, ...] = (
-    "pruning",
-    "quantization",
-    "allocation",
-    "score",
-    "refinement",
-    "update",
-    "calibration",
-    "mixture",
-    "packing",
-    "selection",
-)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# Recipe field of a stage -> its kind, in the order in which the stages work.
+STAGES: dict[str, Kind] = {
+    "allocation": "allocation",
+    "score": "score",
+    "refine": "refinement",
+    "update": "update",
+}
 Scope = Literal["layer", "model"]
 Nested = Literal["no", "one", "many", "varies"]
 OURS = "lm-calib-plugin"
-_STAGES = ("allocation", "score", "refine", "update")
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ class Entry:
         for stage in ("score", "update"):
             given, named = str(options.get(stage, "")), str(own.get(stage, "none"))
             if given and given.partition("?")[0] != named.partition("?")[0]:
-                own = {k: v for k, v in own.items() if k in _STAGES}
+                own = {k: v for k, v in own.items() if k in STAGES}
         return self.load().from_options({**own, **options})
 
     def load(self) -> Any:

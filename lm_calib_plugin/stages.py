@@ -8,14 +8,8 @@ from typing import Any
 
 from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError, listed, nearest
+from lm_calib_plugin.registry import STAGES as STAGES
 
-# Recipe field -> registry kind, in the order in which the stages work.
-STAGES: dict[str, registry.Kind] = {
-    "allocation": "allocation",
-    "score": "score",
-    "refine": "refinement",
-    "update": "update",
-}
 NONE, UNIFORM = "none", "uniform"
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin.errors import NumericalError
-from lm_calib_plugin.statistics import Gram, LayerStats
+from lm_calib_plugin.statistics import LayerStats, cholesky_factors, gram_in
 
 RIDGE = 0.1
 
@@ -32,19 +32,16 @@ def input_shift(stats: LayerStats | None, cross: Tensor) -> Tensor:
     NumericalError
         When the products are no numbers or the Gram matrix cannot be factored.
     """
-    if not isinstance(stats, Gram):
-        raise ValueError("a correction needs the Gram matrix of the inputs")
     if not bool(cross.isfinite().all()):
         raise NumericalError("layer", "correction", "NaN or Inf in the activations")
-    gram = stats.gram().to(cross, copy=True)
+    gram = gram_in(stats).to(cross, copy=True)
     diagonal = gram.diagonal()
     diagonal.mul_(1.0 + RIDGE)
     # Inputs without energy have nothing to give either.
     diagonal[diagonal == 0] = 1.0
-    for dtype in (torch.float32, torch.float64):
-        lower, failed = torch.linalg.cholesky_ex(gram.to(dtype))
-        if not failed.item():
-            return torch.cholesky_solve(cross.to(lower), lower).to(cross)
-    raise NumericalError(
-        "layer", "correction", "not positive definite", "use more calibration tokens"
-    )
+    lower = next(cholesky_factors(gram), None)
+    if lower is None:
+        raise NumericalError(
+            "layer", "correction", "not positive definite", "use more calibration tokens"
+        )
+    return torch.cholesky_solve(cross.to(lower), lower).to(cross)

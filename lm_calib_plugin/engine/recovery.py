@@ -20,7 +20,7 @@ from lm_calib_plugin.engine.structure import (
     runs,
 )
 from lm_calib_plugin.engine.sublayers import first_input, without
-from lm_calib_plugin.errors import NumericalError, UnsupportedModelError
+from lm_calib_plugin.errors import NumericalError, UnsupportedModelError, named
 from lm_calib_plugin.statistics.joint import JointMoments
 
 
@@ -122,10 +122,8 @@ class RecoveryPass(DepthPass):
             raise NumericalError(
                 self.name(index), "hidden states", "NaN or Inf", "try dtype=float32 or bfloat16"
             )
-        try:
+        with named(self.name(index)):
             found = update.fit(moments)
-        except NumericalError as error:
-            raise NumericalError(self.name(index), error.stage, error.what, error.fix) from None
         like = first_parameter(self.blocks.modules[index])
         return LinearTerm(found.shift, found.down, found.up, like)
 

@@ -18,7 +18,8 @@ from lm_calib_plugin.engine.experts import ENOUGH, fill_up
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.observe import InputGroups
 from lm_calib_plugin.engine.passes import BlockPass
-from lm_calib_plugin.errors import CalibError, NumericalError
+from lm_calib_plugin.engine.rows import rows
+from lm_calib_plugin.errors import CalibError, NumericalError, named
 from lm_calib_plugin.method import LayerResult, Method
 from lm_calib_plugin.report import LayerRow
 from lm_calib_plugin.statistics import STATISTICS, LayerStats, TokenSample
@@ -256,20 +257,16 @@ class _Walk(BlockPass):
         """Return the weight that brings the outputs nearest to those of the dense model."""
         if seen.cross is None:
             return before
-        try:
-            if seen.shift is None:
+        if seen.shift is None:
+            with named(layer.name):
                 seen.shift = input_shift(seen.stats, seen.cross)
-            return before + self.plan.method.correction * (before @ seen.shift.t())
-        except NumericalError as error:
-            raise NumericalError(layer.name, error.stage, error.what, error.fix) from None
+        return before + self.plan.method.correction * (before @ seen.shift.t())
 
     def _solve(
         self, method: Method, layer: TargetLayer, before: Tensor, stats: LayerStats | None
     ) -> LayerResult:
-        try:
+        with named(layer.name):
             result = method.compress(before, stats, layer.parameter.dtype)
-        except NumericalError as error:
-            raise NumericalError(layer.name, error.stage, error.what, error.fix) from None
         found = [result.weight] if result.bias is None else [result.weight, result.bias]
         if not all(bool(x.to(layer.parameter.dtype).isfinite().all()) for x in found):
             raise NumericalError(layer.name, "result", "NaN or Inf after compression", "raise damp")
@@ -315,12 +312,8 @@ class _Walk(BlockPass):
         if self.chunks:
             seen = self._empty(layer)
             for chunk in self.chunks:
-                x = self.recorder.after_blocks(chunk, layer.module)
-                rows = x.reshape(-1, x.shape[-1])
-                counted = chunk.counted()
-                if counted is not None:
-                    rows = rows[counted.to(rows.device)]
-                _listen([seen], chunk, 0, rows, chunk.owners())
+                received = rows(chunk, self.recorder.after_blocks(chunk, layer.module))
+                _listen([seen], chunk, 0, received, chunk.owners())
             watched = {id(layer): seen}
         self._compress([layer], watched)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin.errors import NumericalError
-from lm_calib_plugin.statistics import Gram, LayerStats
+from lm_calib_plugin.statistics import LayerStats, cholesky_factors, gram_in
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ def unit_gram(stats: LayerStats | None, device: torch.device, ridge: float = 0.0
     ridge
         Added to the diagonal before scaling, relative to its mean.
     """
-    if not isinstance(stats, Gram):
-        raise ValueError("ADMM needs the Gram matrix of the inputs")
-    matrix = stats.gram().to(device, copy=True)
+    matrix = gram_in(stats).to(device, copy=True)
     diagonal = matrix.diagonal()
     dead = diagonal == 0
     diagonal += ridge * diagonal.mean()
@@ -80,14 +78,10 @@ def inverse(matrix: Tensor, shift: float) -> Tensor:
     NumericalError
         When the matrix is not positive definite in float64, either.
     """
-    for dtype in (torch.float32, torch.float64):
-        shifted = matrix.to(dtype, copy=True)
-        shifted.diagonal().add_(shift)
-        lower, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed.item():
-            found = torch.cholesky_inverse(lower).float()
-            if bool(found.isfinite().all()):
-                return found
+    for lower in cholesky_factors(matrix, shift):
+        found = torch.cholesky_inverse(lower).float()
+        if bool(found.isfinite().all()):
+            return found
     raise NumericalError(
         "Gram matrix", "inverse", f"not positive definite even with {shift:g} more", "raise damp"
     )

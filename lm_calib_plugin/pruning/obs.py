@@ -7,14 +7,12 @@ from torch import Tensor
 
 from lm_calib_plugin.pruning.masks import keep_n_of_m
 from lm_calib_plugin.pruning.parts import BLOCK, Strength
-from lm_calib_plugin.statistics import Gram, InverseFactor, LayerStats, inverse_factor
+from lm_calib_plugin.statistics import InverseFactor, LayerStats, gram_in, inverse_factor
 
 
 def gram_factor(stats: LayerStats | None, damp: float, device: torch.device) -> InverseFactor:
     """Return the factor of the inverse of the damped Gram matrix of a layer's inputs."""
-    if not isinstance(stats, Gram):
-        raise ValueError("optimal brain surgeon needs the Gram matrix of the inputs")
-    return inverse_factor(stats.gram().to(device), damp)
+    return inverse_factor(gram_in(stats).to(device), damp)
 
 
 def saliency(columns: Tensor, diagonal: Tensor, dead: Tensor) -> Tensor:

@@ -111,6 +111,10 @@ class Selection:
         found = dense if self.weight is None else self.weight
         return torch.where(self.keep, found, torch.zeros_like(found))
 
+    def damped(self, damp: float) -> float:
+        """Return the larger one of a ridge and that used so far."""
+        return max(self.damp or 0.0, damp)
+
     def but(self, **changes: Any) -> Selection:
         """Return a copy with some fields changed."""
         return replace(self, **changes)
@@ -190,9 +194,10 @@ class Score(Part):
     # Whether scores of several layers, with moments per token, are on one scale.
     comparable: ClassVar[bool] = False
 
-    @abstractmethod
     def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
         """Return the importance of every weight, ``[out, in]``, non-negative.
+
+        A score that selects in a way of its own does without.
 
         Parameters
         ----------
@@ -201,7 +206,7 @@ class Score(Part):
         stats
             Statistics of the layer's input of the kind ``statistic``; not changed.
         """
-        ...
+        raise NotImplementedError(f"{type(self).__name__} has no scores apart from its selection")
 
     def select(self, weight: Tensor, stats: LayerStats | None, strength: Strength) -> Selection:
         """Return the mask of the weights with the highest scores of each group."""

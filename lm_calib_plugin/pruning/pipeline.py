@@ -112,11 +112,16 @@ class Pipeline(PruningMethod):
         return self.rows_independent
 
     @property
-    def _by_row(self) -> bool:
+    def group_in_force(self) -> str:
+        """The comparison group: of the allocation, as asked for, or that of the score."""
         assert self.score is not None
         if self.allocation is not None and self.allocation.whole_layer:
-            return False
-        return self.n_of_m is not None or (self.group or self.score.group) == "row"
+            return "layer"
+        return self.group or self.score.group
+
+    @property
+    def _by_row(self) -> bool:
+        return self.n_of_m is not None or self.group_in_force == "row"
 
     @property
     def elementwise(self) -> bool:  # type: ignore[override]
@@ -134,11 +139,7 @@ class Pipeline(PruningMethod):
 
     def identity(self) -> dict[str, Any]:
         """Return the options with the comparison group that is in force."""
-        assert self.score is not None
-        group = self.group or self.score.group
-        if self.allocation is not None and self.allocation.whole_layer:
-            group = "layer"
-        return {**self.options(), "group": None if self.n_of_m else group}
+        return {**self.options(), "group": None if self.n_of_m else self.group_in_force}
 
     @property
     def needs_bias(self) -> bool:  # type: ignore[override]

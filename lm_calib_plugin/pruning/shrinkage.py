@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lm_calib_plugin.statistics import Gram, LayerStats
+from lm_calib_plugin.statistics import LayerStats, gram_in
 
 
 def damped_gram(stats: LayerStats | None, damp: float, shrink: float, weight: Tensor) -> Tensor:
@@ -23,9 +23,7 @@ def damped_gram(stats: LayerStats | None, damp: float, shrink: float, weight: Te
     weight
         Of its device and dtype is the result.
     """
-    if not isinstance(stats, Gram):
-        raise ValueError("the Gram matrix of the inputs is needed")
-    gram = stats.gram().to(weight)
+    gram = gram_in(stats).to(weight)
     energy = gram.diagonal()
     found = shrunk(gram, shrink)
     found.diagonal().add_(damp * energy.mean() * (energy > 0))

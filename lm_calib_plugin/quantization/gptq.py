@@ -11,7 +11,7 @@ from torch import Tensor
 from lm_calib_plugin.method import LayerResult
 from lm_calib_plugin.quantization.base import QuantizationMethod
 from lm_calib_plugin.quantization.grids import IntegerGrid
-from lm_calib_plugin.statistics import Gram, LayerStats, inverse_factor
+from lm_calib_plugin.statistics import LayerStats, gram_in, inverse_factor
 
 BLOCK = 128
 
@@ -46,9 +46,7 @@ class GPTQ(QuantizationMethod):
         self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype = torch.float32
     ) -> LayerResult:
         """Round one weight ``[out, in]`` with the Gram matrix of its input."""
-        if not isinstance(stats, Gram):
-            raise ValueError("gptq needs the Gram matrix of the inputs")
-        gram = stats.gram().to(weight.device)
+        gram = gram_in(stats).to(weight.device)
         if self.compat == "reference":
             weight = weight.masked_fill(gram.diagonal() == 0, 0.0)
         grid = self.fit_grid(weight, dtype)

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from lm_calib_plugin.statistics.base import LayerStats
-from lm_calib_plugin.statistics.factor import InverseFactor, inverse_factor
-from lm_calib_plugin.statistics.gram import Gram
+from lm_calib_plugin.statistics.factor import InverseFactor, cholesky_factors, inverse_factor
+from lm_calib_plugin.statistics.gram import Gram, gram_in
 from lm_calib_plugin.statistics.moments import Moments
 from lm_calib_plugin.statistics.sample import TokenSample
 from lm_calib_plugin.statistics.spread import GramSpread, Spread, spread_in
@@ -36,6 +36,8 @@ __all__ = [
     "Moments",
     "Spread",
     "TokenSample",
+    "cholesky_factors",
+    "gram_in",
     "inverse_factor",
     "spread_in",
     "statistic_of",

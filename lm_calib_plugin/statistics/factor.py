@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -81,3 +82,16 @@ def _factor(matrix: Tensor, ridge: Tensor, dtype: torch.dtype) -> Tensor | None:
     # An infinite element of the matrix leaves zeros on the diagonal of the factor.
     usable = upper.isfinite().all() & (upper.diagonal() > 0).all()
     return upper if bool(usable) else None
+
+
+def cholesky_factors(matrix: Tensor, shift: float = 0.0) -> Iterator[Tensor]:
+    """Yield lower Cholesky factors of ``matrix + shift * I``: in float32, then in float64.
+
+    A precision in which the matrix is not positive definite is left out.
+    """
+    for dtype in (torch.float32, torch.float64):
+        shifted = matrix.to(dtype, copy=True)
+        shifted.diagonal().add_(shift)
+        lower, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed.item():
+            yield lower

@@ -40,3 +40,16 @@ class Gram(LayerStats):
     def energy(self) -> Tensor:
         """Return the diagonal of ``G``, shape ``[in]``; ones if no token was seen."""
         return self.gram().diagonal().clone()
+
+
+def gram_in(stats: LayerStats | None) -> Tensor:
+    """Return the Gram matrix that statistics hold, ``[in, in]``; not a copy.
+
+    Raises
+    ------
+    ValueError
+        When they hold none.
+    """
+    if not isinstance(stats, Gram):
+        raise ValueError("the Gram matrix of the inputs is needed")
+    return stats.gram()

@@ -59,5 +59,5 @@ class Swap(Refinement):
         found = swap_descent(
             weight, selection.keep, gram, self.steps, strength.n_of_m, self.candidates
         )
-        damp = max(selection.damp or 0.0, strength.damp)
+        damp = selection.damped(strength.damp)
         return selection.but(keep=found.keep, weight=None, solved="", damp=damp)

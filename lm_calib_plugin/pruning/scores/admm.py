@@ -52,10 +52,6 @@ class ADMM(Score):
         self.at_least("rho", 1e-6)
         self.at_least("steps", 1)
 
-    def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
-        """Return ``|W| sqrt(G_jj)``, ridge 0.01, with which the search starts, ``[out, in]``."""
-        return unit_gram(stats, weight.device, Strength(0.0).damp).scaled(weight).abs()
-
     def select(self, weight: Tensor, stats: LayerStats | None, strength: Strength) -> Selection:
         """Return support and values of the search, values on the scale of the weight."""
         gram = unit_gram(stats, weight.device, strength.damp)

@@ -50,10 +50,6 @@ class ADMMGradual(Score):
         self.at_least("mask_steps", 1)
         self.at_least("steps", self.mask_steps)
 
-    def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
-        """Return ``|W_ij| ||x_j||``, by which the first mask is chosen, ``[out, in]``."""
-        return unit_gram(stats, weight.device).scaled(weight).abs()
-
     def select(self, weight: Tensor, stats: LayerStats | None, strength: Strength) -> Selection:
         """Return the mask of the last choice, and the weights after the last step."""
         gram = unit_gram(stats, weight.device)

@@ -28,11 +28,6 @@ class SparseGPT(Score):
     paper: ClassVar[str] = "https://arxiv.org/abs/2301.00774"
     group: ClassVar[str] = "block128"
 
-    def scores(self, weight: Tensor, stats: LayerStats | None) -> Tensor:
-        """Return the saliency from the dense weight with a ridge of 0.01, ``[out, in]``."""
-        factor = gram_factor(stats, Strength(0.0).damp, weight.device)
-        return saliency(weight.t(), factor.upper.diagonal(), factor.dead).t()
-
     def select(self, weight: Tensor, stats: LayerStats | None, strength: Strength) -> Selection:
         """Return mask and weights of the sweep, or the mask of scores compared in another group."""
         factor = gram_factor(stats, strength.damp, weight.device)

@@ -58,5 +58,5 @@ class ADMMUpdate(Update):
         for _ in range(self.steps):
             split.step(selection.keep)
         found = gram.restored(split.values, weight)
-        damp = max(selection.damp or 0.0, strength.damp)
+        damp = selection.damped(strength.damp)
         return selection.but(weight=found, solved=name, damp=damp)

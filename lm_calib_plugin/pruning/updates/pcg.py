@@ -71,7 +71,7 @@ class PCG(Update):
             if moved.swaps:
                 keep = moved.keep
                 found = masked_pcg(weight, keep, gram, self.steps, moved.weight, heldout=other)
-        damp = max(selection.damp or 0.0, strength.damp)
+        damp = selection.damped(strength.damp)
         return selection.but(keep=keep, weight=found.weight, solved="pcg", damp=damp)
 
     def _other(self, stats: LayerStats | None) -> Tensor | None:
