@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import typing
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from abc import abstractmethod
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
-from lm_calib_plugin.errors import UserError, listed
+from lm_calib_plugin.part import Part
 from lm_calib_plugin.pruning.masks import (
     keep_by_threshold,
     keep_highest,
@@ -21,7 +18,6 @@ from lm_calib_plugin.pruning.masks import (
     removed_count,
 )
 from lm_calib_plugin.statistics import LayerStats
-from lm_calib_plugin.values import flag, number, whole
 
 GROUPS = ("row", "layer", "block128")
 BLOCK = 128
@@ -120,67 +116,6 @@ class Selection:
         return replace(self, **changes)
 
 
-@dataclass(frozen=True)
-class Part(ABC):
-    """One stage of a pruning method: a dataclass whose fields are its options.
-
-    Class attributes
-    ----------------
-    statistic
-        ``none``, ``moments``, ``gram`` or ``spread``: what has to be known of the inputs.
-    uses_damp, uses_compat
-        Whether the ridge, or ``compat=reference``, changes what the part does.
-    needs_bias, uses_heldout
-        As for a method, see :class:`~lm_calib_plugin.method.Method`.
-    rows_independent
-        Whether the result of an output row depends on nothing but that row.
-    revision
-        Raised whenever the part's results change; part of the recipe key.
-    """
-
-    stage: ClassVar[str]
-    statistic: ClassVar[str] = "none"
-    uses_damp: ClassVar[bool] = False
-    uses_compat: ClassVar[bool] = False
-    rows_independent: ClassVar[bool] = False
-    needs_bias: ClassVar[bool] = False
-    uses_heldout: ClassVar[bool] = False
-    revision: ClassVar[int] = 1
-    paper: ClassVar[str] = ""
-
-    @classmethod
-    def from_texts(cls, options: Mapping[str, str]) -> Self:
-        """Make the part from options as they were typed, read by the types of its fields.
-
-        Raises
-        ------
-        UserError
-            For a value of the wrong type; ranges are checked by the part itself.
-        """
-        kinds = typing.get_type_hints(cls)
-        names = {option_name(f.name): f.name for f in fields(cls)}
-        given = {names[k]: _read(cls.stage, k, v, kinds[names[k]]) for k, v in options.items()}
-        return cls(**given)
-
-    def options(self) -> dict[str, Any]:
-        """Return every option, as it is typed, with its value."""
-        return {option_name(f.name): getattr(self, f.name) for f in fields(self)}
-
-    def at_least(self, option: str, lowest: float) -> None:
-        """Refuse a value of an option below ``lowest``."""
-        given = getattr(self, option)
-        if given < lowest:
-            name = option_name(option)
-            raise UserError(self.stage, f"got {name}={given:g}", f"{name} >= {lowest:g}")
-
-    def one_of(self, option: str, allowed: tuple[str, ...]) -> None:
-        """Refuse a value of an option that is not among those allowed."""
-        given = getattr(self, option)
-        if given not in allowed:
-            name = option_name(option)
-            raise UserError(self.stage, f"got {name}={given}", f"{name}: {listed(allowed)}")
-
-
 class Score(Part):
     """Decides which weights stay.
 
@@ -262,22 +197,3 @@ class Update(Part):
         Arguments as for a refinement.
         """
         ...
-
-
-def option_name(field: str) -> str:
-    """Return the name by which a field is typed: names that Python keeps for itself, or that a
-    method has, end in an underscore as a field only."""
-    return field.rstrip("_")
-
-
-def _read(argument: str, option: str, value: str, kind: Any) -> Any:
-    name = f"{argument}={option}"
-    if kind is bool:
-        return flag(name, value)
-    if kind is int:
-        return whole(name, value)
-    if kind in (float, float | None):
-        return number(name, value)
-    if typing.get_origin(kind) is tuple:
-        return tuple(number(name, part) for part in value.split("+"))
-    return value

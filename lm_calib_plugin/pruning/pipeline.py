@@ -13,9 +13,10 @@ from typing_extensions import Self
 from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.method import LayerResult
+from lm_calib_plugin.part import Part
 from lm_calib_plugin.pruning.allocations.base import Allocation
 from lm_calib_plugin.pruning.base import PruningMethod
-from lm_calib_plugin.pruning.parts import GROUPS, Part, Refinement, Score, Strength, Update
+from lm_calib_plugin.pruning.parts import GROUPS, Refinement, Score, Strength, Update
 from lm_calib_plugin.stages import NONE, STAGES, UNIFORM, Stage, parse_stage
 from lm_calib_plugin.statistics import LayerStats, statistic_of
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,77 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class IntegerGrid:
+class GridSpec:
+    """Which levels a layer gets, before its weights are looked at.
+
+    Parameters
+    ----------
+    number
+        ``int``, ``fp8`` (e4m3), ``nvfp4`` or ``mxfp4`` (e2m1 with shared scales).
+    bits
+        Width of a level number.
+    group_size
+        Consecutive inputs that share a scale; -1: one scale per output row.
+    symmetric
+        Whether an integer grid is symmetric around zero.
+    """
+
+    number: str = "int"
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+
+    def fit(
+        self, weight: Tensor, dtype: torch.dtype = torch.float32, shrink: Tensor | None = None
+    ) -> Grid:
+        """Return the grid that spans the range of each group of a weight ``[out, in]``.
+
+        ``shrink`` (``[out, groups]``, or a scalar) multiplies the ranges.
+        """
+        return IntegerGrid.fit(weight, self.bits, self.group_size, self.symmetric, dtype, shrink)
+
+
+class Grid(ABC):
+    """The levels of every weight of one layer.
+
+    ``bits`` is the width of a level number, ``group_size`` the number of consecutive inputs that
+    share a scale, ``scale`` the scales in float32, ``[out, groups]``.
+    """
+
+    bits: int
+    group_size: int
+    scale: Tensor
+
+    @abstractmethod
+    def round(self, weight: Tensor) -> Tensor:
+        """Round a weight ``[out, in]`` to the nearest levels; float32."""
+        ...
+
+    @abstractmethod
+    def round_column(self, column: Tensor, group: int) -> Tensor:
+        """Round one column ``[out]`` that lies in a group to the nearest levels; float32."""
+        ...
+
+    @abstractmethod
+    def clipped(self, weight: Tensor) -> float:
+        """Return the share of the weights ``[out, in]`` beyond the outermost levels.
+
+        More than half a step beyond, so that rounding to nearest alone does not count.
+        """
+        ...
+
+    @abstractmethod
+    def stored_bits(self, shape: tuple[int, int]) -> float:
+        """Return the bits of a stored weight ``(out, in)``: levels, scales and zero points."""
+        ...
+
+    def holds(self, weight: Tensor) -> bool:
+        """Tell whether every element of a stored weight ``[out, in]`` is a level of this grid."""
+        return bool((self.round(weight.float()).to(weight.dtype) == weight).all())
+
+
+@dataclass(frozen=True)
+class IntegerGrid(Grid):
     """``2^bits`` levels per group of consecutive inputs of each output row.
 
     ``w' = scale * (q - zero)`` with integer ``q``. Symmetric: ``zero = 0`` and ``q`` in
@@ -34,12 +105,14 @@ class IntegerGrid:
         group_size: int = -1,
         symmetric: bool = True,
         dtype: torch.dtype = torch.float32,
+        shrink: Tensor | None = None,
     ) -> IntegerGrid:
         """Fit the min-max grid of a weight ``[out, in]``.
 
         The symmetric scale is ``max|w| / (2^(bits-1) - 0.5)``, the convention of the
         compressed-tensors format; the asymmetric range always contains zero, so that zero is a
-        level in both. A group of zeros gets scale 1.
+        level in both. A group of zeros gets scale 1. ``shrink`` (``[out, groups]`` or a scalar)
+        multiplies the range of each group.
         """
         rows, width = weight.shape
         size = width if group_size == -1 else group_size
@@ -49,6 +122,8 @@ class IntegerGrid:
         else:
             low = groups.amin(dim=-1).clamp(max=0)
             scale = (groups.amax(dim=-1).clamp(min=0) - low) / (2**bits - 1)
+            low = low if shrink is None else low * shrink
+        scale = scale if shrink is None else scale * shrink
         # A scale below what the dtype can hold would turn a whole group into zeros.
         info = torch.finfo(dtype)
         stored = scale.to(dtype).float().clamp(min=info.smallest_normal * info.eps)
@@ -80,6 +155,20 @@ class IntegerGrid:
         rounded = self.round_group(groups, self.scale[..., None], self.zero[..., None])
         return rounded.reshape(rows, width)
 
-    def holds(self, weight: Tensor) -> bool:
-        """Tell whether every element of a stored weight ``[out, in]`` is a level of this grid."""
-        return bool((self.round(weight.float()).to(weight.dtype) == weight).all())
+    def round_column(self, column: Tensor, group: int) -> Tensor:
+        """Round one column ``[out]`` of a group to the nearest levels."""
+        return self.round_group(column, self.scale[:, group], self.zero[:, group])
+
+    def clipped(self, weight: Tensor) -> float:
+        """Return the share of weights ``[out, in]`` more than half a step beyond the levels."""
+        groups = weight.reshape(weight.shape[0], -1, self.group_size)
+        place = groups / self.scale[..., None] + self.zero[..., None]
+        # The symmetric scale puts the largest weight half a step beyond the highest level.
+        beyond = (place > self.highest + 0.501) | (place < self.lowest - 0.501)
+        return float(beyond.float().mean())
+
+    def stored_bits(self, shape: tuple[int, int]) -> float:
+        """Return the bits of levels, scales (in ``dtype``) and zero points of a weight."""
+        out, width = shape
+        each = 8 * self.dtype.itemsize + (0 if self.symmetric else self.bits)
+        return out * width * self.bits + self.scale.numel() * each

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lm_calib_plugin.pruning.parts import Part, Score
+from lm_calib_plugin.part import Part
+from lm_calib_plugin.pruning.parts import Score
 from lm_calib_plugin.statistics import LayerStats
 
 MOST = 0.99

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin.errors import NumericalError
-from lm_calib_plugin.pruning.parts import Part
+from lm_calib_plugin.part import Part
 from lm_calib_plugin.statistics.joint import JointMoments
 
 
