@@ -21,7 +21,11 @@ class LayerRow:
     sequences used and of the sequences held out. ``tokens`` counts the input rows seen.
     ``asked`` is the fraction, or the N:M pattern, that an allocation gave to the layer;
     ``borrowed`` the number of tokens by which the statistics of an expert that saw few were filled
-    up with those of all experts.
+    up with those of all experts. ``stored_bits`` are bits a weight with scales and zero points,
+    ``scale_min``, ``scale_median`` and ``scale_max`` those of the grid, ``clipped`` the share of
+    weights beyond its outermost levels, ``fallback`` what was done instead of the method.
+    ``input_limit`` is the calibrated range of the input, ``input_limit_rest`` what it would have
+    been without the first token of every sequence.
     """
 
     name: str
@@ -35,6 +39,14 @@ class LayerRow:
     seconds: float
     asked: str | float | None = None
     borrowed: int | None = None
+    fallback: str | None = None
+    stored_bits: float | None = None
+    scale_min: float | None = None
+    scale_median: float | None = None
+    scale_max: float | None = None
+    clipped: float | None = None
+    input_limit: float | None = None
+    input_limit_rest: float | None = None
 
 
 @dataclass

@@ -75,6 +75,8 @@ class Rounding(Part):
     uses_order: ClassVar[bool] = False
     # Whether the Gram matrix lets a layer make up for the error of earlier blocks.
     corrects: ClassVar[bool] = False
+    # Whether a weight of zero stays zero.
+    keeps_zeros: ClassVar[bool] = True
     permutation_safe: ClassVar[bool] = False
 
     def check(self, spec: GridSpec) -> None:
@@ -97,6 +99,22 @@ class Rounding(Part):
             Statistics of the input of the kind ``statistic``, and the shared options.
         """
         ...
+
+
+    def round_kept(
+        self,
+        weight: Tensor,
+        keep: Tensor,
+        grid: Grid,
+        stats: LayerStats | None,
+        setting: Setting,
+    ) -> LayerResult:
+        """Round the weights of a mask ``keep`` (``[out, in]``, bool); the others become zero.
+
+        A rounding that makes up for its errors makes up for what is removed, too.
+        """
+        zero = torch.zeros_like(weight)
+        return self.round(torch.where(keep, weight, zero), grid, stats, setting)
 
 
 class BlockProblem(Protocol):
@@ -125,6 +143,7 @@ class BlockRounding(Rounding):
     """A rounding that sees a whole decoder block at once."""
 
     level: ClassVar[str] = "block"
+    keeps_zeros: ClassVar[bool] = False
 
     @abstractmethod
     def round_block(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.pruning.allocations.base import LayerFacts, apportion, meet_budget
-from lm_calib_plugin.pruning.pipeline import make_part
+from lm_calib_plugin.part import make_part
 from lm_calib_plugin.statistics import Moments
 
 WANDA = make_part("score", "wanda")
