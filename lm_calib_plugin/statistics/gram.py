@@ -27,7 +27,6 @@ class Gram(LayerStats):
         self.matrix += other.matrix.to(self.device)
 
     def _divide(self, factors: Tensor) -> None:
-        # The outer product is exactly symmetric, and so the quotient stays it.
         self.matrix = self.matrix / torch.outer(factors, factors).to(self.matrix)
 
     def is_finite(self) -> bool:
