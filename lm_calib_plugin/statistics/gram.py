@@ -26,6 +26,9 @@ class Gram(LayerStats):
     def _join(self, other: Self) -> None:
         self.matrix += other.matrix.to(self.device)
 
+    def _divide(self, factors: Tensor) -> None:
+        self.matrix = self.matrix / torch.outer(factors, factors).to(self.matrix)
+
     def is_finite(self) -> bool:
         """Tell whether nothing seen so far was NaN or infinite."""
         # A NaN or Inf in any input channel reaches that channel's diagonal element.
