@@ -57,6 +57,7 @@ class Report:
     is counted on the live weights after all work is done. ``structure`` tells what methods of whole
     models took out: ``removed`` (names), ``ranking`` (every part with its value) and ``error``, the
     relative squared error of what the output head receives; ``layers`` is empty then.
+    ``transforms`` tells how the model was changed before its weights were rounded.
     ``calibration_set`` is the set that was used, None without data; it is not written anywhere.
     """
 
@@ -75,6 +76,7 @@ class Report:
     report_file: str | None = None
     report_sha256: str | None = None
     structure: dict[str, Any] | None = None
+    transforms: list[dict[str, Any]] = field(default_factory=list)
     calibration_set: Any = field(default=None, repr=False, compare=False)
 
     def error(self) -> dict[str, Any]:
