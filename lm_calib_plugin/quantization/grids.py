@@ -1,12 +1,15 @@
-"""Integer grids: scales and zero points, and rounding to the nearest level."""
+"""Grids: scales and zero points, and rounding to the nearest level."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from lm_calib_plugin.errors import UserError, listed
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,42 @@ class GridSpec:
         """Return the grid that spans the range of each group of a weight ``[out, in]``.
 
         ``shrink`` (``[out, groups]``, or a scalar) multiplies the ranges.
+
+        Raises
+        ------
+        UserError
+            For a kind of number that is not known, or a width or group size it does not have.
         """
-        return IntegerGrid.fit(weight, self.bits, self.group_size, self.symmetric, dtype, shrink)
+        if self.number == "int":
+            return IntegerGrid.fit(
+                weight, self.bits, self.group_size, self.symmetric, dtype, shrink
+            )
+        # The floating point grids are grids, too.
+        from lm_calib_plugin.quantization.float_grids import FLOAT_GRIDS
+
+        if self.number not in FLOAT_GRIDS:
+            raise UserError("number", f"got {self.number}", listed(["int", *FLOAT_GRIDS]))
+        kind = FLOAT_GRIDS[self.number]
+        if self.bits != kind.bits:
+            got = f"got {self.bits} with {self.number}"
+            raise UserError("bits", got, f"{self.number} has {kind.bits}", f"bits={kind.bits}")
+        size = kind.fixed_size
+        if size is not None and self.group_size != size:
+            got = f"got {self.group_size} with {self.number}"
+            raise UserError("group_size", got, f"its groups have {size}", f"group_size={size}")
+        return kind.fit(weight, self.group_size, dtype, shrink)
 
 
 class Grid(ABC):
     """The levels of every weight of one layer.
 
-    ``bits`` is the width of a level number, ``group_size`` the number of consecutive inputs that
-    share a scale, ``scale`` the scales in float32, ``[out, groups]``.
+    ``number`` is the kind of number (``GridSpec.number``), ``bits`` the width of a level number,
+    ``group_size`` the number of consecutive inputs that share a scale, ``scale`` the scales in
+    float32, ``[out, groups]``; ``has_zero`` tells whether 0 is a level of every weight.
     """
 
+    number: ClassVar[str] = "int"
+    has_zero: ClassVar[bool] = True
     bits: int
     group_size: int
     scale: Tensor
