@@ -26,6 +26,10 @@ class Gram(LayerStats):
     def _join(self, other: Self) -> None:
         self.matrix += other.matrix.to(self.device)
 
+    def _divide(self, factors: Tensor) -> None:
+        # The outer product is exactly symmetric, and so the quotient stays it.
+        self.matrix = self.matrix / torch.outer(factors, factors).to(self.matrix)
+
     def is_finite(self) -> bool:
         """Tell whether nothing seen so far was NaN or infinite."""
         # A NaN or Inf in any input channel reaches that channel's diagonal element.
