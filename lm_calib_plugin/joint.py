@@ -143,11 +143,9 @@ class Joint(Method):
             quantization=self.quantization.for_layer(name),
         )
 
-    def rounded_to_nearest(
-        self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype
-    ) -> Tensor:
+    def rounded_to_nearest(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a weight on a grid of its own; see :class:`Quantizer`."""
-        return self.quantization.rounded_to_nearest(weight, stats, dtype)
+        return self.quantization.rounded_to_nearest(weight, dtype)
 
     def compress(
         self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype = torch.float32

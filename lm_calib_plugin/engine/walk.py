@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lm_calib_plugin.engine.activations import install
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.correction import input_shift
 from lm_calib_plugin.engine.discovery import Blocks
@@ -19,14 +20,15 @@ from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.observe import InputGroups
 from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.rows import rows
-from lm_calib_plugin.engine.scaling import scale_block
-from lm_calib_plugin.engine.static_ranges import quantize_inputs
+from lm_calib_plugin.engine.smoothing import ScaledInput, scale_inputs
+from lm_calib_plugin.engine.static_ranges import count, input_ranges, limits_of
 from lm_calib_plugin.engine.tuning import BlockTuning
 from lm_calib_plugin.engine.watched import Watched, listen, pair
+from lm_calib_plugin.engine.wiring import Wiring, wiring_of
 from lm_calib_plugin.errors import CalibError, NumericalError, named
 from lm_calib_plugin.method import LayerResult, Method
 from lm_calib_plugin.report import LayerRow
-from lm_calib_plugin.statistics import STATISTICS, LayerStats, TokenSample
+from lm_calib_plugin.statistics import STATISTICS, LayerStats, Ranges, TokenSample
 from lm_calib_plugin.statistics.sample import relative_error
 
 ERROR_TOKENS = 512
@@ -61,7 +63,6 @@ class WalkResult:
     warnings: list[str] = field(default_factory=list)
     grids: dict[str, Any] = field(default_factory=dict)
     transforms: list[dict[str, Any]] = field(default_factory=list)
-    inputs: dict[str, Any] = field(default_factory=dict)
     pads: int = 0
 
 
@@ -119,6 +120,7 @@ class _Walk(BlockPass):
         self.plan, self.progress = plan, progress
         self.borrowed: dict[str, int] = {}
         self.unseen: list[str] = []
+        self.wiring: Wiring | None = None
         self.result = WalkResult(
             seconds=self.seconds, warnings=self.warnings, pads=sum(c.pads for c in chunks)
         )
@@ -152,9 +154,8 @@ class _Walk(BlockPass):
 
     def _without_data(self, layers: Sequence[TargetLayer]) -> None:
         self._compress(layers, {})
-        spec = self.plan.method.activations
-        if spec is not None:
-            install(layers, spec, None)
+        if self.plan.method.activations is not None:
+            self._install(layers, None)
 
     @property
     def corrects(self) -> bool:
@@ -208,14 +209,49 @@ class _Walk(BlockPass):
         self, index: int, layers: Sequence[TargetLayer], watched: Mapping[int, Watched]
     ) -> None:
         """Scale inputs and weights of a block against each other; statistics follow."""
-        assert self.probe is not None
-        done = scale_block(self, index, layers, watched, self.plan)
-        self.result.transforms += done
+        if self.wiring is None:
+            self.wiring = wiring_of(self.model, self.blocks)
+        spec = self.plan.method.activations
+
+        def stats_of(layer: TargetLayer) -> LayerStats:
+            stats = watched[id(layer)].stats
+            assert stats is not None
+            return stats
+
+        def rounded(layer: TargetLayer, weight: Tensor) -> Tensor:
+            method: Any = self.plan.method_of(layer)
+            return method.rounded_to_nearest(weight, layer.parameter.dtype)
+
+        for done in scale_inputs(
+            self.blocks,
+            index,
+            self.wiring,
+            layers,
+            self.chunks[0],
+            stats_of,
+            self.plan.method.transform,
+            rounded,
+            None if spec is None else spec.round,
+        ):
+            for seen in {id(watched[id(x)]): watched[id(x)] for x in done.layers}.values():
+                seen.divide(done.factors)
+            self.result.transforms.append(_record(done))
 
     def _round_inputs(self, index: int, layers: Sequence[TargetLayer]) -> None:
-        """Let the layers round what comes in from now on, later blocks see the difference."""
-        spec, observer = self.plan.method.activations, self.plan.method.observer
-        self.result.inputs |= quantize_inputs(self, index, layers, spec, observer)
+        """Let the layers round what comes in from now on; later blocks see the difference."""
+        method, limits = self.plan.method, None
+        if not method.activations.dynamic:
+            limits = limits_of(input_ranges(self, index, layers), method.activations, method.observer)
+        self._install(layers, limits)
+
+    def _install(
+        self, layers: Sequence[TargetLayer], limits: dict[str, tuple[float, float]] | None
+    ) -> None:
+        spec = self.plan.method.activations
+        install(layers, spec, None if limits is None else {n: x for n, (x, _) in limits.items()})
+        for row in self.result.rows if limits is not None else ():
+            if row.name in limits:
+                row.input_limit, row.input_limit_rest = limits[row.name]
 
     def _watched(self, index: int, groups: InputGroups, keep: bool) -> dict[int, Watched]:
         """Collect statistics of every distinct input; by ``id(layer)`` of the layers."""
@@ -369,7 +405,7 @@ class _Walk(BlockPass):
             asked=self._asked(layer),
             borrowed=self.borrowed.get(layer.name),
             fallback=result.fallback,
-            **({} if grid is None else described(grid, before, layer.shape)),
+            **({} if grid is None else _described(grid, before, layer)),
         )
 
     def _asked(self, layer: TargetLayer) -> str | float | None:
@@ -379,10 +415,43 @@ class _Walk(BlockPass):
 
     def _head(self, layer: TargetLayer) -> None:
         watched: dict[int, Watched] = {}
+        spec, limits = self.plan.method.activations, None
+        static = spec is not None and not spec.dynamic
+        ranges = Ranges.empty(layer.shape[1], layer.parameter.device)
         if self.chunks:
             seen = self._empty(layer)
             for chunk in self.chunks:
                 received = rows(chunk, self.recorder.after_blocks(chunk, layer.module))
                 listen([seen], chunk, 0, received, chunk.owners())
+                if static:
+                    count([ranges], chunk, 0, received, chunk.owners())
             watched = {id(layer): seen}
         self._compress([layer], watched)
+        if static:
+            limits = limits_of({layer.name: ranges}, spec, self.plan.method.observer)
+        if spec is not None:
+            self._install([layer], limits)
+
+
+def _described(grid: Any, before: Tensor, layer: TargetLayer) -> dict[str, float]:
+    """Return what a report says of a grid, for the weight ``[out, in]`` that was rounded to it."""
+    ordered = grid.scale.flatten().sort().values
+    return {
+        "stored_bits": grid.stored_bits(layer.shape) / before.numel(),
+        "scale_min": float(ordered[0]),
+        "scale_median": float(ordered[len(ordered) // 2]),
+        "scale_max": float(ordered[-1]),
+        "clipped": grid.clipped(before),
+    }
+
+
+def _record(done: ScaledInput) -> dict[str, Any]:
+    """Return what a report says of the inputs that were scaled."""
+    return {
+        "source": done.source,
+        "readers": list(done.readers),
+        "factors": [float(done.factors.min()), float(done.factors.max())],
+        **done.chosen,
+        "error_before": done.before,
+        "error_after": done.after,
+    }

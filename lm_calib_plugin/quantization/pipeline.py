@@ -13,7 +13,7 @@ from typing_extensions import Self
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.method import LayerResult, Method
 from lm_calib_plugin.part import Part, make_part, part_text
-from lm_calib_plugin.quantization.activations import ActivationSpec, check_width
+from lm_calib_plugin.quantization.activations import ActivationSpec
 from lm_calib_plugin.quantization.grids import Grid, GridSpec
 from lm_calib_plugin.quantization.parts import (
     BlockRounding,
@@ -226,7 +226,7 @@ class Quantizer(Method):
         """Refuse a layer whose width does not hold whole groups."""
         width = shape[1]
         if self.activations is not None:
-            check_width(self.activations, name, width)
+            self.activations.check_width(name, width)
         if self.keeps_weights or self.group_size == -1 or width % self.group_size == 0:
             return
         fitting = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if width % g == 0]
@@ -257,9 +257,7 @@ class Quantizer(Method):
         assert self.grid is not None
         return self.grid.fit(weight, self.spec, stats, dtype)
 
-    def rounded_to_nearest(
-        self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype
-    ) -> Tensor:
+    def rounded_to_nearest(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a weight ``[out, in]`` on a min-max grid of its own; 16 bits: as it is."""
         return weight if self.keeps_weights else self.spec.fit(weight, dtype).round(weight)
 
