@@ -86,7 +86,7 @@ def naive_bin(size: float) -> tuple[float, float]:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_everything_is_what_a_loop_finds(weighted: bool) -> None:
     x = rows(40)
-    x[3, 2], x[11, 1], x[12, 0] = 3e6, 1e-11, -2.0**LOWEST
+    x[3, 2], x[11, 1], x[12, 0] = 3e6, 1e-11, -(2.0**LOWEST)
     owners = torch.arange(8).repeat_interleave(5)
     each = torch.tensor([1.0, 2.0, 0.5, 0.0, 1.0, 3.0, 0.25, 2.0])[owners]
     weights = each if weighted else torch.ones(40)
