@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -171,8 +171,34 @@ class Transform(Part):
     level: ClassVar[str] = "inputs"
 
 
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """Factors of the input channels of some layers, and how they were found.
+
+    Parameters
+    ----------
+    factors
+        ``[in]``, float32, positive.
+    chosen
+        What was chosen on the data, by name; empty when nothing was searched.
+    before, after
+        What the search made small, without and with the factors; None when nothing was searched.
+    """
+
+    factors: Tensor
+    chosen: Mapping[str, float] = field(default_factory=dict)
+    before: float | None = None
+    after: float | None = None
+
+
 class InputScaling(Transform):
-    """Multiplies columns of weights by ``s`` and divides what comes in by ``s``."""
+    """Multiplies columns of weights by ``s`` and divides what comes in by ``s``.
+
+    ``feeds`` says which inputs: ``norm`` (those that come from a norm) or ``all`` (also those that
+    come from another linear layer).
+    """
+
+    feeds: ClassVar[str] = "all"
 
     @abstractmethod
     def scales(
@@ -181,8 +207,9 @@ class InputScaling(Transform):
         stats: LayerStats,
         rounded: Callable[[int, Tensor], Tensor],
         activations: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
-        """Return the factors ``s`` of the columns of the weights, ``[in]``, float32, positive.
+        tie: Callable[[Tensor], Tensor],
+    ) -> Scaling:
+        """Return the factors ``s`` of the columns of the weights.
 
         Parameters
         ----------
@@ -195,6 +222,9 @@ class InputScaling(Transform):
             to nearest.
         activations
             Quantizes input rows ``[tokens, in]``; None where the inputs stay as they are.
+        tie
+            Averages values ``[in]`` over the channels that must share a factor; the factors are
+            tied before they are used, so a search has to look at tied ones.
         """
         ...
 
