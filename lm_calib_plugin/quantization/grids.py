@@ -183,6 +183,18 @@ class IntegerGrid(Grid):
         rounded = self.round_group(groups, self.scale[..., None], self.zero[..., None])
         return rounded.reshape(rows, width)
 
+    def holds(self, weight: Tensor) -> bool:
+        """Tell whether every element of a stored weight ``[out, in]`` is a level of this grid."""
+        near = weight.float()
+        held = self.round(near).to(weight.dtype) == weight
+        if not held.all():
+            # Numbers of a short dtype lie closer together below a power of two than above it, so
+            # that the level a number stands for need not be the nearest one; it is next to that.
+            step = self.scale.repeat_interleave(self.group_size, dim=1)
+            for other in (near + step, near - step):
+                held |= self.round(other).to(weight.dtype) == weight
+        return bool(held.all())
+
     def round_column(self, column: Tensor, group: int) -> Tensor:
         """Round one column ``[out]`` of a group to the nearest levels."""
         return self.round_group(column, self.scale[:, group], self.zero[:, group])
@@ -200,3 +212,29 @@ class IntegerGrid(Grid):
         out, width = shape
         each = 8 * self.dtype.itemsize + (0 if self.symmetric else self.bits)
         return out * width * self.bits + self.scale.numel() * each
+
+
+@dataclass(frozen=True)
+class RealZeroGrid(IntegerGrid):
+    """An asymmetric integer grid whose zero points are any numbers that ``dtype`` holds.
+
+    ``w' = scale * (q - zero)`` with ``q`` in ``[0, 2^bits - 1]``, so that 0 need not be a level.
+    """
+
+    has_zero: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, grid: IntegerGrid, zero: Tensor) -> RealZeroGrid:
+        """Return a grid with other zero points, ``[out, groups]``, rounded to the dtype."""
+        stored = zero.to(grid.dtype).float()
+        return cls(grid.bits, grid.group_size, False, grid.scale, stored, grid.dtype)
+
+    def round_group(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Round ``values`` to levels of broadcastable ``scale`` and ``zero``; float32."""
+        level = (values / scale).add_(zero).round_().clamp_(self.lowest, self.highest)
+        return level.sub_(zero).mul_(scale)
+
+    def stored_bits(self, shape: tuple[int, int]) -> float:
+        """Return the bits of levels, scales and zero points (both in ``dtype``) of a weight."""
+        out, width = shape
+        return out * width * self.bits + 2 * self.scale.numel() * 8 * self.dtype.itemsize

@@ -127,6 +127,14 @@ def test_grid_notices_a_single_weight_off_its_level(
     assert grid.holds(stored)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grid_holds_levels_closer_than_the_numbers_of_the_dtype(dtype: torch.dtype) -> None:
+    scale = torch.linspace(1, 2, 129)[:, None].to(dtype).float()
+    grid = IntegerGrid(8, 256, False, scale, torch.zeros_like(scale), dtype)
+    stored = (torch.arange(256.0) * scale).to(dtype)  # every level of every scale
+    assert grid.holds(stored)
+
+
 def test_grid_notices_a_level_beyond_its_ends() -> None:
     weight = weights(2, 16)
     for symmetric in (True, False):
