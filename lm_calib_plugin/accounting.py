@@ -87,9 +87,7 @@ def coarse_warning(layers: Sequence[engine.TargetLayer], bits: int) -> list[str]
     ]
 
 
-def _spread(
-    layers: Sequence[engine.TargetLayer], count: int = 8
-) -> list[engine.TargetLayer]:
+def _spread(layers: Sequence[engine.TargetLayer], count: int = 8) -> list[engine.TargetLayer]:
     few = min(count, len(layers))
     return [layers[i * len(layers) // few] for i in range(few)]
 

@@ -396,9 +396,7 @@ def _check_layers(
             )
 
 
-def _check_heldout(
-    method: Method, recipe: Recipe, calibration: CalibrationSet | None
-) -> None:
+def _check_heldout(method: Method, recipe: Recipe, calibration: CalibrationSet | None) -> None:
     """Refuse to choose by sequences held out when there are none, before any work."""
     chooses = getattr(method, "damp", 0) is None or recipe.bits_budget is not None
     rounding = getattr(method, "rounding", None)
@@ -411,7 +409,7 @@ def _check_heldout(
         "heldout",
         f"{recipe.heldout:g} of {count} sequences is less than one",
         f"`{recipe.method}` with these options chooses by the error on sequences held out",
-        f"for instance heldout={min(0.5, 1.5 / count) if count > 1 else 0.5:.2g}, or more sequences",
+        f"for instance nsamples={2 * max(count, 10)}, or heldout=0.5",
     )
 
 

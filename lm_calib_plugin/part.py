@@ -23,7 +23,8 @@ class Part(ABC):
     Class attributes
     ----------------
     statistic
-        A kind of :data:`lm_calib_plugin.statistics.STATISTICS`, or ``none``: what has to be known of the inputs.
+        What has to be known of the inputs: a kind of
+        :data:`lm_calib_plugin.statistics.STATISTICS`, or ``none``.
     uses_damp, uses_compat
         Whether the ridge, or ``compat=reference``, changes what the part does.
     needs_bias, uses_heldout

@@ -326,7 +326,9 @@ class Recipe(BaseModel):
             _, _, budget = value.strip().partition(":")
             found = number("bits", budget or "none", "auto:B with B bits a weight, scales counted")
             if not min(BITS) <= found <= max(BITS):
-                raise UserError("bits", f"got {value}", "auto:B with 2 <= B <= 16", "bits=auto:3.25")
+                raise UserError(
+                    "bits", f"got {value}", "auto:B with 2 <= B <= 16", "bits=auto:3.25"
+                )
             return f"{AUTO}:{found:g}"
         return _width("bits", value, "no quantization at all")
 

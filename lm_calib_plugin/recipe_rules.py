@@ -158,7 +158,8 @@ def _check_pruning(recipe: Recipe) -> None:
             raise UserError(
                 "sparsity",
                 "missing",
-                "a fraction removed, 0 <= s < 1" + (", or a pattern" if "pattern" in options else ""),
+                "a fraction removed, 0 <= s < 1"
+                + (", or a pattern" if "pattern" in options else ""),
                 "for instance sparsity=0.5" + (" or pattern=2:4" if "pattern" in options else ""),
             )
     else:

@@ -4,7 +4,8 @@ Built-in parts and parts of other installed packages stand in the same tables. A
 declares an entry point in one of the groups ``lm_calib_plugin.pruning``,
 ``lm_calib_plugin.quantization``, ``lm_calib_plugin.allocation``, ``lm_calib_plugin.score``,
 ``lm_calib_plugin.refinement``, ``lm_calib_plugin.update``, ``lm_calib_plugin.transform``,
-``lm_calib_plugin.grid``, ``lm_calib_plugin.rounding``, ``lm_calib_plugin.observer``, ``lm_calib_plugin.calibration``,
+``lm_calib_plugin.grid``, ``lm_calib_plugin.rounding``, ``lm_calib_plugin.observer``,
+``lm_calib_plugin.calibration``,
 ``lm_calib_plugin.mixture``, ``lm_calib_plugin.packing`` or ``lm_calib_plugin.selection`` whose
 value is ``"module:Class"``; it is imported only when its name is used. The rows of this package
 stand in :mod:`lm_calib_plugin.builtin_parts`.

@@ -14,9 +14,7 @@ from lm_calib_plugin.quantization.parts import Observer
 from lm_calib_plugin.statistics import Ranges
 
 
-def input_ranges(
-    walk: BlockPass, index: int, layers: Sequence[TargetLayer]
-) -> dict[str, Ranges]:
+def input_ranges(walk: BlockPass, index: int, layers: Sequence[TargetLayer]) -> dict[str, Ranges]:
     """Run block ``index`` once more and return the ranges of the inputs of its layers, by name.
 
     The weights of the block are compressed by now, its inputs those that earlier blocks, rounded
@@ -53,4 +51,3 @@ def limits_of(
         if id(one) not in made:
             made[id(one)] = (observer.limit(one, spec), one.limit_without_first)
     return {name: made[id(one)] for name, one in ranges.items()}
-

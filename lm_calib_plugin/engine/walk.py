@@ -241,7 +241,9 @@ class _Walk(BlockPass):
         """Let the layers round what comes in from now on; later blocks see the difference."""
         method, limits = self.plan.method, None
         if not method.activations.dynamic:
-            limits = limits_of(input_ranges(self, index, layers), method.activations, method.observer)
+            limits = limits_of(
+                input_ranges(self, index, layers), method.activations, method.observer
+            )
         self._install(layers, limits)
 
     def _install(
@@ -259,9 +261,7 @@ class _Walk(BlockPass):
         def start() -> list[Watched]:
             return [self._empty(group[0]) for group in groups.groups]
 
-        watched = self.observe(
-            index, groups, start, listen, keep, pair if self.corrects else None
-        )
+        watched = self.observe(index, groups, start, listen, keep, pair if self.corrects else None)
         found = {}
         for group, seen in zip(groups.groups, watched, strict=True):
             if not seen.finite or (seen.stats is not None and not seen.stats.is_finite()):
@@ -295,9 +295,7 @@ class _Walk(BlockPass):
         used, out = (TokenSample(count, ERROR_TOKENS) for count in counts)
         return Watched(stats, used, out, cross=cross)
 
-    def _solve_all(
-        self, layers: Sequence[TargetLayer], watched: Mapping[int, Watched]
-    ) -> None:
+    def _solve_all(self, layers: Sequence[TargetLayer], watched: Mapping[int, Watched]) -> None:
         """Compress layers of one block, one by one or all together."""
         rounding = self.plan.method.block_rounding
         if rounding is None or not self.chunks or layers[0].block == HEAD:
@@ -317,9 +315,7 @@ class _Walk(BlockPass):
         with named(f"{self.blocks.path}.{index}"):
             found = rounding.round_block(problem, grids, self.progress)
         for layer in layers:
-            self._store(
-                layer, before[layer.name], found[layer.name], watched.get(id(layer)), start
-            )
+            self._store(layer, before[layer.name], found[layer.name], watched.get(id(layer)), start)
 
     def _compress(self, layers: Sequence[TargetLayer], watched: Mapping[int, Watched]) -> None:
         for layer in layers:

@@ -67,7 +67,9 @@ class Pipeline(PruningMethod):
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Make the method from recipe options; stages are texts such as ``swap?steps=50``."""
-        stages = {name: make_part(name, text) for name, text in options.items() if name in PRUNING_STAGES}
+        stages = {
+            name: make_part(name, text) for name, text in options.items() if name in PRUNING_STAGES
+        }
         return cls(**{**options, **stages})
 
     @property

@@ -100,7 +100,6 @@ class Rounding(Part):
         """
         ...
 
-
     def round_kept(
         self,
         weight: Tensor,

@@ -94,7 +94,6 @@ def heldout_gram(stats: LayerStats | None, argument: str, fix: str) -> Tensor:
     return gram_in(kept)
 
 
-
 def _at(
     weight: Tensor, grid: Grid, gram: Tensor, setting: Setting, damp: float, keep: Tensor | None
 ) -> LayerResult:
