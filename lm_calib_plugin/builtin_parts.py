@@ -54,8 +54,7 @@ def _depth(name: str, target: str, summary: str, arxiv: str, *options: str) -> E
 
 QUANTIZER_OPTIONS = (
     "scheme", "bits", "group_size", "symmetric", "transform", "grid", "rounding", "observer",
-    "act_bits", "act_dynamic", "kv_bits", "act_order", "damp", "correction", "compat", "overrides",
-    "execution",
+    "act_bits", "act_dynamic", "kv_bits", "act_order", "damp", "correction", "compat",
 )  # fmt: skip
 
 
@@ -252,7 +251,7 @@ BUILTIN: tuple[Entry, ...] = (
     _quantizer(
         "hqq",
         "half-quadratic zero points; a control without data",
-        "https://mobiusml.github.io/hqq_blog/",
+        "https://dropbox.github.io/hqq_blog/",
         needs_data=False,
         rounding="hqq",
         symmetric=False,
@@ -458,6 +457,7 @@ BUILTIN: tuple[Entry, ...] = (
         "minmax",
         _QUANTIZATION + "gridrules.minmax:MinMax",
         "levels span the whole range of each group",
+        "https://arxiv.org/abs/2206.01861",
         needs_data=False,
     ),
     Entry(
@@ -465,6 +465,7 @@ BUILTIN: tuple[Entry, ...] = (
         "mse",
         _QUANTIZATION + "gridrules.mse:MSE",
         "the range of each group with the smallest rounding error",
+        "https://arxiv.org/abs/1810.05723",
         needs_data=False,
         options=("steps", "low"),
     ),
@@ -515,15 +516,16 @@ BUILTIN: tuple[Entry, ...] = (
         "hqq",
         _QUANTIZATION + "rounding.hqq:HQQ",
         "zero points for an error that forgives outliers; asymmetric grids",
-        "https://mobiusml.github.io/hqq_blog/",
+        "https://dropbox.github.io/hqq_blog/",
         needs_data=False,
-        options=("steps", "p", "beta", "kappa"),
+        options=("p", "beta", "kappa", "steps"),
     ),
     Entry(
         "observer",
         "minmax",
-        _QUANTIZATION + "observers.minmax:MinMaxObserver",
+        _QUANTIZATION + "observers.minmax:MinMax",
         "the largest value seen, with or without first tokens",
+        "https://arxiv.org/abs/1712.05877",
         options=("first",),
     ),
     Entry(
@@ -531,13 +533,16 @@ BUILTIN: tuple[Entry, ...] = (
         "percentile",
         _QUANTIZATION + "observers.percentile:Percentile",
         "a percentile of the values seen",
-        options=("q",),
+        "https://arxiv.org/abs/2004.09602",
+        options=("q", "first"),
     ),
     Entry(
         "observer",
         "mse",
-        _QUANTIZATION + "observers.mse:MSEObserver",
+        _QUANTIZATION + "observers.mse:MSE",
         "the range with the smallest rounding error",
+        "https://arxiv.org/abs/1810.05723",
+        options=("first", "steps", "lowest"),
     ),
     Entry(
         "calibration",

@@ -42,7 +42,6 @@ _OF_METHODS = (
     "sparsity", "pattern", "blocks", "sublayer", "greedy", "group", "allocation", "score", "refine",
     "update", "scheme", "bits", "group_size", "symmetric", "transform", "grid", "rounding",
     "observer", "act_bits", "act_dynamic", "kv_bits", "act_order", "damp", "correction", "compat",
-    "overrides", "execution",
 )  # fmt: skip
 UNSTRUCTURED = "unstructured"
 ALL_FOLDS = "all"

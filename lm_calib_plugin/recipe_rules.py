@@ -43,6 +43,7 @@ def check_together(recipe: Recipe, of_methods: tuple[str, ...]) -> None:
         _check_pruning(recipe)
     if recipe.entry.kind != "pruning":
         _check_quantization(recipe)
+    _check_execution(recipe)
     _check_scope(recipe)
     _check_selection(recipe)
     _check_packing(recipe)
@@ -198,6 +199,25 @@ def _check_quantization(recipe: Recipe) -> None:
             "chooses by the error on sequences held out",
             "a fraction of the sequences above 0",
             "for instance heldout=0.1",
+        )
+
+
+def _check_execution(recipe: Recipe) -> None:
+    kind = recipe.entry.kind
+    if recipe.overrides and kind == "pruning":
+        raise UserError(
+            "overrides",
+            f"method `{recipe.method}` has no bits to override",
+            "quantization methods; allocation=list gives every block a fraction of its own",
+            "drop `overrides`",
+        )
+    if recipe.execution == "packed" and kind == "pruning" and recipe.kept != (2, 4):
+        raise UserError(
+            "execution",
+            f"packed with method `{recipe.method}`"
+            + (f" and pattern={recipe.pattern}" if recipe.pattern else ""),
+            "hardware works with quantized numbers, and with weights pruned 2:4",
+            "drop `execution`, or add pattern=2:4",
         )
 
 

@@ -83,6 +83,10 @@ class Rounding(Part):
         """Raise a :class:`~lm_calib_plugin.errors.UserError` for grids it cannot round to."""
         return None
 
+    def prepared(self, weight: Tensor, stats: LayerStats | None, setting: Setting) -> Tensor:
+        """Return the weight ``[out, in]`` to which a grid is fitted; the one that is rounded."""
+        return weight
+
     @abstractmethod
     def round(
         self, weight: Tensor, grid: Grid, stats: LayerStats | None, setting: Setting

@@ -83,11 +83,13 @@ class Quantizer(Method):
     def __post_init__(self) -> None:
         if self.rounding is None:
             raise ValueError("a quantization method needs a rounding")
-        for stage in ("grid", "observer"):
+        static = self.act_bits is not None and not self.act_dynamic
+        for stage in ("grid", *(["observer"] if static else [])):
             if getattr(self, stage) is None:
                 object.__setattr__(self, stage, make_part(stage, DEFAULTS[stage]))
         if not self.keeps_weights:
             self.rounding.check(self.spec)
+        _ = self.activations  # a kind of number that cannot be calibrated is refused here
         if self.correction and not self.rounding.corrects:
             raise UserError(
                 "correction",
@@ -112,6 +114,8 @@ class Quantizer(Method):
         if str(given["bits"]).startswith(AUTO):
             # Whoever knows all layers chooses; until then the default stands for it.
             given["bits"] = base.bits
+        for option in ("act_bits", "kv_bits"):
+            given[option] = None if given.get(option) == DENSE else given.get(option)
         stages = {k: make_part(k, v) for k, v in given.items() if k in QUANTIZATION_STAGES}
         return cls(**{**given, **stages}, scheme=name if base.number != "int" else None)
 
@@ -271,5 +275,6 @@ class Quantizer(Method):
         for part in self.parts:
             if part is not self.observer and part.statistic != NONE and stats is None:
                 raise ValueError(f"{type(part).__name__} needs statistics of the inputs")
+        weight = self.rounding.prepared(weight, stats, self.setting)
         grid = self.fit_grid(weight, stats, dtype)
         return self.rounding.round(weight, grid, stats, self.setting)

@@ -36,6 +36,12 @@ class GPTQ(Rounding):
     rows_independent: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2210.17323"
 
+    def prepared(self, weight: Tensor, stats: LayerStats | None, setting: Setting) -> Tensor:
+        """Return the weight, without the columns of silent inputs where that is asked for."""
+        if setting.compat != "reference":
+            return weight
+        return weight.masked_fill(gram_in(stats).diagonal().to(weight.device) == 0, 0.0)
+
     def round(
         self, weight: Tensor, grid: Grid, stats: LayerStats | None, setting: Setting
     ) -> LayerResult:
@@ -98,8 +104,6 @@ def _at(
     weight: Tensor, grid: Grid, gram: Tensor, setting: Setting, damp: float, keep: Tensor | None
 ) -> LayerResult:
     gram = gram.to(weight.device)
-    if setting.compat == "reference":
-        weight = weight.masked_fill(gram.diagonal() == 0, 0.0)
     order = torch.arange(weight.shape[1], device=weight.device)
     if setting.act_order:
         order = gram.diagonal().argsort(descending=True, stable=True)
