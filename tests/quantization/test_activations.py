@@ -6,7 +6,6 @@ import copy
 import gc
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -37,13 +36,10 @@ def even(value: float) -> float:
 
 def naive_integers(row: list[float], bits: int, amax: float | None = None) -> list[float]:
     amax = max(abs(v) for v in row) if amax is None else amax
-    # In float32, since the largest value of a token lies on a tie.
-    scale = np.float32(amax) / np.float32((2**bits - 1) / 2) if amax else np.float32(1)
-    return [
-        min(max(even(float(np.float32(v) / scale)), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1)
-        * float(scale)
-        for v in row
-    ]
+    half = (2**bits - 1) / 2
+    # Multiplied first: the largest value of a token comes out exactly half way between levels.
+    levels = [even(v * half / amax) if amax else 0.0 for v in row]
+    return [min(max(q, -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) * amax / half for q in levels]
 
 
 def naive_fp8(row: list[float], amax: float | None = None) -> list[float]:
@@ -68,8 +64,17 @@ def test_dynamic_integers_are_those_of_a_loop(bits: int) -> None:
 
 
 def test_the_largest_value_of_a_token_is_half_a_step_beyond_the_highest_level() -> None:
-    x = torch.tensor([[127.5, -127.5, 1.0, 0.4], [-127.5, 3.5, 2.5, 0.0]])
+    x = torch.tensor([[127.5, -127.5, 1.0, 0.4], [-127.5, 3.6, 2.4, 0.0]])
     assert INT8.round(x).tolist() == [[127, -128, 1, 0], [-128, 4, 2, 0]]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_last_bit_of_the_largest_value_decides_nothing(bits: int) -> None:
+    spec = ActivationSpec("int", bits)
+    x = -torch.rand(2000, 1, generator=torch.Generator().manual_seed(0)) - 0.1
+    for moved in (x, torch.nextafter(x, torch.zeros(1)), torch.nextafter(x, 2 * x)):
+        assert (spec.levels(moved, spec.scale(moved.abs())) == spec.lowest).all()
+        assert (spec.levels(-moved, spec.scale(moved.abs())) == spec.highest).all()
 
 
 @pytest.mark.parametrize("amax", [0.5, 3.0, 200.0])
