@@ -140,11 +140,11 @@ def test_readers_that_are_not_compressed_are_scaled_too() -> None:
     model = any_model("llama")
     walk, before = Walk(model), logits(model)
     layers = [x for x in walk.layers_of(0) if "q_proj" in x.name]
-    q = [x for x in walk.layers_of(0) if "k_proj" in x.name][0].read()
+    q = next(x for x in walk.layers_of(0) if "k_proj" in x.name).read()
     (record,) = walk.scale(0, SmoothQuant(), layers)
     assert [x.name for x in record.layers] == ["model.layers.0.self_attn.q_proj"]
     assert len(record.readers) == 3
-    assert not torch.equal(q, [x for x in walk.layers_of(0) if "k_proj" in x.name][0].read())
+    assert not torch.equal(q, next(x for x in walk.layers_of(0) if "k_proj" in x.name).read())
     torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=1e-3 * before.std().item())
     assert walk.scale(0, SmoothQuant(), []) == []
 
