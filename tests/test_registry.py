@@ -13,7 +13,7 @@ import pytest
 from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.method import LayerResult, Method
-from lm_calib_plugin.pruning.pipeline import make_part, part_text
+from lm_calib_plugin.part import make_part, part_text
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.stages import STAGES
 from lm_calib_plugin.statistics import STATISTICS
