@@ -111,6 +111,7 @@ def test_better_than_nearest_and_on_the_grid(
         assert ratio.min() >= 0.49
         assert torch.equal(problem.weights[name], before[name])
         assert not result.weight.requires_grad
+        assert result.fallback is None
 
 
 def numpy_steps(w: np.ndarray, x: np.ndarray, grid: IntegerGrid, iters: int) -> list[np.ndarray]:
@@ -226,6 +227,7 @@ def test_rounding_to_nearest_is_kept_where_learning_makes_it_worse() -> None:
     for name, result in results.items():
         assert torch.equal(result.weight, grids[name].round(problem.weights[name]))
         assert result.grid is grids[name]
+        assert result.fallback == "rtn"
     notes = [note for result in results.values() for note in result.notes]
     assert len(notes) == 1
     assert "kept rounding to nearest" in notes[0]
@@ -280,6 +282,7 @@ def test_a_weight_outside_the_blocks_is_rounded_to_nearest_with_a_note() -> None
     result = AutoRound().round(w, grid, None, Setting())
     assert torch.equal(result.weight, grid.round(w))
     assert "rounded to nearest" in result.notes[0]
+    assert result.fallback == "rtn"
 
 
 def test_other_numbers_than_integers_are_refused() -> None:

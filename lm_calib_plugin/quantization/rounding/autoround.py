@@ -16,8 +16,8 @@ from lm_calib_plugin.quantization.grids import Grid, GridSpec, IntegerGrid
 from lm_calib_plugin.quantization.parts import BlockProblem, BlockRounding, Setting
 from lm_calib_plugin.statistics import LayerStats
 
-# The smallest part of a range that is kept.
-LOWEST = 0.5
+# The smallest part of a range that is kept, and what stands in where nothing is learned.
+LOWEST, NEAREST = 0.5, "rtn"
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class AutoRound(BlockRounding):
     ) -> LayerResult:
         """Round a weight outside the blocks to nearest, and say so."""
         note = "outside the decoder blocks: rounded to nearest"
-        return LayerResult(grid.round(weight), grid=grid, notes=(note,))
+        return LayerResult(grid.round(weight), grid=grid, fallback=NEAREST, notes=(note,))
 
     def round_block(
         self, problem: BlockProblem, grids: Mapping[str, Grid], progress: bool = True
     ) -> dict[str, LayerResult]:
         """Round every layer of a block; the first result tells the errors of the block."""
         nearest = {
-            name: LayerResult(grids[name].round(weight), grid=grids[name])
+            name: LayerResult(grids[name].round(weight), grid=grids[name], fallback=NEAREST)
             for name, weight in problem.weights.items()
         }
         found = self._learned(problem, grids, progress) if nearest else {}
