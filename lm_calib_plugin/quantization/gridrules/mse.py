@@ -17,8 +17,8 @@ from lm_calib_plugin.statistics import LayerStats
 class MSE(RangeSearch):
     """Shrink each range to where the sum of squared rounding errors is smallest; data-free.
 
-    Clipping few large weights makes the steps of all others smaller (arXiv 1810.05723, section
-    4.1, by a search instead of a model of the distribution).
+    Clipping few large weights makes the steps of all others smaller (arXiv 1810.05723; here by a
+    search instead of a model of the distribution).
     """
 
     rows_independent: ClassVar[bool] = True

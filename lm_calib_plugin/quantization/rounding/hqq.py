@@ -52,7 +52,7 @@ class HQQ(Rounding):
 
     permutation_safe: ClassVar[bool] = True
     rows_independent: ClassVar[bool] = True
-    paper: ClassVar[str] = "https://dropbox.github.io/hqq_blog/"
+    paper: ClassVar[str] = "https://mobiusml.github.io/hqq_blog/"
 
     def __post_init__(self) -> None:
         self.at_least("p", 0.01)
