@@ -28,7 +28,11 @@ class PackedLinear(nn.Module):
     kernel: ClassVar[str]
     # Which weights the kernel multiplies: "int", "fp8", or None for pruned ones.
     number: ClassVar[str | None]
+    # Whether it multiplies quantized inputs.
+    quantizes_inputs: ClassVar[bool] = False
     device_kind: ClassVar[str] = "cuda"
+    # The buffers that stand for the weight.
+    stored: ClassVar[tuple[str, ...]] = ("levels", "scale")
 
     def __init__(
         self, weight: Tensor, bias: nn.Parameter | None, activation: Activation | None
@@ -111,7 +115,8 @@ class PackedLinear(nn.Module):
     @property
     def weight_bytes(self) -> int:
         """Bytes that levels, scales and zero points take in memory."""
-        return sum(b.numel() * b.element_size() for b in self.buffers())
+        buffers = [self.get_buffer(name) for name in self.stored]
+        return sum(b.numel() * b.element_size() for b in buffers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in]`` to ``[..., out]`` in the dtype of ``x``."""

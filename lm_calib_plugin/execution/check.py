@@ -51,17 +51,19 @@ def serving(
     near = {
         kernel.kernel: why
         for kernel, why in refusals.items()
-        if why is not None and kernel.number == facts.number and _near(kernel, here, facts)
+        if why is not None and _near(kernel, here, facts)
     }
     if not near and not able:
-        return able, f"no kernel multiplies {facts.number or 'such'} weights"
+        return able, f"no kernel multiplies {facts.scheme()}"
     return able, "; ".join(f"{name}: {why}" for name, why in near.items())
 
 
 def _near(kernel: type[PackedLinear], here: str, facts: Facts) -> bool:
+    kind = kernel.number, kernel.quantizes_inputs
+    if kind != (facts.number, facts.activation is not None):
+        return False
     # Of the two kernels of one scheme, the one of the other device has nothing to say.
-    twins = (Int8Linear, Int8CPULinear)
-    return kernel.device_kind == here or kernel not in twins
+    return kernel.device_kind == here or kernel not in (Int8Linear, Int8CPULinear)
 
 
 def available(device: torch.device | str | Device, dtype: torch.dtype) -> list[str]:

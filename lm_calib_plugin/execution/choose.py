@@ -169,12 +169,12 @@ class _Chooser:
         return result
 
     def _unfit(self, module: nn.Module) -> str:
-        kept = getattr(module, "weight", None)
-        if not isinstance(kept, nn.Parameter) or kept.dim() != 2:
+        kept = module._parameters.get("weight")
+        if kept is None or kept.dim() != 2:
             return "is not a linear layer"
         if not (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
             return f"is a {type(module).__name__}, not a linear layer"
-        owners = [m for m in self.model.modules() if getattr(m, "weight", None) is kept]
+        owners = [m for m in self.model.modules() if m._parameters.get("weight") is kept]
         if len(owners) > 1:
             return "shares its weight with another module"
         if hasattr(module, "_hf_hook"):

@@ -70,10 +70,8 @@ class Device:
         if device.type == "cuda" and getattr(torch.version, "hip", None):
             return cls("rocm")
         if device.type == "cuda":
-            found = (
-                torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
-            )
-            return cls("cuda", found)
+            there = torch.cuda.is_available()
+            return cls("cuda", torch.cuda.get_device_capability(device) if there else (0, 0))
         vnni = getattr(torch.cpu, "_is_vnni_supported", None)
         return cls(device.type, None, device.type == "cpu" and vnni is not None and bool(vnni()))
 

@@ -14,7 +14,12 @@ from typing_extensions import Self
 from lm_calib_plugin.execution.base import PackedLinear
 from lm_calib_plugin.execution.facts import Activation, Facts, has_op, multiple_of
 from lm_calib_plugin.execution.fuse import Fused
-from lm_calib_plugin.execution.levels import fp8_levels, quantize_rows
+from lm_calib_plugin.execution.levels import (
+    fp8_levels,
+    fp8_rows,
+    quantize_rows,
+    static_scale,
+)
 from lm_calib_plugin.quantization.grids import Grid
 
 NEEDED = (8, 9)
@@ -28,6 +33,7 @@ class FP8Linear(PackedLinear):
     """
 
     kernel = "fp8"
+    quantizes_inputs = True
     number = "fp8"
 
     def __init__(
@@ -36,15 +42,18 @@ class FP8Linear(PackedLinear):
         super().__init__(levels, bias, activation)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("static", static_scale(activation, levels.device), persistent=False)
         self.levels: Tensor
         self.scale: Tensor
+        self.static: Tensor | None
 
     @classmethod
     def from_layer(
         cls, weight: Tensor, grid: Grid | None, bias: Any, activation: Activation | None
     ) -> Self:
         """Pack a weight that lies on an e4m3 grid with one scale per row."""
-        assert grid is not None and activation is not None
+        assert grid is not None
+        assert activation is not None
         scale = grid.scale.to(weight.device).reshape(1, -1)
         packed = cls(fp8_levels(weight, grid), scale, bias, activation)
         packed.weight_dtype = weight.dtype
@@ -69,8 +78,7 @@ class FP8Linear(PackedLinear):
 
     def multiply(self, rows: Tensor) -> Tensor:
         """Multiply input rows ``[tokens, in]``."""
-        assert self.activation is not None
-        levels, scale = _quantize(rows, self.activation)
+        levels, scale = _quantize(rows, self.static)
         out = torch._scaled_mm(levels, self.levels.t(), scale, self.scale, out_dtype=torch.bfloat16)
         return out if self.bias is None else out + self.bias
 
@@ -84,7 +92,8 @@ class FP8Linear(PackedLinear):
         activation: Activation | None,
     ) -> Tensor:
         """Multiply the e4m3 values in float32, then scale and round to bfloat16."""
-        assert grid is not None and activation is not None
+        assert grid is not None
+        assert activation is not None
         levels, scale = quantize_rows(rows, activation)
         product = levels.float() @ fp8_levels(weight, grid).float().t()
         out = (product * scale * grid.scale.reshape(1, -1)).to(torch.bfloat16)
@@ -95,4 +104,4 @@ class FP8Linear(PackedLinear):
         return (self.levels.float() * self.scale.t()).to(self.weight_dtype)
 
 
-_quantize: Any = Fused(quantize_rows)
+_quantize: Any = Fused(fp8_rows)

@@ -31,6 +31,7 @@ class Int4WeightOnly(PackedLinear):
 
     kernel = "int4"
     number = "int"
+    stored = ("packed", "scale_zero", "zero")
 
     def __init__(self, levels: Tensor, grid: Grid, bias: nn.Parameter | None) -> None:
         super().__init__(levels, bias, None)

@@ -11,7 +11,12 @@ from typing_extensions import Self
 from lm_calib_plugin.execution.base import PackedLinear
 from lm_calib_plugin.execution.facts import Activation, Facts, has_op, multiple_of
 from lm_calib_plugin.execution.fuse import Fused
-from lm_calib_plugin.execution.levels import integer_levels, quantize_rows
+from lm_calib_plugin.execution.levels import (
+    integer_levels,
+    integer_rows,
+    quantize_rows,
+    static_scale,
+)
 from lm_calib_plugin.quantization.grids import Grid
 
 # `_int_mm` on CUDA takes more rows than this.
@@ -26,6 +31,7 @@ class Int8Linear(PackedLinear):
     """
 
     kernel = "int8"
+    quantizes_inputs = True
     number = "int"
 
     def __init__(
@@ -34,15 +40,21 @@ class Int8Linear(PackedLinear):
         super().__init__(levels, bias, activation)
         self.register_buffer("levels", levels, persistent=False)
         self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("static", static_scale(activation, levels.device), persistent=False)
+        bound = torch.full((), 2.0 ** (activation.bits - 1), device=levels.device)
+        self.register_buffer("bound", bound, persistent=False)
+        self.bound: Tensor
         self.levels: Tensor
         self.scale: Tensor
+        self.static: Tensor | None
 
     @classmethod
     def from_layer(
         cls, weight: Tensor, grid: Grid | None, bias: Any, activation: Activation | None
     ) -> Self:
         """Pack a weight that lies on a symmetric integer grid with one scale per row."""
-        assert grid is not None and activation is not None
+        assert grid is not None
+        assert activation is not None
         levels = integer_levels(weight, grid).to(torch.int8)
         packed = cls(levels, grid.scale.to(weight.device).reshape(-1), bias, activation)
         packed.weight_dtype = weight.dtype
@@ -62,8 +74,7 @@ class Int8Linear(PackedLinear):
 
     def multiply(self, rows: Tensor) -> Tensor:
         """Multiply input rows ``[tokens, in]``."""
-        assert self.activation is not None
-        levels, scale = _quantize(rows, self.activation)
+        levels, scale = _quantize(rows, self.bound, self.static)
         missing = FEWEST_ROWS + 1 - len(levels)
         if missing > 0:
             levels = nn.functional.pad(levels, (0, 0, 0, missing))
@@ -80,7 +91,8 @@ class Int8Linear(PackedLinear):
         activation: Activation | None,
     ) -> Tensor:
         """Sum integers exactly (in float64), then scale in float32."""
-        assert grid is not None and activation is not None
+        assert grid is not None
+        assert activation is not None
         levels, scale = quantize_rows(rows, activation)
         total = levels.double() @ integer_levels(weight, grid).double().t()
         return scaled(total.to(torch.int32), scale, grid.scale.reshape(-1), bias, rows.dtype)
@@ -111,5 +123,5 @@ def scaled(
     return (out if bias is None else out + bias.float()).to(dtype)
 
 
-_quantize: Any = Fused(quantize_rows)
+_quantize: Any = Fused(integer_rows)
 _epilogue: Any = Fused(scaled)

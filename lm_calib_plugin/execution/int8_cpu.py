@@ -26,9 +26,10 @@ MIDDLE = 128
 
 
 class Int8CPULinear(PackedLinear):
-    """Symmetric integer weights with a scale per row, integer inputs with one per token or layer."""
+    """As :class:`Int8Linear`: a scale per row of weights, and one per token or layer of inputs."""
 
     kernel = "int8_cpu"
+    quantizes_inputs = True
     number = "int"
     device_kind = "cpu"
 
@@ -48,7 +49,8 @@ class Int8CPULinear(PackedLinear):
         cls, weight: Tensor, grid: Grid | None, bias: Any, activation: Activation | None
     ) -> Self:
         """Pack a weight that lies on a symmetric integer grid with one scale per row."""
-        assert grid is not None and activation is not None
+        assert grid is not None
+        assert activation is not None
         levels = integer_levels(weight, grid).to(torch.int8)
         packed = cls(levels, grid.scale.reshape(-1).clone(), bias, activation)
         packed.weight_dtype = weight.dtype

@@ -75,16 +75,41 @@ def quantize_rows(rows: Tensor, activation: Activation) -> tuple[Tensor, Tensor]
     scale
         ``[tokens, 1]``, float32.
     """
-    if activation.scale is None:
-        scale = rows.abs().amax(dim=1, keepdim=True).float() / activation.reach
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    else:
-        scale = torch.full((rows.shape[0], 1), activation.scale, device=rows.device)
-    place = rows.float() / scale
+    static = static_scale(activation, rows.device)
     if activation.number == "fp8":
-        return place.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
-    highest = 2 ** (activation.bits - 1)
-    return place.round_().clamp_(-highest, highest - 1).to(torch.int8), scale
+        return fp8_rows(rows, static)
+    bound = torch.full((), 2.0 ** (activation.bits - 1), device=rows.device)
+    return integer_rows(rows, bound, static)
+
+
+def static_scale(activation: Activation, device: torch.device) -> Tensor | None:
+    """Return the static scale as ``[1, 1]``, float32; None where scales are dynamic."""
+    if activation.scale is None:
+        return None
+    return torch.full((1, 1), activation.scale, dtype=torch.float32, device=device)
+
+
+def fp8_rows(rows: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Quantize rows to e4m3, by a static scale ``[1, 1]`` or by one per row."""
+    scale = _row_scale(rows, FP8_MAX) if static is None else static.expand(rows.shape[0], 1)
+    place = (rows.float() / scale).clamp(-FP8_MAX, FP8_MAX)
+    return place.to(torch.float8_e4m3fn), scale.contiguous()
+
+
+def integer_rows(rows: Tensor, bound: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Quantize rows to integers from ``-bound`` to ``bound - 1``; int8.
+
+    ``bound`` is a float32 scalar, ``static`` a scale ``[1, 1]`` or None: one per row. Both are
+    tensors, so that the function is compiled once for all layers and not for each scale.
+    """
+    scale = _row_scale(rows, bound - 0.5) if static is None else static.expand(rows.shape[0], 1)
+    place = torch.clamp((rows.float() / scale).round(), min=-bound, max=bound - 1)
+    return place.to(torch.int8), scale.contiguous()
+
+
+def _row_scale(rows: Tensor, reach: Tensor | float) -> Tensor:
+    scale = rows.abs().amax(dim=1, keepdim=True).float() / reach
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def simulate_rows(rows: Tensor, activation: Activation | None) -> Tensor:
