@@ -56,3 +56,8 @@ def gram_in(stats: LayerStats | None) -> Tensor:
     if not isinstance(stats, Gram):
         raise ValueError("the Gram matrix of the inputs is needed")
     return stats.gram()
+
+
+def output_error(change: Tensor, gram: Tensor) -> float:
+    """Return ``tr(D G D^T)``, the squared output error of a weight change ``D [out, in]``."""
+    return float(((change @ gram.to(change)) * change).sum(dtype=torch.float64))
