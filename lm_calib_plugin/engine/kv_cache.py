@@ -63,16 +63,31 @@ def quantize_kv(model: Any, bits: int | None, blocks: Blocks | None = None) -> N
         remove_kv(model)
         return
     blocks = find_blocks(model) if blocks is None else blocks
+    check_kv(model, blocks)
+    configs = _configs(blocks)
+    _set(configs, [_registered(bits, _base(config)) for config in configs])
+
+
+def check_kv(model: Any, blocks: Blocks | None = None) -> None:
+    """Refuse a model whose keys and values can not be rounded; nothing is changed.
+
+    A few tokens go through the model, twice.
+
+    Raises
+    ------
+    UserError, UnsupportedModelError
+        As :func:`quantize_kv`.
+    """
+    blocks = find_blocks(model) if blocks is None else blocks
     configs = _configs(blocks)
     before = [config._attn_implementation for config in configs]
     plain = [_base(config) for config in configs]
-    names = [_registered(bits, base) for base in plain]
+    # Any width: nothing is rounded while calls are noted.
+    names = [_registered(BITS[-1], base) for base in plain]
     try:
         _probe(model, blocks, configs, names, plain)
-    except BaseException:
+    finally:
         _set(configs, before)
-        raise
-    _set(configs, names)
 
 
 def remove_kv(model: nn.Module) -> None:
