@@ -23,6 +23,9 @@ from lm_calib_plugin.quantization.numbers import (
 WIDTHS = {"int": tuple(range(2, 9)), "fp8": (8,), "nvfp4": (4,), "mxfp4": (4,)}
 GROUPS = {"nvfp4": NVFP4_GROUP, "mxfp4": MXFP4_GROUP}
 ANY_BITS = 8
+# The largest value of a token lies half way between two levels, where the last bit of a division
+# would decide; multiplied by this, it always goes outward, as it does in exact arithmetic.
+_OUTWARD = 1 - 2.0**-21
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class ActivationSpec:
 
     The levels are symmetric around zero. Integers follow the convention of compressed-tensors:
     the scale is ``amax / ((2^bits - 1) / 2)`` (``amax / 127.5`` for 8 bits) and the levels are
-    ``-2^(bits-1) .. 2^(bits-1) - 1``. For ``fp8`` (e4m3) the scale is ``amax / 448``.
+    ``-2^(bits-1) .. 2^(bits-1) - 1``, so that ``-amax`` becomes the lowest and ``amax``, half a
+    step beyond the highest, is clipped to that. For ``fp8`` (e4m3) the scale is ``amax / 448``.
 
     Parameters
     ----------
@@ -133,7 +137,11 @@ class ActivationSpec:
         scale = self.scale(limit)
         if self.number == "fp8":
             return round_fp8(values, scale)
-        return (values / scale).round_().clamp_(self.lowest, self.highest).mul_(scale)
+        return self.levels(values, scale).mul_(scale)
+
+    def levels(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Return the numbers of the integer levels nearest to ``values / scale``; float32."""
+        return (values / (scale * _OUTWARD)).round_().clamp_(self.lowest, self.highest)
 
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:

@@ -75,11 +75,17 @@ class Rounding(Part):
     uses_order: ClassVar[bool] = False
     # Whether the Gram matrix lets a layer make up for the error of earlier blocks.
     corrects: ClassVar[bool] = False
+    # Whether a weight of zero stays zero.
+    keeps_zeros: ClassVar[bool] = True
     permutation_safe: ClassVar[bool] = False
 
     def check(self, spec: GridSpec) -> None:
         """Raise a :class:`~lm_calib_plugin.errors.UserError` for grids it cannot round to."""
         return None
+
+    def prepared(self, weight: Tensor, stats: LayerStats | None, setting: Setting) -> Tensor:
+        """Return the weight ``[out, in]`` to which a grid is fitted; the one that is rounded."""
+        return weight
 
     @abstractmethod
     def round(
@@ -97,6 +103,21 @@ class Rounding(Part):
             Statistics of the input of the kind ``statistic``, and the shared options.
         """
         ...
+
+    def round_kept(
+        self,
+        weight: Tensor,
+        keep: Tensor,
+        grid: Grid,
+        stats: LayerStats | None,
+        setting: Setting,
+    ) -> LayerResult:
+        """Round the weights of a mask ``keep`` (``[out, in]``, bool); the others become zero.
+
+        A rounding that makes up for its errors makes up for what is removed, too.
+        """
+        zero = torch.zeros_like(weight)
+        return self.round(torch.where(keep, weight, zero), grid, stats, setting)
 
 
 class BlockProblem(Protocol):
@@ -125,6 +146,7 @@ class BlockRounding(Rounding):
     """A rounding that sees a whole decoder block at once."""
 
     level: ClassVar[str] = "block"
+    keeps_zeros: ClassVar[bool] = False
 
     @abstractmethod
     def round_block(

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from lm_calib_plugin.statistics.base import LayerStats
 from lm_calib_plugin.statistics.factor import InverseFactor, cholesky_factors, inverse_factor
-from lm_calib_plugin.statistics.gram import Gram, gram_in
+from lm_calib_plugin.statistics.gram import Gram, gram_in, output_error
 from lm_calib_plugin.statistics.moments import Moments
 from lm_calib_plugin.statistics.ranges import GramRanges, Ranges, ranges_in
 from lm_calib_plugin.statistics.sample import TokenSample
@@ -53,6 +53,7 @@ __all__ = [
     "cholesky_factors",
     "gram_in",
     "inverse_factor",
+    "output_error",
     "ranges_in",
     "spread_in",
     "statistic_of",

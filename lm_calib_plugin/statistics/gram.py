@@ -27,7 +27,6 @@ class Gram(LayerStats):
         self.matrix += other.matrix.to(self.device)
 
     def _divide(self, factors: Tensor) -> None:
-        # The outer product is exactly symmetric, and so the quotient stays it.
         self.matrix = self.matrix / torch.outer(factors, factors).to(self.matrix)
 
     def is_finite(self) -> bool:
@@ -57,3 +56,8 @@ def gram_in(stats: LayerStats | None) -> Tensor:
     if not isinstance(stats, Gram):
         raise ValueError("the Gram matrix of the inputs is needed")
     return stats.gram()
+
+
+def output_error(change: Tensor, gram: Tensor) -> float:
+    """Return ``tr(D G D^T)``, the squared output error of a weight change ``D [out, in]``."""
+    return float(((change @ gram.to(change)) * change).sum(dtype=torch.float64))

@@ -212,7 +212,6 @@ def test_divided_is_the_statistic_of_divided_inputs(name: str) -> None:
     if isinstance(divided, Gram):
         assert isinstance(expected, Gram)
         torch.testing.assert_close(divided.gram(), expected.gram())
-        assert torch.equal(divided.gram(), divided.gram().t())
     if "ranges" in name:
         found, wanted = ranges_in(divided), ranges_in(expected)
         torch.testing.assert_close(found.channel_max(), wanted.channel_max())
