@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lm_calib_plugin import engine
 from lm_calib_plugin.engine.batches import Chunk
+from lm_calib_plugin.engine.capture import replay
 from lm_calib_plugin.engine.layers import TargetLayer
+from lm_calib_plugin.engine.passes import BlockPass
+from lm_calib_plugin.engine.rows import rows as rows_of
 from lm_calib_plugin.errors import CalibError, UserError, named
 from lm_calib_plugin.quantization.pipeline import Quantizer
-from lm_calib_plugin.statistics import STATISTICS, Gram, LayerStats, output_error, statistic_of
+from lm_calib_plugin.statistics import STATISTICS, LayerStats
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 
@@ -25,8 +29,8 @@ WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 class Choice:
     """What one layer costs, and loses, at every width.
 
-    ``costs`` are stored bits with scales and zero points, ``errors`` relative squared output errors
-    on sequences held out; one entry a width.
+    ``costs`` are stored bits with scales and zero points, ``errors`` mean squared changes of the
+    output of its block, relative to each token, on sequences held out; one entry a width.
     """
 
     name: str
@@ -93,69 +97,123 @@ def allocate_bits(
     """Return the width of every layer.
 
     Every layer is rounded at every width as the method does it, on what the dense model gives it
-    (without its transform, and to nearest where the method rounds whole blocks), and judged by the
-    sequences held out. One forward pass; statistics of one block at a time.
+    (without its transform, and to nearest where the method rounds whole blocks); what that alone
+    does to the output of its block is measured on the sequences held out. Costs one forward pass,
+    and for every layer and width one of the sequences held out through the block.
     """
-    visitor = _Judge(method, progress)
-    inside = [layer for layer in layers if layer.block != engine.HEAD]
-    if len(inside) < len(layers):
+    if any(layer.block == engine.HEAD for layer in layers):
         raise UserError(
             "targets",
             "the output head is among the layers of bits=auto, which looks at decoder blocks only",
             fix="give the head a width of its own (overrides), or leave it out",
         )
-    engine.dense_pass(model, blocks, chunks, inside, visitor, device, progress, "widths")
-    choices = [visitor.found[layer.name] for layer in inside]
+    choices = _Trials(model, blocks, chunks, device).run(layers, method, progress)
     places = choose_widths(choices, budget)
     return {c.name: WIDTHS[p] for c, p in zip(choices, places, strict=True)}
 
 
-@dataclass
-class _Judge:
-    """Rounds the layers of each block at every width, and keeps costs and errors."""
+class _Trials(BlockPass):
+    """Rounds one layer after the other at every width, and puts it back."""
 
-    method: Quantizer
-    progress: bool
-    found: dict[str, Choice] = field(default_factory=dict)
+    def run(self, layers: Sequence[TargetLayer], method: Quantizer, progress: bool) -> list[Choice]:
+        by_block: dict[int, list[TargetLayer]] = {}
+        for layer in layers:
+            by_block.setdefault(layer.block, []).append(layer)
+        self.capture()
+        found: list[Choice] = []
+        last = max(by_block)
+        for index in tqdm(range(last + 1), desc="widths", disable=not progress):
+            if index in by_block:
+                found += self._block(index, by_block[index], method)
+            if index < last:
+                self.propagate(index)
+        return found
 
-    def wants(self, index: int) -> bool:
-        return True
+    def _block(self, index: int, layers: Sequence[TargetLayer], method: Quantizer) -> list[Choice]:
+        stats = self._statistics(index, layers, method.statistic, method.uses_heldout)
+        outputs = self._outputs(index)
+        return [
+            self._tried(index, layer, stats.get(id(layer)), method, outputs) for layer in layers
+        ]
 
-    def start(self, index: int, groups: Sequence[Sequence[TargetLayer]]) -> list[Any]:
-        kind = statistic_of((self.method.statistic, "gram"))
-        made = []
-        for group in groups:
-            width, device = group[0].shape[1], group[0].parameter.device
-            stats = STATISTICS[kind].empty(width, device)
-            stats.heldout = STATISTICS[kind].empty(width, device)
-            made.append(stats)
-        return made
+    def _statistics(
+        self, index: int, layers: Sequence[TargetLayer], kind: str, heldout: bool
+    ) -> dict[int, LayerStats]:
+        if kind == "none":
+            return {}
+        groups = self.groups(index, layers)
 
-    def listen(self, state: Any, chunk: Chunk, number: int, rows: Tensor, owners: Tensor) -> None:
-        stats = state[number].heldout if chunk.heldout else state[number]
-        weights = None if chunk.weights is None else chunk.weights[owners]
-        stats.update(rows, weights, owners)
+        def start() -> list[LayerStats]:
+            made = []
+            for group in groups.groups:
+                place = group[0].shape[1], group[0].parameter.device
+                made.append(STATISTICS[kind].empty(*place))
+                made[-1].heldout = STATISTICS[kind].empty(*place) if heldout else None
+            return made
 
-    def finish(self, index: int, groups: Sequence[Sequence[TargetLayer]], state: Any) -> None:
-        for group, stats in zip(groups, state, strict=True):
-            for layer in group:
-                self.found[layer.name] = self._judged(layer, stats)
+        def listen(state: Any, chunk: Chunk, number: int, rows: Tensor, owners: Tensor) -> None:
+            stats = state[number].heldout if chunk.heldout else state[number]
+            if stats is not None:
+                weights = None if chunk.weights is None else chunk.weights[owners]
+                stats.update(rows, weights, owners)
 
-    def _judged(self, layer: TargetLayer, stats: LayerStats) -> Choice:
-        weight, dtype = layer.read(), layer.parameter.dtype
-        judge = stats.heldout if stats.heldout is not None and stats.heldout.tokens else stats
-        assert isinstance(judge, Gram)
-        size = output_error(weight, judge.gram()) or 1.0
+        state = self.observe(index, groups, start, listen, keep=False)
+        return {
+            id(layer): one
+            for group, one in zip(groups.groups, state, strict=True)
+            for layer in group
+        }
+
+    def _outputs(self, index: int) -> list[Tensor]:
+        """Return what the block makes of the sequences held out, rows ``[tokens, hidden]``."""
+        block = self.blocks.modules[index]
+
+        def once() -> list[Tensor]:
+            made = []
+            for chunk in self.chunks:
+                if chunk.heldout:
+                    assert chunk.hidden is not None
+                    made.append(rows_of(chunk, replay(block, chunk.calls[index], chunk.hidden)))
+            return made
+
+        found: list[Tensor] = self.until_it_fits(once)
+        return found
+
+    def _tried(
+        self,
+        index: int,
+        layer: TargetLayer,
+        stats: LayerStats | None,
+        method: Quantizer,
+        outputs: Sequence[Tensor],
+    ) -> Choice:
+        weight, stored = layer.read(), layer.stored.clone()
         costs, errors = [], []
         for bits in WIDTHS:
-            own = dataclasses.replace(self.method, bits=bits, transform=None).for_layer(layer.name)
+            own = dataclasses.replace(method, bits=bits, transform=None).for_layer(layer.name)
             with named(layer.name):
                 if own.block_rounding is None:
-                    result = own.compress(weight, stats, dtype)
+                    result = own.compress(weight, stats, layer.parameter.dtype)
                     rounded, grid = result.weight, result.grid
                 else:
-                    grid = own.fit_grid(weight, stats, dtype)
+                    grid = own.fit_grid(weight, stats, layer.parameter.dtype)
                     rounded = grid.round(weight)
+            layer.write(rounded)
+            errors.append(_difference(self._outputs(index), outputs))
+            layer.stored.copy_(stored)
             costs.append(grid.stored_bits(layer.shape))
-            errors.append(output_error(rounded - weight, judge.gram()) / size)
         return Choice(layer.name, weight.numel(), tuple(costs), tuple(errors))
+
+
+def _difference(found: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    """Return the squared difference relative to each token's own size, averaged over tokens.
+
+    The norm of the next block divides by that size, so that tokens of huge activations do not
+    count for more than others.
+    """
+    total, count = 0.0, 0
+    for one, dense in zip(torch.cat(list(found)).split(4096), torch.cat(list(outputs)).split(4096)):
+        size = dense.double().square().sum(-1)
+        total += float(((one - dense).double().square().sum(-1) / size.clamp_min(1e-30)).sum())
+        count += size.numel()
+    return total / max(1, count)

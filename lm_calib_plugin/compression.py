@@ -253,7 +253,7 @@ def _on_layers(
         warnings.append(f"{len(emptied)} layers ({emptied[0]}, ...) lost every weight")
     kv_bits = getattr(method, "kv_bits", None)
     if kv_bits is not None:
-        engine.quantize_kv(model, kv_bits)
+        engine.quantize_kv(model, kv_bits, blocks)
     achieved = measure(model, blocks, layers, method, result.grids)
     seconds["measure"] = time.perf_counter() - start
     return _Done(
