@@ -82,7 +82,8 @@ def mxfp4_scale(amax: Tensor) -> Tensor:
     The rule of the OCP specification: the largest value of a group falls between 4 and 8, where
     what lies beyond 6 is cut.
     """
-    return torch.where(amax > 0, power_of_two_below(amax.float() / 4), 1.0)
+    scale = power_of_two_below(amax).div_(4).clamp_(min=torch.finfo(torch.float32).tiny)
+    return torch.where(amax > 0, scale, torch.ones_like(scale))
 
 
 def nvfp4_round(x: Tensor, largest: Tensor | None = None) -> Tensor:

@@ -182,6 +182,12 @@ def test_zeros_and_tiny_values_stay_finite(work: object) -> None:
         assert (found - tiny).abs().max() <= max(size, 1.2e-38)
 
 
+def test_scales_of_tiny_groups_are_tiny() -> None:
+    amax = torch.tensor([1e-30, 1e-38, 1e-44])
+    assert (mxfp4_scale(amax) <= 2.0**-100).all()
+    assert (mxfp4_scale(amax) > 0).all()
+
+
 def test_scales_are_values_of_their_formats() -> None:
     amax = samples(64, 3).abs().amax(dim=1)
     powers = mxfp4_scale(amax)
