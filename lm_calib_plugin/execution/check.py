@@ -54,7 +54,7 @@ def serving(
         if why is not None and _near(kernel, here, facts)
     }
     if not near and not able:
-        return able, f"no kernel multiplies {facts.scheme()}"
+        return able, "no kernel multiplies such numbers: they are simulated only"
     return able, "; ".join(f"{name}: {why}" for name, why in near.items())
 
 
