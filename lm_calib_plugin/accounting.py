@@ -16,6 +16,7 @@ from lm_calib_plugin import engine
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.errors import NumericalError
 from lm_calib_plugin.method import Method
+from lm_calib_plugin.quantization.coarse import coarse_bits
 from lm_calib_plugin.recipe import Recipe
 
 PACKAGES = ("lm-calib-plugin", "torch", "transformers", "lm-eval", "datasets", "accelerate")
@@ -34,8 +35,9 @@ def measure(
     -------
     dict
         ``sparsity`` of the targeted layers, ``sparsity_blocks`` of all parameters of the blocks,
-        ``sparsity_model`` of all parameters, ``bits`` (mean width of a targeted weight, without
-        scales; None when nothing was quantized).
+        ``sparsity_model`` of all parameters; ``bits`` (mean width of a targeted weight, without
+        scales; None when nothing was quantized), ``bits_stored`` (with scales and zero points) and
+        ``bytes`` of the targeted weights as they would be stored.
 
     Raises
     ------
@@ -49,18 +51,45 @@ def measure(
     target = [(int((x.stored == 0).sum()), x.stored.numel()) for x in layers]
     inside = [(int((p == 0).sum()), p.numel()) for p in blocks.modules.parameters()]
     everything = [(int((p == 0).sum()), p.numel()) for p in model.parameters()]
-    bits = None
-    if grids:
-        sizes = {x.name: x.stored.numel() for x in layers}
-        bits = sum(grids[n].bits * sizes[n] for n in grids) / sum(sizes[n] for n in grids)
-    elif method.kind == "quantization":
-        bits = 16.0
-    return {
+    found: dict[str, Any] = {
         "sparsity": _share(target),
         "sparsity_blocks": _share(inside),
         "sparsity_model": _share(everything),
-        "bits": bits,
+        "bits": None if method.kind == "pruning" else 16.0,
     }
+    if grids:
+        # A layer that kept its weights counts with the width in which it is stored.
+        dense = {x.name: 8.0 * x.parameter.element_size() for x in layers}
+        sizes = {x.name: x.stored.numel() for x in layers}
+        total = sum(sizes.values())
+        plain = {n: grids[n].bits if n in grids else w for n, w in dense.items()}
+        stored = {
+            x.name: grids[x.name].stored_bits(x.shape)
+            if x.name in grids
+            else dense[x.name] * sizes[x.name]
+            for x in layers
+        }
+        found["bits"] = sum(plain[n] * sizes[n] for n in sizes) / total
+        found["bits_stored"] = sum(stored.values()) / total
+        found["bytes"] = round(sum(stored.values()) / 8)
+    return found
+
+
+def coarse_warning(layers: Sequence[engine.TargetLayer], bits: int) -> list[str]:
+    """Return a warning when dense weights lie on a grid that is not finer than what is asked."""
+    found = [coarse_bits(layer.read()) for layer in _spread(layers)]
+    known = [width for width in found if width is not None]
+    if len(known) <= len(found) / 2 or max(known) > bits:
+        return []
+    return [
+        f"the weights lie on a grid of {max(known)} bits already (a checkpoint that was quantized "
+        f"before?): at {bits} bits errors of the weights are near zero and mean nothing"
+    ]
+
+
+def _spread(layers: Sequence[engine.TargetLayer], count: int = 8) -> list[engine.TargetLayer]:
+    few = min(count, len(layers))
+    return [layers[i * len(layers) // few] for i in range(few)]
 
 
 def _share(counts: Sequence[tuple[int, int]]) -> float:

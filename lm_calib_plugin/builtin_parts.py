@@ -52,6 +52,28 @@ def _depth(name: str, target: str, summary: str, arxiv: str, *options: str) -> E
     )
 
 
+QUANTIZER_OPTIONS = (
+    "scheme", "bits", "group_size", "symmetric", "transform", "grid", "rounding", "observer",
+    "act_bits", "act_dynamic", "kv_bits", "act_order", "damp", "correction", "compat",
+)  # fmt: skip
+
+
+def _quantizer(
+    name: str, summary: str, paper: str, *, needs_data: bool = True, **stages: Any
+) -> Entry:
+    """Return the row of a named point in the grid of quantization stages."""
+    return Entry(
+        "quantization",
+        name,
+        _QUANTIZATION + "pipeline:Quantizer",
+        summary,
+        paper,
+        needs_data=needs_data,
+        options=QUANTIZER_OPTIONS,
+        stages=tuple(stages.items()),
+    )
+
+
 BUILTIN: tuple[Entry, ...] = (
     _preset(
         "magnitude",
@@ -179,22 +201,60 @@ BUILTIN: tuple[Entry, ...] = (
         options=("sparsity",),
         scope="model",
     ),
-    Entry(
-        "quantization",
+    _quantizer(
         "rtn",
-        _QUANTIZATION + "rtn:RTN",
         "round to nearest",
         "https://arxiv.org/abs/2206.01861",
         needs_data=False,
-        options=("bits", "group_size", "symmetric"),
+        rounding="rtn",
     ),
-    Entry(
-        "quantization",
+    _quantizer(
         "gptq",
-        _QUANTIZATION + "gptq:GPTQ",
         "second-order rounding, column by column",
         "https://arxiv.org/abs/2210.17323",
-        options=("bits", "group_size", "symmetric", "act_order", "damp", "compat"),
+        rounding="gptq",
+    ),
+    _quantizer(
+        "gptq_heldout",
+        "gptq, except for layers that round to nearest better on sequences held out",
+        "https://arxiv.org/abs/2210.17323",
+        rounding="gptq_heldout",
+    ),
+    _quantizer(
+        "awq",
+        "channels with large inputs scaled up, ranges searched, round to nearest",
+        "https://arxiv.org/abs/2306.00978",
+        transform="awq",
+        grid="clip",
+        rounding="rtn",
+    ),
+    _quantizer(
+        "smoothquant",
+        "large inputs scaled down into the weights, round to nearest",
+        "https://arxiv.org/abs/2211.10438",
+        transform="smoothquant",
+        rounding="rtn",
+    ),
+    _quantizer(
+        "rotation",
+        "outliers spread by merged Hadamard rotations, then gptq",
+        "https://arxiv.org/abs/2404.00456",
+        transform="rotation",
+        rounding="gptq",
+    ),
+    _quantizer(
+        "autoround",
+        "rounding learned block by block with signed gradients",
+        "https://arxiv.org/abs/2309.05516",
+        rounding="autoround",
+    ),
+    _quantizer(
+        "hqq",
+        "half-quadratic zero points; a control without data",
+        "https://dropbox.github.io/hqq_blog/",
+        needs_data=False,
+        rounding="hqq",
+        symmetric=False,
     ),
     Entry(
         "score",
@@ -365,6 +425,124 @@ BUILTIN: tuple[Entry, ...] = (
         _PRUNING + "allocations.global_threshold:Global",
         "one threshold on the scores of all layers",
         needs_data=False,
+    ),
+    Entry("transform", "none", "", "the model as it is", needs_data=False),
+    Entry(
+        "transform",
+        "awq",
+        _QUANTIZATION + "transforms.awq:AWQ",
+        "channels with large inputs scaled up, by the output error of each layer",
+        "https://arxiv.org/abs/2306.00978",
+        options=("steps", "duo"),
+    ),
+    Entry(
+        "transform",
+        "smoothquant",
+        _QUANTIZATION + "transforms.smoothquant:SmoothQuant",
+        "large inputs behind norms scaled down, the weights up",
+        "https://arxiv.org/abs/2211.10438",
+        options=("alpha",),
+    ),
+    Entry(
+        "transform",
+        "rotation",
+        _QUANTIZATION + "transforms.rotation:Rotation",
+        "Hadamard rotations of the residual stream and of the heads, merged into the weights",
+        "https://arxiv.org/abs/2404.00456",
+        needs_data=False,
+        options=("seed", "r2"),
+    ),
+    Entry(
+        "grid",
+        "minmax",
+        _QUANTIZATION + "gridrules.minmax:MinMax",
+        "levels span the whole range of each group",
+        "https://arxiv.org/abs/2206.01861",
+        needs_data=False,
+    ),
+    Entry(
+        "grid",
+        "mse",
+        _QUANTIZATION + "gridrules.mse:MSE",
+        "the range of each group with the smallest rounding error",
+        "https://arxiv.org/abs/1810.05723",
+        needs_data=False,
+        options=("steps", "low"),
+    ),
+    Entry(
+        "grid",
+        "clip",
+        _QUANTIZATION + "gridrules.clip:Clip",
+        "the range of each group with the smallest output error",
+        "https://arxiv.org/abs/2306.00978",
+        options=("steps", "low", "skip"),
+    ),
+    Entry(
+        "rounding",
+        "rtn",
+        _QUANTIZATION + "rounding.rtn:RTN",
+        "to the nearest level",
+        "https://arxiv.org/abs/2206.01861",
+        needs_data=False,
+    ),
+    Entry(
+        "rounding",
+        "gptq",
+        _QUANTIZATION + "rounding.gptq:GPTQ",
+        "column by column, later columns absorb the error",
+        "https://arxiv.org/abs/2210.17323",
+        uses_damp=True,
+        uses_order=True,
+    ),
+    Entry(
+        "rounding",
+        "gptq_heldout",
+        _QUANTIZATION + "rounding.gptq_heldout:GPTQHeldout",
+        "gptq or to nearest, by the error on sequences held out",
+        "https://arxiv.org/abs/2210.17323",
+        uses_damp=True,
+        uses_order=True,
+    ),
+    Entry(
+        "rounding",
+        "autoround",
+        _QUANTIZATION + "rounding.autoround:AutoRound",
+        "offsets and ranges learned on the output of each block",
+        "https://arxiv.org/abs/2309.05516",
+        options=("iters", "batch", "lr", "seed"),
+    ),
+    Entry(
+        "rounding",
+        "hqq",
+        _QUANTIZATION + "rounding.hqq:HQQ",
+        "zero points for an error that forgives outliers; asymmetric grids",
+        "https://dropbox.github.io/hqq_blog/",
+        needs_data=False,
+        options=("p", "beta", "kappa", "steps"),
+    ),
+    Entry(
+        "observer",
+        "minmax",
+        _QUANTIZATION + "observers.minmax:MinMax",
+        "the largest value seen, with or without first tokens",
+        "https://arxiv.org/abs/1712.05877",
+        options=("first",),
+    ),
+    Entry(
+        "observer",
+        "percentile",
+        _QUANTIZATION + "observers.percentile:Percentile",
+        "a percentile of the values seen",
+        "https://arxiv.org/abs/2004.09602",
+        options=("q", "first"),
+    ),
+    Entry(
+        "observer",
+        "mse",
+        _QUANTIZATION + "observers.mse:MSE",
+        "the range with the smallest rounding error",
+        "https://arxiv.org/abs/1810.05723",
+        options=("first", "steps", "lowest"),
     ),
     Entry(
         "calibration",

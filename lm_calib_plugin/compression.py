@@ -19,6 +19,7 @@ from torch import nn
 from lm_calib_plugin import engine, storage
 from lm_calib_plugin.accounting import (
     calibration_summary,
+    coarse_warning,
     cuda_devices,
     data_warnings,
     measure,
@@ -27,6 +28,7 @@ from lm_calib_plugin.accounting import (
 )
 from lm_calib_plugin.allocation import allocate, check_allocation, strength_found
 from lm_calib_plugin.bank.mixtures import Task, check_mixture, draw
+from lm_calib_plugin.bit_allocation import allocate_bits
 from lm_calib_plugin.calibration import (
     CalibrationSet,
     stored_sets,
@@ -34,10 +36,12 @@ from lm_calib_plugin.calibration import (
     validate_calibration,
 )
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
-from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.errors import UserError, listed, nearest
 from lm_calib_plugin.guard import left_as_found
+from lm_calib_plugin.joint import Joint
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.pruning.pipeline import Pipeline
+from lm_calib_plugin.quantization.pipeline import Quantizer
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import LayerRow, Report
 from lm_calib_plugin.resolved import Facts, ResolvedRecipe
@@ -95,9 +99,12 @@ def compress(
         layers, left = engine.select_layers(
             model, blocks, recipe.targets, recipe.ignore, recipe.untie
         )
-    _check_layers(method, layers)
-    if isinstance(method, Pipeline):
-        check_allocation(layers, method)
+    treated = _overridden(method, layers, recipe)
+    _check_layers(method, treated, layers)
+    engine.check_reach(model, blocks, layers, method)
+    pruning = _pruning_of(method)
+    if pruning is not None:
+        check_allocation(layers, pruning)
     if tokenizer is None and recipe.terms and not given:
         raise UserError(
             "tokenizer",
@@ -141,7 +148,8 @@ def compress(
         if structural:
             done = _on_model(model, blocks, method, recipe, runtime, fresh())
         else:
-            done = _on_layers(model, blocks, layers, method, recipe, runtime, fresh)
+            _check_heldout(method, recipe, calibration)
+            done = _on_layers(model, blocks, layers, method, treated, recipe, runtime, fresh)
         final_digest = engine.weights_digest(model)
     held = len(engine.heldout_indices(calibration.nsamples, recipe.heldout)) if calibration else 0
     resolved = _resolve(recipe, done, dense_digest, calibration, held)
@@ -151,6 +159,7 @@ def compress(
         calibration=calibration_summary(calibration, done.pads, held),
         layers=done.rows,
         structure=done.structure,
+        transforms=done.transforms,
         achieved=done.achieved,
         left_dense=left,
         seconds=seconds | done.seconds,
@@ -179,6 +188,8 @@ class _Done:
     warnings: list[str]
     pads: int
     rows: list[LayerRow] = field(default_factory=list)
+    transforms: list[dict[str, Any]] = field(default_factory=list)
+    grids: dict[str, Any] = field(default_factory=dict)
     structure: dict[str, Any] | None = None
 
 
@@ -187,39 +198,112 @@ def _on_layers(
     blocks: engine.Blocks,
     layers: Sequence[engine.TargetLayer],
     method: Method,
+    treated: dict[str, Method],
     recipe: Recipe,
     runtime: Runtime,
     fresh: Callable[[], list[Chunk]],
 ) -> _Done:
-    """Compress weights one by one; ``fresh`` makes the chunks, which a pass uses up."""
+    """Compress weights one by one; ``fresh`` makes the chunks, which a pass uses up.
+
+    ``treated`` holds the layers with options of their own, by name.
+    """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     seconds: dict[str, float] = {}
-    methods: dict[str, Pipeline] = {}
+    warnings: list[str] = []
+    transforms: list[dict[str, Any]] = []
+    bits = getattr(method, "bits", None)
+    if bits is not None and not method.keeps_weights:
+        warnings += coarse_warning(layers, bits)
+    if method.transform is not None and method.transform.level == "model":
+        start = time.perf_counter()
+        transforms.append(engine.rotate(model, blocks, **method.transform.options()))
+        seconds["transform"] = time.perf_counter() - start
     start = time.perf_counter()
-    rule = method.allocation if isinstance(method, Pipeline) else None
+    methods = dict(treated)
+    if recipe.bits_budget is not None:
+        assert isinstance(method, Quantizer)
+        widths = allocate_bits(
+            model,
+            blocks,
+            fresh(),
+            [layer for layer in layers if layer.name not in treated],
+            method,
+            recipe.bits_budget,
+            device,
+            runtime.progress,
+        )
+        methods |= {n: dataclasses.replace(method, bits=b) for n, b in widths.items()}
+    pruning = _pruning_of(method)
+    rule = pruning.allocation if pruning is not None else None
     if rule is not None and not (method.does_nothing and rule.keeps_budget):
-        assert isinstance(method, Pipeline)
-        methods = allocate(model, blocks, fresh, layers, method, device, runtime.progress)
-        method = strength_found(method, layers, methods, recipe.sparsity)
+        assert pruning is not None
+        found = allocate(model, blocks, fresh, layers, pruning, device, runtime.progress)
+        pruning = strength_found(pruning, layers, found, recipe.sparsity)
+        for name, own in found.items():
+            methods[name] = _with_pruning(methods.get(name, method), own)
+        method = _with_pruning(method, pruning)
+    if methods:
         seconds["allocation"] = time.perf_counter() - start
-    plan = engine.Plan(method, layers, recipe.propagate, methods)
+    plan = engine.Plan(method, layers, recipe.propagate, methods, recipe.true_sequential)
     result = engine.run(model, blocks, fresh(), plan, device, runtime.progress)
     start = time.perf_counter()
-    emptied = [name for name, own in methods.items() if float(own.sparsity) == 1]
+    strengths = {n: _pruning_of(m) for n, m in methods.items()}
+    emptied = [n for n, own in strengths.items() if own is not None and float(own.sparsity) == 1]
     if emptied:
-        result.warnings.append(f"{len(emptied)} layers ({emptied[0]}, ...) lost every weight")
+        warnings.append(f"{len(emptied)} layers ({emptied[0]}, ...) lost every weight")
+    kv_bits = getattr(method, "kv_bits", None)
+    if kv_bits is not None:
+        engine.quantize_kv(model, kv_bits)
     achieved = measure(model, blocks, layers, method, result.grids)
     seconds["measure"] = time.perf_counter() - start
     return _Done(
         method,
         [layer.name for layer in layers],
-        method.does_nothing,
+        method.does_nothing and not methods,
         achieved,
         seconds | result.seconds,
-        result.warnings,
+        warnings + result.warnings,
         result.pads,
         rows=result.rows,
+        transforms=transforms + result.transforms,
+        grids=result.grids,
     )
+
+
+def _pruning_of(method: Method) -> Pipeline | None:
+    """Return the pipeline that prunes, of a pruning or a joint method."""
+    found = method.pruning if isinstance(method, Joint) else method
+    return found if isinstance(found, Pipeline) else None
+
+
+def _with_pruning(method: Method, pruning: Pipeline) -> Method:
+    return dataclasses.replace(method, pruning=pruning) if isinstance(method, Joint) else pruning
+
+
+def _overridden(
+    method: Method, layers: Sequence[engine.TargetLayer], recipe: Recipe
+) -> dict[str, Method]:
+    """Return the method of every layer that a pattern of ``overrides`` names."""
+    overrides = recipe.overrides or {}
+    names = [layer.name for layer in layers]
+    for pattern in overrides:
+        if not any(engine.matches(name, pattern) for name in names):
+            tails = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
+            raise UserError(
+                "overrides",
+                f"pattern `{pattern}` matched 0 of {len(names)} layers",
+                nearest(pattern.strip("*."), tails),
+                f"names: {listed(tails)}",
+            )
+    found: dict[str, Method] = {}
+    for name in names:
+        own = next((o for p, o in overrides.items() if engine.matches(name, p)), None)
+        if own is not None:
+            quantizer = method.quantization if isinstance(method, Joint) else method
+            changed = dataclasses.replace(quantizer, **own)  # type: ignore[type-var]
+            joint = isinstance(method, Joint)
+            found[name] = dataclasses.replace(method, quantization=changed) if joint else changed
+    return found
 
 
 def _on_model(
@@ -298,9 +382,11 @@ def sequence_length(recipe: Recipe, config: Any) -> int:
     return recipe.seqlen
 
 
-def _check_layers(method: Method, layers: Sequence[engine.TargetLayer]) -> None:
+def _check_layers(
+    method: Method, treated: dict[str, Method], layers: Sequence[engine.TargetLayer]
+) -> None:
     for layer in layers:
-        method.check_layer(layer.name, layer.shape)
+        treated.get(layer.name, method).check_layer(layer.name, layer.shape)
         if method.needs_bias and layer.bias is None:
             raise UserError(
                 "update",
@@ -308,6 +394,23 @@ def _check_layers(method: Method, layers: Sequence[engine.TargetLayer]) -> None:
                 "models whose layers have biases (OPT, GPT-2, Phi)",
                 f"leave it out (ignore={layer.name.rsplit('.', 1)[-1]}), or use another update",
             )
+
+
+def _check_heldout(method: Method, recipe: Recipe, calibration: CalibrationSet | None) -> None:
+    """Refuse to choose by sequences held out when there are none, before any work."""
+    chooses = getattr(method, "damp", 0) is None or recipe.bits_budget is not None
+    rounding = getattr(method, "rounding", None)
+    if not (chooses or (rounding is not None and rounding.uses_heldout)):
+        return
+    count = calibration.nsamples if calibration is not None else 0
+    if engine.heldout_indices(count, recipe.heldout):
+        return
+    raise UserError(
+        "heldout",
+        f"{recipe.heldout:g} of {count} sequences is less than one",
+        f"`{recipe.method}` with these options chooses by the error on sequences held out",
+        f"for instance nsamples={2 * max(count, 10)}, or heldout=0.5",
+    )
 
 
 def _check_tokenizer(calibration: CalibrationSet, tokenizer: Any) -> None:
@@ -367,12 +470,17 @@ def _resolve(
 ) -> ResolvedRecipe:
     sources = calibration.sources if calibration else ()
     packs = sorted({str(s["pack"]) for s in sources if s.get("pack")})
+    own: dict[str, Any] = {}
+    if recipe.bits_budget is not None:
+        own["bits"] = recipe.bits
+    if recipe.overrides:
+        own["overrides"] = recipe.overrides
     facts = Facts(
         model=dense_digest,
         layers=storage.digest(done.names),
         revision=done.method.revision,
-        options=done.method.options(),
-        identity=done.method.identity(),
+        options=done.method.options() | own,
+        identity=done.method.identity() | own,
         # Where a block sees what dense blocks give, there is nothing to correct.
         inert=done.method.inert + (("correction",) if recipe.propagate == "dense" else ()),
         unchanged=done.unchanged,

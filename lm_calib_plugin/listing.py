@@ -11,6 +11,7 @@ from lm_calib_plugin import registry
 from lm_calib_plugin.corpora import CORPORA
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
+from lm_calib_plugin.schemes import SCHEMES
 from lm_calib_plugin.stages import STAGES
 
 _KINDS: dict[str, tuple[registry.Kind, ...]] = {
@@ -19,6 +20,10 @@ _KINDS: dict[str, tuple[registry.Kind, ...]] = {
     "scores": ("score",),
     "refinements": ("refinement",),
     "updates": ("update",),
+    "transforms": ("transform",),
+    "grids": ("grid",),
+    "roundings": ("rounding",),
+    "observers": ("observer",),
     "sources": ("calibration", "mixture"),
     "packings": ("packing",),
     "selections": ("selection",),
@@ -27,7 +32,9 @@ _KINDS: dict[str, tuple[registry.Kind, ...]] = {
 
 def print_list(what: str) -> None:
     """Print the tables of one kind of thing: a key of the kinds above, or ``options``."""
-    if what == "options":
+    if what == "schemes":
+        _print_table(("scheme", "weights", "activations"), _scheme_rows())
+    elif what == "options":
         _print_table(("option", "default", "meaning"), option_rows())
     else:
         _print_table(("name", "what it is", "paper", "from"), _part_rows(what))
@@ -44,6 +51,18 @@ def _part_rows(what: str) -> Iterator[tuple[str, ...]]:
         for kept, ignored in registry.shadowed(kind):
             note = f"not used: the name belongs to {kept.distribution}"
             yield ignored.name, note, "", _origin(ignored.distribution)
+
+
+def _scheme_rows() -> Iterator[tuple[str, ...]]:
+    for name, scheme in SCHEMES.items():
+        groups = "a scale a channel"
+        if scheme.group_size != -1:
+            groups = f"groups of {scheme.group_size}"
+        inputs = "as they are"
+        if scheme.act_bits:
+            ranges = "a range a token" if scheme.act_dynamic else "calibrated ranges"
+            inputs = f"{scheme.act_bits}-bit {scheme.number}, {ranges}"
+        yield name, f"{scheme.bits}-bit {scheme.number}, {groups}", inputs
 
 
 def _described(entry: registry.Entry) -> str:

@@ -20,13 +20,14 @@ class LayerResult:
 
     ``weight`` is ``[out, in]`` in float32. ``grid`` is the quantization grid the weight lies on,
     None after pruning. ``damp`` is the ridge used, None where there was none. ``bias`` is added to
-    the bias of the layer, ``[out]``.
+    the bias of the layer, ``[out]``. ``fallback`` names what was done instead of the method.
     """
 
     weight: Tensor
     grid: Any = None
     damp: float | None = None
     bias: Tensor | None = None
+    fallback: str | None = None
     notes: tuple[str, ...] = field(default=())
 
 
@@ -59,6 +60,12 @@ class Method(ABC):
     correction
         Part of the error of earlier blocks that a layer makes up for, 0 to 1; an option of the
         methods that use the Gram matrix.
+    transform
+        What changes the model without changing what it computes, before weights are looked at.
+    block_rounding
+        What rounds all layers of a block together, in place of :meth:`compress`.
+    activations, observer
+        How inputs of layers are rounded while the model runs, and how ranges are calibrated.
     inert
         Options taken for the sake of uniform commands, without any effect on this method.
     revision
@@ -77,6 +84,10 @@ class Method(ABC):
     needs_bias: ClassVar[bool] = False
     uses_heldout: ClassVar[bool] = False
     correction: ClassVar[float] = 0.0
+    transform: ClassVar[Any] = None
+    block_rounding: ClassVar[Any] = None
+    activations: ClassVar[Any] = None
+    observer: ClassVar[Any] = None
     revision: ClassVar[int | str] = 1
     paper: ClassVar[str] = ""
 
@@ -102,6 +113,11 @@ class Method(ABC):
     def does_nothing(self) -> bool:
         """Whether these options leave every weight exactly as it is."""
         return False
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether these options leave the weights as they are, whatever else is changed."""
+        return self.does_nothing
 
     def check_layer(self, name: str, shape: tuple[int, int]) -> None:
         """Raise a :class:`~lm_calib_plugin.errors.UserError` if a layer can not be treated.

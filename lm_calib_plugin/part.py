@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 
 from typing_extensions import Self
 
+from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError, listed
+from lm_calib_plugin.stages import NONE, STAGES, UNIFORM, Stage, parse_stage
 from lm_calib_plugin.values import flag, number, whole
 
 
@@ -21,7 +23,8 @@ class Part(ABC):
     Class attributes
     ----------------
     statistic
-        A kind of :data:`lm_calib_plugin.statistics.STATISTICS`, or ``none``: what has to be known of the inputs.
+        What has to be known of the inputs: a kind of
+        :data:`lm_calib_plugin.statistics.STATISTICS`, or ``none``.
     uses_damp, uses_compat
         Whether the ridge, or ``compat=reference``, changes what the part does.
     needs_bias, uses_heldout
@@ -75,6 +78,37 @@ class Part(ABC):
             raise UserError(self.stage, f"got {name}={given}", f"{name}: {listed(allowed)}")
 
 
+def make_part(argument: str, text: str | Stage) -> Any:
+    """Return the part of a stage, None for ``none``.
+
+    Raises
+    ------
+    UserError
+        For a name that is not installed, or an option of the wrong kind or range.
+    """
+    stage = text if isinstance(text, Stage) else parse_stage(argument, text)
+    entry = registry.find_part(STAGES[argument], stage.name, argument)
+    # `none` and `uniform` are names for doing nothing.
+    return entry.load().from_texts(stage.options) if entry.target else None
+
+
+def part_text(argument: str, part: Part | None) -> str:
+    """Return the part of a stage as it is typed, every option with its value."""
+    if part is None:
+        return UNIFORM if argument == "allocation" else NONE
+    kind = STAGES[argument]
+    cls = type(part)
+    place = f"{cls.__module__}:{cls.__qualname__}"
+    rows = registry.table(kind).items()
+    name = next((n for n, e in rows if e.target == place), None)
+    if name is None:
+        # Another package may name a class where it is imported, not where it is written.
+        foreign = (n for n, e in rows if e.distribution != registry.OURS and e.load() is cls)
+        name = next(foreign, place)
+    values = {k: _plain(v) for k, v in part.options().items() if v is not None}
+    return Stage(name, values).text()
+
+
 def option_name(field: str) -> str:
     """Return the name by which a field is typed: names that Python keeps for itself, or that a
     method has, end in an underscore as a field only."""
@@ -92,3 +126,9 @@ def _read(argument: str, option: str, value: str, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         return tuple(number(name, part) for part in value.split("+"))
     return value
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "+".join(f"{v!r}" for v in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

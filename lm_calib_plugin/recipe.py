@@ -22,9 +22,11 @@ from lm_calib_plugin.expression import (
     parse_calibration,
     plain_form,
 )
+from lm_calib_plugin.recipe_rules import DENSE_BITS, check_together
 from lm_calib_plugin.resolved import Facts, ResolvedRecipe
 from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
-from lm_calib_plugin.stages import NONE, STAGES, UNIFORM, Stage, parse_stage
+from lm_calib_plugin.schemes import SCHEMES, scheme_name
+from lm_calib_plugin.stages import DEFAULTS, STAGES, Stage, parse_stage
 from lm_calib_plugin.values import flag, number, patterns, plain_value, whole
 
 SCHEMA_VERSION = 1
@@ -34,17 +36,22 @@ STORED_SET = "set"
 # options of the methods. Every other field decides what is in the set.
 _USED_LATER = (
     "schema_version", "method", "propagate", "heldout", "exclude_first_token", "targets", "ignore",
-    "block_path", "untie",
+    "block_path", "untie", "execution", "true_sequential", "overrides",
 )  # fmt: skip
 _OF_METHODS = (
     "sparsity", "pattern", "blocks", "sublayer", "greedy", "group", "allocation", "score", "refine",
-    "update", "bits", "group_size", "symmetric", "act_order", "damp", "correction", "compat",
+    "update", "scheme", "bits", "group_size", "symmetric", "transform", "grid", "rounding",
+    "observer", "act_bits", "act_dynamic", "kv_bits", "act_order", "damp", "correction", "compat",
 )  # fmt: skip
 UNSTRUCTURED = "unstructured"
 ALL_FOLDS = "all"
 RANDOM_SELECTION = "random"
 FOLDS = (ALL_FOLDS, "choose", "validate", "judge")
-BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+BITS = (2, 3, 4, 5, 6, 7, 8, DENSE_BITS)
+AUTO = "auto"
+EXECUTIONS = ("simulated", "packed")
+# What a pattern of `overrides` may set for the layers that it names.
+OVERRIDES = ("bits", "group_size", "symmetric")
 
 
 class Recipe(BaseModel):
@@ -67,9 +74,13 @@ class Recipe(BaseModel):
         Default: ``block``.
     greedy
         Remove one block at a time and measure the others anew (``depth_loss``). Default: false.
+    scheme
+        Weights and activations by the name of their format, such as ``W4A16``, ``W8A8_static`` or
+        ``FP8``; ``lm-calib ls schemes`` (quantization).
     bits
-        Width of the integer grid, 2-8; 16 leaves the weights as they are (quantization).
-        Default: 4.
+        Width of the integer grid, 2-8; 16 leaves the weights as they are; ``auto:3.25`` gives each
+        layer a width of its own, 3.25 bits a weight on average with scales and zero points counted
+        (quantization). Default: 4.
     group
         Weights that are compared with each other: ``row``, ``layer`` or ``block128`` (all rows of
         128 columns). Default: as the score defines (pruning).
@@ -83,24 +94,55 @@ class Recipe(BaseModel):
     update
         What gives the kept weights new values; a name of ``lm-calib ls updates`` (pruning). For
         depth pruning: what stands in for the removed blocks.
+    transform
+        What changes the model, but not what it computes, so that it rounds better; a name of
+        ``lm-calib ls transforms`` with options such as ``awq?steps=10`` (quantization).
+    grid
+        How much of the range of its weights a grid spans; a name of ``lm-calib ls grids``
+        (quantization). Default: ``minmax``.
+    rounding
+        How weights are brought to levels; a name of ``lm-calib ls roundings`` (quantization).
+    act_bits
+        Width of the inputs of the layers, 2-8, rounded while the model runs; 16: as they are
+        (quantization).
+    act_dynamic
+        Whether every token has a range of its own, or all share one that is calibrated.
+        Default: true.
+    observer
+        How a calibrated range is chosen; a name of ``lm-calib ls observers``. Default: ``minmax``.
+    kv_bits
+        Width of cached keys and values, 2-8, each token and head with a range of its own
+        (quantization).
     group_size
-        Consecutive inputs that share a scale; -1: one scale per output channel. Default: 128.
+        Consecutive inputs that share a scale; -1: one scale per output channel. Default: 128, or
+        as the scheme says.
     symmetric
         Whether the grid is symmetric around zero. Default: true.
     act_order
         Visit columns by falling input energy, scales fixed before (``gptq``). Default: true.
     damp
-        Ridge added to the Gram matrix, relative to its mean diagonal. Default: 0.01, and 0.1 for
-        ``admm``.
+        Ridge added to the Gram matrix, relative to its mean diagonal; ``auto``: for each layer of
+        seven values the one with the smallest error on sequences held out (``gptq``).
+        Default: 0.01, and 0.1 for ``admm``.
     correction
         Part of the error of earlier blocks that each layer makes up for, 0 to 1: its target is the
-        output in the dense model instead of that of its own weight. For pruning methods that use
-        the Gram matrix; one more forward pass. Default: 0 (``swap_pcg``: 0.3).
+        output in the dense model instead of that of its own weight. For methods that use the Gram
+        matrix; one more forward pass. Default: 0 (``swap_pcg``: 0.3).
     compat
         ``reference`` reproduces the counting rules of the papers' code instead of exact counts.
     propagate
         ``compressed``: a block is calibrated with what compressed blocks before it produce;
         ``dense``: with what the dense model produces.
+    true_sequential
+        Inside a block, too, calibrate a layer with what compressed layers before it produce; one
+        more forward pass for each distinct input. Default: false.
+    overrides
+        Other ``bits``, ``group_size`` or ``symmetric`` for layers by name pattern, the first that
+        fits: ``{"*down_proj": {"bits": 4}}`` (quantization; in YAML or JSON).
+    execution
+        ``simulated``: exactly what the grids say, in the dtype of the model; ``packed``: kernels
+        that work on low-precision numbers, where the device has them (quantization, and 2:4
+        pruning). Default: ``simulated``.
     calibration
         Where the text comes from; see :mod:`lm_calib_plugin.expression`. Default ``self`` for
         methods that need data and ``none`` for the others.
@@ -159,19 +201,30 @@ class Recipe(BaseModel):
     blocks: int | None = None
     sublayer: str | None = None
     greedy: bool | None = None
-    bits: int | None = None
+    scheme: str | None = None
+    bits: int | str | None = None
     group: str | None = None
     allocation: str | None = None
     score: str | None = None
     refine: str | None = None
     update: str | None = None
+    transform: str | None = None
+    grid: str | None = None
+    rounding: str | None = None
+    observer: str | None = None
+    act_bits: int | None = None
+    act_dynamic: bool | None = None
+    kv_bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
     act_order: bool | None = None
-    damp: float | None = None
+    damp: float | str | None = None
     correction: float | None = None
     compat: str | None = None
     propagate: str = "compressed"
+    true_sequential: bool = False
+    overrides: dict[str, dict[str, Any]] | None = None
+    execution: str | None = None
     calibration: tuple[SourceTerm, ...] | None = None
     nsamples: int = 128
     seqlen: int | None = None
@@ -255,20 +308,60 @@ class Recipe(BaseModel):
             raise UserError("pattern", f"got {text}", "N:M keeps N of every M, 0 < N < M", hint)
         return f"{keep}:{group}"
 
-    @field_validator("allocation", "score", "refine", "update", mode="before")
+    @field_validator("scheme", mode="before")
+    @classmethod
+    def _check_scheme(cls, value: Any) -> str:
+        return scheme_name(value)
+
+    @field_validator(*STAGES, mode="before")
     @classmethod
     def _check_stage(cls, value: Any, info: Any) -> str:
         return parse_stage(info.field_name, value).text()
 
     @field_validator("bits", mode="before")
     @classmethod
-    def _check_bits(cls, value: Any) -> int:
-        found = whole("bits", value)
-        if found not in BITS:
-            raise UserError(
-                "bits", f"got {found}", "allowed: 2-8 bits, or 16 for no quantization at all"
-            )
+    def _check_bits(cls, value: Any) -> int | str:
+        if isinstance(value, str) and value.strip().startswith(AUTO):
+            _, _, budget = value.strip().partition(":")
+            found = number("bits", budget or "none", "auto:B with B bits a weight, scales counted")
+            if not min(BITS) <= found <= max(BITS):
+                raise UserError(
+                    "bits", f"got {value}", "auto:B with 2 <= B <= 16", "bits=auto:3.25"
+                )
+            return f"{AUTO}:{found:g}"
+        return _width("bits", value, "no quantization at all")
+
+    @field_validator("act_bits", "kv_bits", mode="before")
+    @classmethod
+    def _check_widths(cls, value: Any, info: Any) -> int:
+        return _width(info.field_name, value, "values as they are")
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _check_overrides(cls, value: Any) -> dict[str, dict[str, Any]]:
+        example = 'for instance overrides: {"*down_proj": {bits: 4}}'
+        if not isinstance(value, Mapping) or not value:
+            raise UserError("overrides", f"got {value!r}", "name patterns with options", example)
+        read = {"bits": cls._check_override_bits, "group_size": cls._check_group_size}
+        found: dict[str, dict[str, Any]] = {}
+        for pattern, options in value.items():
+            if not isinstance(options, Mapping) or not options:
+                raise UserError("overrides", f"got {options!r} for {pattern!r}", fix=example)
+            for name in options:
+                if name not in OVERRIDES:
+                    raise UserError(
+                        "overrides",
+                        f"got `{name}` for {pattern!r}; " + nearest(str(name), OVERRIDES),
+                        f"options of a pattern: {listed(OVERRIDES)}",
+                        example,
+                    )
+            plain = {k: read.get(k, lambda v: flag("overrides", v))(v) for k, v in options.items()}
+            found[patterns("overrides", [pattern])[0]] = plain
         return found
+
+    @staticmethod
+    def _check_override_bits(value: Any) -> int:
+        return _width("overrides", value, "no quantization at all")
 
     @field_validator("group_size", mode="before")
     @classmethod
@@ -281,6 +374,8 @@ class Recipe(BaseModel):
     @field_validator(
         "symmetric",
         "act_order",
+        "act_dynamic",
+        "true_sequential",
         "greedy",
         "untie",
         "exclude_first_token",
@@ -293,8 +388,10 @@ class Recipe(BaseModel):
 
     @field_validator("damp", mode="before")
     @classmethod
-    def _check_damp(cls, value: Any) -> float:
-        found = number("damp", value)
+    def _check_damp(cls, value: Any) -> float | str:
+        if value == AUTO:
+            return AUTO
+        found = number("damp", value, "a ridge >= 0, usually 0.01, or auto")
         if found < 0:
             raise UserError("damp", f"got {found:g}", "a ridge >= 0, usually 0.01")
         return found
@@ -333,7 +430,15 @@ class Recipe(BaseModel):
             raise error from None
 
     @field_validator(
-        "compat", "group", "sublayer", "propagate", "pack", "fold", "select", mode="before"
+        "compat",
+        "group",
+        "sublayer",
+        "propagate",
+        "pack",
+        "fold",
+        "select",
+        "execution",
+        mode="before",
     )
     @classmethod
     def _check_choices(cls, value: Any, info: Any) -> str:
@@ -342,6 +447,7 @@ class Recipe(BaseModel):
             "group": ["row", "layer", "block128"],
             "sublayer": ["block", "attention", "mlp"],
             "propagate": ["compressed", "dense"],
+            "execution": list(EXECUTIONS),
             "pack": list(registry.table("packing")),
             "fold": list(FOLDS),
             "select": list(registry.table("selection")),
@@ -402,119 +508,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
-        entry = self.entry
-        options = self.options
-        for name in _OF_METHODS:
-            if getattr(self, name) is not None and name not in options:
-                raise UserError(
-                    name,
-                    f"`{name}` is not an option of method `{self.method}`",
-                    f"its options: {listed(options)}",
-                    f"drop `{name}`",
-                )
-        if entry.kind == "pruning":
-            self._check_pruning()
-        self._check_scope()
-        self._check_selection()
-        taken = registry.table("packing")[self.pack].options if self.pack else ()
-        for name in self.packing_options():
-            if name not in taken:
-                raise UserError(
-                    name,
-                    f"`{name}` is no option of "
-                    + (f"pack={self.pack}" if self.pack else "the default packing"),
-                    fix=f"add pack=icl, or drop `{name}`",
-                )
-        if self.needs_data and self.calibration == ():
-            raise UserError(
-                "calibration",
-                f"`{self.method}` needs calibration data, got none",
-                f"methods without data: {listed(_data_free())}",
-                "drop `calibration=none`, or name a source such as calibration=self",
-            )
+        check_together(self, _OF_METHODS)
         return self
-
-    def _check_selection(self) -> None:
-        if self.pool is not None and self.pool < self.nsamples:
-            raise UserError(
-                "pool",
-                f"got {self.pool}, less than nsamples={self.nsamples}",
-                "a number of sequences to choose from, at least nsamples",
-                f"for instance pool={8 * self.nsamples}",
-            )
-        takes = "select_target" in registry.find_selector(self.select).options
-        if takes and self.select_target is None:
-            raise UserError(
-                "select_target",
-                "missing",
-                f"`{self.select}` compares the pool with text of the target",
-                "for instance select_target=task:arc_easy or select_target=file:target.jsonl",
-            )
-        if self.select_target is not None and not takes:
-            rows = registry.table("selection")
-            users = [name for name, row in rows.items() if "select_target" in row.options]
-            raise UserError(
-                "select_target",
-                f"`select_target` is not an option of select={self.select}",
-                f"selectors that compare with a target: {listed(users)}",
-                "drop `select_target`",
-            )
-
-    def _check_scope(self) -> None:
-        """Refuse what is meant for layers beside methods of whole models, and the reverse."""
-        scope = self.entry.scope
-        if self.update is not None:
-            part = registry.find_part("update", parse_stage("update", self.update).name, "update")
-            if part.target and part.scope != scope:
-                rows = registry.table("update").values()
-                fitting = [row.name for row in rows if row.scope == scope or not row.target]
-                what = "removes whole parts" if scope == "model" else "works on single weights"
-                raise UserError(
-                    "update",
-                    f"`{part.name}` does not go with method `{self.method}`, which {what}",
-                    f"updates of this method: {listed(fitting)}",
-                    "name one of them, or drop `update`",
-                )
-        if scope == "layer":
-            return
-        for name in ("targets", "ignore", "untie"):
-            if getattr(self, name):
-                raise UserError(
-                    name,
-                    f"method `{self.method}` does not choose among layers",
-                    "it looks at the whole model",
-                    f"drop `{name}`",
-                )
-        if "blocks" in self.options and (self.blocks is None) == (self.sparsity is None):
-            raise UserError(
-                "blocks",
-                "missing" if self.blocks is None else "given beside `sparsity`",
-                "how many blocks are removed: blocks=N, or sparsity=S as a fraction of them",
-                f"for instance method={self.method},blocks=2",
-            )
-
-    def _check_pruning(self) -> None:
-        if "blocks" in self.entry.options:
-            return
-        if self.pattern in (None, UNSTRUCTURED):
-            listed_out = "allocation" in self.stages and self.stages["allocation"].name == "list"
-            if self.sparsity is None and "sparsity" in self.entry.options and not listed_out:
-                raise UserError(
-                    "sparsity",
-                    "missing",
-                    "a fraction removed, 0 <= s < 1"
-                    + (", or a pattern" if "pattern" in self.entry.options else ""),
-                    "for instance sparsity=0.5"
-                    + (" or pattern=2:4" if "pattern" in self.entry.options else ""),
-                )
-        else:
-            implied = 1 - self.kept[0] / self.kept[1]
-            if self.sparsity is not None and abs(self.sparsity - implied) > 1e-9:
-                raise UserError(
-                    "pattern",
-                    f"{self.pattern} fixes sparsity at {implied:g}, got {self.sparsity:g}",
-                    fix="drop `sparsity` or the pattern",
-                )
 
     # --- what is derived -----------------------------------------------------------------
 
@@ -525,31 +520,58 @@ class Recipe(BaseModel):
 
     @property
     def stages(self) -> dict[str, Stage]:
-        """The stages of a pruning pipeline, given ones before those of the method."""
+        """The stages of a pipeline, given ones before those of the method."""
         named = dict(self.entry.stages)
-        if not named:
-            return {}
-        defaults = {"allocation": UNIFORM, "refine": NONE, "update": NONE}
-        texts = {name: getattr(self, name) or named.get(name) for name in STAGES}
-        return {k: parse_stage(k, v or defaults[k]) for k, v in texts.items()}
+        texts = {
+            name: getattr(self, name) or named.get(name) or DEFAULTS[name]
+            for name in self.entry.stage_names
+        }
+        return {name: parse_stage(name, text) for name, text in texts.items()}
 
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the fields that the method reads."""
-        parts = self._parts()
+        parts = self.parts()
+        dropped = set()
         if parts and not any(part.uses_damp for part in parts):
             # Both belong to the Gram matrix.
-            return tuple(n for n in self.entry.options if n not in ("damp", "correction"))
-        return self.entry.options
+            dropped = {"damp", "correction"}
+        if self.entry.kind == "quantization" and not any(part.uses_order for part in parts):
+            dropped |= {"act_order", "compat"}
+        return tuple(name for name in self.entry.options if name not in dropped)
 
     @property
     def needs_data(self) -> bool:
         """Whether the method, or a stage of it, looks at calibration data."""
-        return any(row.needs_data for row in self._parts() or [self.entry])
+        found = any(row.needs_data for row in self.parts() or [self.entry])
+        return found or self.bits_budget is not None
 
-    def _parts(self) -> list[registry.Entry]:
-        """Return the registry rows of the stages, none for methods without stages."""
-        return [registry.find_part(STAGES[k], v.name, k) for k, v in self.stages.items()]
+    def parts(self) -> list[registry.Entry]:
+        """Return the registry rows of the stages at work, none for methods without stages."""
+        return [
+            registry.find_part(STAGES[name], stage.name, name)
+            for name, stage in self.stages.items()
+            if name != "observer" or self.static_activations
+        ]
+
+    @property
+    def act_bits_in_force(self) -> int | None:
+        """Width of the activations, given or of the scheme; None where they stay as they are."""
+        found = self.act_bits or (SCHEMES[self.scheme].act_bits if self.scheme else None)
+        return None if found == DENSE_BITS else found
+
+    @property
+    def static_activations(self) -> bool:
+        """Whether ranges of activations are calibrated."""
+        dynamic = SCHEMES[self.scheme].act_dynamic if self.scheme else True
+        given = dynamic if self.act_dynamic is None else self.act_dynamic
+        return self.act_bits_in_force is not None and not given
+
+    @property
+    def bits_budget(self) -> float | None:
+        """Bits a weight on average, scales counted, of ``bits=auto:B``; None: the same for all."""
+        text = str(self.bits)
+        return float(text.partition(":")[2]) if text.startswith(AUTO) else None
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -649,7 +671,7 @@ def read_arguments(arguments: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
 
     given = {name: plain_value(value) for name, value in arguments.items()}
     # The harness turns the text `none` into None before we see it.
-    for name in ("calibration", "refine", "update"):
+    for name in ("calibration", "refine", "update", "transform"):
         if name in arguments and arguments[name] is None:
             given[name] = NO_DATA
     merged, places = merge_recipe_file(given)
@@ -682,9 +704,11 @@ def check_purpose(recipe: Recipe, given: bool) -> None:
         )
 
 
-def _data_free() -> list[str]:
-    rows = [*registry.table("pruning").values(), *registry.table("quantization").values()]
-    return [row.name for row in rows if not row.needs_data]
+def _width(argument: str, value: Any, dense: str) -> int:
+    found = whole(argument, value)
+    if found not in BITS:
+        raise UserError(argument, f"got {found}", f"allowed: 2-8 bits, or 16 for {dense}")
+    return found
 
 
 def unknown_argument(name: str, known: Any) -> UserError:

@@ -3,7 +3,9 @@
 Built-in parts and parts of other installed packages stand in the same tables. A third party
 declares an entry point in one of the groups ``lm_calib_plugin.pruning``,
 ``lm_calib_plugin.quantization``, ``lm_calib_plugin.allocation``, ``lm_calib_plugin.score``,
-``lm_calib_plugin.refinement``, ``lm_calib_plugin.update``, ``lm_calib_plugin.calibration``,
+``lm_calib_plugin.refinement``, ``lm_calib_plugin.update``, ``lm_calib_plugin.transform``,
+``lm_calib_plugin.grid``, ``lm_calib_plugin.rounding``, ``lm_calib_plugin.observer``,
+``lm_calib_plugin.calibration``,
 ``lm_calib_plugin.mixture``, ``lm_calib_plugin.packing`` or ``lm_calib_plugin.selection`` whose
 value is ``"module:Class"``; it is imported only when its name is used. The rows of this package
 stand in :mod:`lm_calib_plugin.builtin_parts`.
@@ -27,6 +29,10 @@ Kind = Literal[
     "score",
     "refinement",
     "update",
+    "transform",
+    "grid",
+    "rounding",
+    "observer",
     "calibration",
     "mixture",
     "packing",
@@ -34,12 +40,19 @@ Kind = Literal[
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # Recipe field of a stage -> its kind, in the order in which the stages work.
-STAGES: dict[str, Kind] = {
+PRUNING_STAGES: dict[str, Kind] = {
     "allocation": "allocation",
     "score": "score",
     "refine": "refinement",
     "update": "update",
 }
+QUANTIZATION_STAGES: dict[str, Kind] = {
+    "transform": "transform",
+    "grid": "grid",
+    "rounding": "rounding",
+    "observer": "observer",
+}
+STAGES = PRUNING_STAGES | QUANTIZATION_STAGES
 Scope = Literal["layer", "model"]
 Nested = Literal["no", "one", "many", "varies"]
 OURS = "lm-calib-plugin"
@@ -54,11 +67,12 @@ class Entry:
     ``nested`` tells how many sources stand inside the parentheses of a source or mixture:
     ``no`` or ``one``, ``many`` (at least one), or ``varies`` (the class decides). ``stages`` are
     the stages, and other defaults, that a name of a pruning pipeline stands for; ``uses_damp``
-    tells whether a stage uses a ridge. ``scope`` is ``model`` for methods that take whole parts out
+    tells whether a stage uses a ridge, ``uses_order`` whether it visits columns in an order.
+    ``scope`` is ``model`` for methods that take whole parts out
     of a model, and for the updates that go with them.
     """
 
-    kind: Kind
+    kind: Kind | Literal["joint"]
     name: str
     target: str
     summary: str = ""
@@ -69,15 +83,23 @@ class Entry:
     nested: Nested = "no"
     stages: tuple[tuple[str, Any], ...] = ()
     uses_damp: bool = False
+    uses_order: bool = False
     scope: Scope = "layer"
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Recipe fields of the stages of a pipeline; empty for other methods."""
+        of_kind = PRUNING_STAGES if self.kind == "pruning" else QUANTIZATION_STAGES
+        return tuple(of_kind) if self.stages else ()
 
     def make(self, options: Mapping[str, Any]) -> Any:
         """Return the method with these options; a named pipeline adds its own stages.
 
-        What it adds beside stages (a ridge, a group) is for its own score and update only.
+        What it adds beside stages (a ridge, a group, a grid) is for its own score, update and
+        rounding only.
         """
         own = dict(self.stages)
-        for stage in ("score", "update"):
+        for stage in ("score", "update", "rounding"):
             given, named = str(options.get(stage, "")), str(own.get(stage, "none"))
             if given and given.partition("?")[0] != named.partition("?")[0]:
                 own = {k: v for k, v in own.items() if k in STAGES}
@@ -152,10 +174,58 @@ def find_part(kind: Kind, name: str, argument: str) -> Entry:
     return replace(
         entry,
         paper=part.paper,
-        needs_data=part.statistic != "none",
+        # A rounding of whole blocks looks at data without a statistic.
+        needs_data=part.statistic != "none" or getattr(part, "level", "") == "block",
         options=tuple(field.name.rstrip("_") for field in fields(part)),
         uses_damp=getattr(part, "uses_damp", False),
+        uses_order=getattr(part, "uses_order", False),
         scope=getattr(part, "scope", "layer"),
+    )
+
+
+@dataclass(frozen=True)
+class JointEntry(Entry):
+    """The row of ``PRUNING+QUANTIZATION``: both in one pass over the blocks."""
+
+    pruning: Entry | None = None
+    quantization: Entry | None = None
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """Recipe fields of the stages of both."""
+        return tuple(STAGES)
+
+    def make(self, options: Mapping[str, Any]) -> Any:
+        """Return the joint method; each half gets the options that it reads."""
+        halves = {}
+        for name in ("pruning", "quantization"):
+            row: Entry = getattr(self, name)
+            halves[name] = row.make({k: v for k, v in options.items() if k in row.options})
+        return self.load()(**halves)
+
+
+def _joint(text: str) -> JointEntry:
+    names = [name.strip() for name in text.split("+")]
+    rows = [find_method(name) for name in names]
+    kinds = [row.kind for row in rows]
+    if kinds != ["pruning", "quantization"] or not all(row.stages for row in rows):
+        raise UserError(
+            "method",
+            f"got {text!r}: {listed(f'{r.name} ({r.kind})' for r in rows)}",
+            "PRUNING+QUANTIZATION, two methods that work on weights",
+            "for instance method=sparsegpt+gptq",
+        )
+    pruning, quantization = rows
+    own = dict(pruning.stages) | dict(quantization.stages)
+    return JointEntry(
+        "joint",
+        "+".join(names),
+        "lm_calib_plugin.joint:Joint",
+        "pruned, and what is left quantized",
+        options=tuple(dict.fromkeys((*pruning.options, *quantization.options))),
+        stages=tuple(own.items()),
+        pruning=pruning,
+        quantization=quantization,
     )
 
 
@@ -177,7 +247,10 @@ def find_method(name: str) -> Entry:
     """Return the entry of a compression method of either kind.
 
     The row of a third-party method is completed from its class, which is imported for that.
+    ``PRUNING+QUANTIZATION`` is a method, too.
     """
+    if "+" in name:
+        return _joint(name)
     for kind in ("pruning", "quantization"):
         rows = table(kind)
         if name in rows:

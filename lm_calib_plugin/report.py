@@ -21,7 +21,11 @@ class LayerRow:
     sequences used and of the sequences held out. ``tokens`` counts the input rows seen.
     ``asked`` is the fraction, or the N:M pattern, that an allocation gave to the layer;
     ``borrowed`` the number of tokens by which the statistics of an expert that saw few were filled
-    up with those of all experts.
+    up with those of all experts. ``stored_bits`` are bits a weight with scales and zero points,
+    ``scale_min``, ``scale_median`` and ``scale_max`` those of the grid, ``clipped`` the share of
+    weights beyond its outermost levels, ``fallback`` what was done instead of the method.
+    ``input_limit`` is the calibrated range of the input, ``input_limit_rest`` what it would have
+    been without the first token of every sequence.
     """
 
     name: str
@@ -35,6 +39,14 @@ class LayerRow:
     seconds: float
     asked: str | float | None = None
     borrowed: int | None = None
+    fallback: str | None = None
+    stored_bits: float | None = None
+    scale_min: float | None = None
+    scale_median: float | None = None
+    scale_max: float | None = None
+    clipped: float | None = None
+    input_limit: float | None = None
+    input_limit_rest: float | None = None
 
 
 @dataclass
@@ -45,6 +57,7 @@ class Report:
     is counted on the live weights after all work is done. ``structure`` tells what methods of whole
     models took out: ``removed`` (names), ``ranking`` (every part with its value) and ``error``, the
     relative squared error of what the output head receives; ``layers`` is empty then.
+    ``transforms`` tells how the model was changed before its weights were rounded.
     ``calibration_set`` is the set that was used, None without data; it is not written anywhere.
     """
 
@@ -63,6 +76,7 @@ class Report:
     report_file: str | None = None
     report_sha256: str | None = None
     structure: dict[str, Any] | None = None
+    transforms: list[dict[str, Any]] = field(default_factory=list)
     calibration_set: Any = field(default=None, repr=False, compare=False)
 
     def error(self) -> dict[str, Any]:

@@ -87,8 +87,12 @@ class ResolvedRecipe:
             }
             if "propagate" not in facts.inert:
                 identity["propagate"] = recipe.propagate
-            if recipe.exclude_first_token:
-                identity["exclude_first_token"] = True
+            for name in ("exclude_first_token", "true_sequential"):
+                if getattr(recipe, name):
+                    identity[name] = True
+        if recipe.execution == "packed":
+            # Other kernels, other last digits.
+            identity["execution"] = recipe.execution
         return digest(identity)
 
     def to_metadata(self) -> dict[str, Any]:

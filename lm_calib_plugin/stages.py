@@ -1,4 +1,4 @@
-"""Stages of a pruning method, as they are typed: ``name`` or ``name?option=value&option=value``."""
+"""Stages of a method, as they are typed: ``name`` or ``name?option=value&option=value``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError, listed, nearest
 from lm_calib_plugin.registry import STAGES as STAGES
 
-NONE, UNIFORM = "none", "uniform"
+NONE, UNIFORM, MINMAX = "none", "uniform", "minmax"
+# What a stage is when neither the method nor the user names it.
+DEFAULTS = {
+    "allocation": UNIFORM,
+    "refine": NONE,
+    "update": NONE,
+    "transform": NONE,
+    "grid": MINMAX,
+    "observer": MINMAX,
+}
 
 
 @dataclass(frozen=True)

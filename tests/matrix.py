@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lm_calib_plugin import registry
+
 
 @dataclass(frozen=True)
 class Row:
@@ -80,7 +82,12 @@ def _pruning(
     return rows
 
 
-def _quantization(name: str, statistic: str, extra: list[dict[str, Any]]) -> list[Row]:
+_STAGES = {name: dict(entry.stages) for name, entry in registry.table("quantization").items()}
+
+
+def _quantization(
+    name: str, statistic: str, extra: list[dict[str, Any]], permutation_safe: bool = True
+) -> list[Row]:
     variants: list[dict[str, Any]] = [
         {"bits": 4, "group_size": -1},
         {"bits": 2, "group_size": 8},
@@ -95,8 +102,8 @@ def _quantization(name: str, statistic: str, extra: list[dict[str, Any]]) -> lis
             options,
             statistic,
             "levels",
-            permutation_safe=True,
-            zero={"bits": 16},
+            permutation_safe=permutation_safe,
+            zero={"bits": 16} | ({"transform": "none"} if "transform" in _STAGES[name] else {}),
         )
         for options in variants
     ]
@@ -152,7 +159,8 @@ ROWS: list[Row] = [
         0.6,
         zero={"sparsity": 0.0},
     ),
-    *_quantization("rtn", "none", []),
+    *_quantization("rtn", "none", [{"bits": 4, "group_size": -1, "grid": "mse?steps=10"}]),
+    Row("rtn", {"scheme": "FP8"}, "none", "levels", permutation_safe=True),
     *_quantization(
         "gptq",
         "gram",
@@ -160,6 +168,31 @@ ROWS: list[Row] = [
             {"bits": 4, "group_size": 8, "act_order": False},
             {"bits": 3, "group_size": -1, "act_order": False, "symmetric": False},
             {"bits": 4, "group_size": 20, "damp": 0.1, "compat": "reference"},
+            {"bits": 3, "group_size": 8, "grid": "clip"},
         ],
+    ),
+    Row("gptq", {"scheme": "FP8"}, "gram", "levels", permutation_safe=True),
+    *_quantization("gptq_heldout", "gram", []),
+    *_quantization("awq", "gram+ranges", [], permutation_safe=False),
+    *_quantization("smoothquant", "ranges", [], permutation_safe=False),
+    *_quantization("rotation", "gram", [], permutation_safe=False),
+    *_quantization("autoround", "none", []),
+    Row(
+        "hqq",
+        {"bits": 4, "group_size": 8, "symmetric": False},
+        "none",
+        "levels",
+        permutation_safe=True,
+        weight_scale=False,
+        zero={"bits": 16},
+    ),
+    Row(
+        "hqq",
+        {"bits": 2, "group_size": -1, "symmetric": False},
+        "none",
+        "levels",
+        permutation_safe=True,
+        weight_scale=False,
+        zero={"bits": 16},
     ),
 ]

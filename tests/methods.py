@@ -7,6 +7,6 @@ from typing import Any
 from lm_calib_plugin import registry
 
 
-def pruner(name: str, **options: Any) -> Any:
+def method_of(name: str, **options: Any) -> Any:
     """Return a method with options, stages as texts."""
     return registry.find_method(name).make(options)

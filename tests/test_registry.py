@@ -13,7 +13,7 @@ import pytest
 from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.method import LayerResult, Method
-from lm_calib_plugin.pruning.pipeline import make_part, part_text
+from lm_calib_plugin.part import make_part, part_text
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.stages import STAGES
 from lm_calib_plugin.statistics import STATISTICS
@@ -38,7 +38,10 @@ def test_matrix_uses_every_option_of_every_method() -> None:
     for name, entry in LAYERWISE.items():
         used = {option for row in ROWS if row.name == name for option in row.options}
         if entry.stages:
-            assert {"sparsity", "pattern", "compat"} <= used, name
+            wanted = {"sparsity", "pattern", "compat"}
+            if entry.kind == "quantization":
+                wanted = {"bits", "group_size", "symmetric"}
+            assert wanted <= used, name
         else:
             assert used == set(entry.options), name
 
@@ -53,7 +56,7 @@ def test_row_of_the_registry_equals_its_class(name: str) -> None:
     method = entry.make({})
     assert isinstance(method, Method)
     assert entry.kind == method.kind
-    assert entry.needs_data == (method.statistic != "none")
+    assert entry.needs_data == (method.statistic != "none" or method.block_rounding is not None)
     assert entry.scope == method.scope
     assert method.statistic in ("none", *STATISTICS) or entry.scope == "model"
     assert entry.summary
@@ -81,7 +84,9 @@ def test_row_of_a_stage_equals_its_class(argument: str, entry: registry.Entry) -
     part = make_part(argument, entry.name + ("?fractions=0.5" if entry.name == "list" else ""))
     assert part.stage == argument
     assert entry.paper == part.paper
-    assert entry.needs_data == (part.statistic != "none")
+    blockwise = getattr(part, "level", "") == "block"
+    assert entry.needs_data == (part.statistic != "none" or blockwise)
+    assert entry.uses_order == getattr(part, "uses_order", False)
     assert entry.uses_damp == part.uses_damp
     assert entry.scope == getattr(part, "scope", "layer")
     assert entry.options == tuple(part.options())
@@ -97,7 +102,8 @@ def test_every_option_is_a_field_of_the_recipe(name: str) -> None:
 def test_paper_is_named_in_the_documentation_of_the_class(name: str) -> None:
     entry = METHODS[name]
     assert re.fullmatch(
-        r"https://(arxiv\.org/abs/\d{4}\.\d{5}|openreview\.net/forum\?id=\w+)", entry.paper
+        r"https://(arxiv\.org/abs/\d{4}\.\d{5}|openreview\.net/forum\?id=\w+|\S+/hqq_blog/)",
+        entry.paper,
     )
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lm_calib_plugin import engine
-from lm_calib_plugin.bank.errors import layers_by_input, quadratic, spread_rows
+from lm_calib_plugin.bank.errors import layers_by_input, spread_rows
 from lm_calib_plugin.bank.layout import InputRow
 from lm_calib_plugin.bank.store import Bank
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.method import Method
-from lm_calib_plugin.statistics import LayerStats, Moments
+from lm_calib_plugin.statistics import LayerStats, Moments, output_error
 
 DRAWS = 200
 ROWS = 16  # output rows of a layer that are looked at, when rows do not depend on each other
@@ -263,7 +263,7 @@ class _Tally:
         self.before = spread_rows(layer.read(), sample)
         self.pruning = method.kind == "pruning"
         self.grams = grams
-        self.sizes = [quadratic(self.before, gram) for gram in grams]
+        self.sizes = [output_error(self.before, gram) for gram in grams]
         self._last: Tensor | None = None
         self._flips: list[Tensor] = []
         self._overlaps: list[Tensor] = []

@@ -15,7 +15,7 @@ from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.stages import UNIFORM
-from lm_calib_plugin.statistics import BANKED
+from lm_calib_plugin.statistics import BANKED, output_error
 
 
 def check_banked(recipe: Recipe) -> None:
@@ -102,11 +102,6 @@ def parts_of(bank: Bank, layers: Sequence[engine.TargetLayer], wanted: int) -> i
     return max(1, min(wanted, len(layers_by_input(bank, layers))))
 
 
-def quadratic(change: Tensor, gram: Tensor) -> float:
-    """Return ``tr(D G D^T)``, the squared output error of a weight change ``D [out, in]``."""
-    return float(((change @ gram) * change).sum(dtype=torch.float64))
-
-
 def spread_rows(weight: Tensor, rows: int | None) -> Tensor:
     """Return ``rows`` evenly spread rows of a weight ``[out, in]``; None: all of them."""
     out = weight.shape[0]
@@ -163,7 +158,7 @@ def layer_errors(
         grams = [bank.gram(row, weights, device).gram() for weights in judges.values()]
         whole = [layer.read() for layer in own]
         before = [spread_rows(weight, rows) for weight in whole]
-        sizes = [[quadratic(weight, gram) for gram in grams] for weight in before]
+        sizes = [[output_error(weight, gram) for gram in grams] for weight in before]
         errors: dict[str, list[list[float]]] = {}
         for name, (method, weights) in methods.items():
             # One set of statistics at a time: Gram matrices of wide layers are large.
@@ -180,7 +175,7 @@ def layer_errors(
                 change = result.to(dtype).float() - weight
                 errors[name].append(
                     [
-                        quadratic(change, gram) / s if s > 0 else float("nan")
+                        output_error(change, gram) / s if s > 0 else float("nan")
                         for gram, s in zip(grams, size, strict=True)
                     ]
                 )

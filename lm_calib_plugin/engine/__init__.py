@@ -10,8 +10,18 @@ from lm_calib_plugin.engine.discovery import (
     text_config,
 )
 from lm_calib_plugin.engine.fingerprint import model_digest, weights_digest
-from lm_calib_plugin.engine.layers import CHOSEN, HEAD, TargetLayer, find_layers, untied
+from lm_calib_plugin.engine.kv_cache import quantize_kv
+from lm_calib_plugin.engine.layers import (
+    CHOSEN,
+    HEAD,
+    TargetLayer,
+    find_layers,
+    matches,
+    untied,
+)
+from lm_calib_plugin.engine.reach import check_reach
 from lm_calib_plugin.engine.reshape import ReshapeResult, check_reshape, reshape
+from lm_calib_plugin.engine.rotation import rotate
 from lm_calib_plugin.engine.selection import select_layers
 from lm_calib_plugin.engine.walk import Plan, WalkResult, run
 
@@ -25,14 +35,18 @@ __all__ = [
     "Visitor",
     "WalkResult",
     "check_config",
+    "check_reach",
     "check_reshape",
     "check_supported",
     "dense_pass",
     "find_blocks",
     "find_layers",
     "heldout_indices",
+    "matches",
     "model_digest",
+    "quantize_kv",
     "reshape",
+    "rotate",
     "run",
     "select_layers",
     "text_config",

@@ -11,21 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm_calib_plugin.engine.activations import quantizers
+from lm_calib_plugin.engine.kv_cache import kv_bits
 from lm_calib_plugin.storage import digest
 
 
 def weights_digest(model: nn.Module) -> str:
     """Return a sha256 over name, shape, dtype and bytes of every parameter.
 
-    The same on every device. Tensors are hashed in parallel (hashing releases the interpreter
+    Where inputs of layers, or keys and values, are rounded, also over how. The same on every
+    device. Tensors are hashed in parallel (hashing releases the interpreter
     lock), at about one gigabyte a second and core.
     """
     named = sorted(model.named_parameters())
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         hashes = list(pool.map(_tensor_hash, [p.detach() for _, p in named]))
-    return digest(
-        [[name, list(p.shape), str(p.dtype), h] for (name, p), h in zip(named, hashes, strict=True)]
-    )
+    weights = [
+        [name, list(p.shape), str(p.dtype), h] for (name, p), h in zip(named, hashes, strict=True)
+    ]
+    return digest(weights + _rounded_on_the_way(model))
+
+
+def _rounded_on_the_way(model: nn.Module) -> list[list[Any]]:
+    """Describe what the model rounds besides its weights; empty for most models."""
+    found: list[list[Any]] = [
+        [name, "input", q.spec.describe(), None if q.limit is None else float(q.limit).hex()]
+        for name, q in sorted(quantizers(model).items())
+    ]
+    bits = kv_bits(model)
+    return found if bits is None else [*found, ["", "keys and values", bits]]
 
 
 def model_digest(model: nn.Module) -> str:

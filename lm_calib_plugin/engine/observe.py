@@ -33,6 +33,7 @@ class InputGroups:
         self.leaders: list[nn.Module] = []
         linear = [layer for layer in layers if layer.expert is None]
         order, shared = _trace(block, linear, call, hidden)
+        self.order = order
         for layer in linear:
             key = shared.get(id(layer.module))
             place = [i for i, m in enumerate(self.leaders) if key and shared.get(id(m)) == key]
@@ -51,6 +52,18 @@ class InputGroups:
         self.last = None
         if calls and not unseen:
             self.last = self.leaders[max(calls, key=lambda i: order[id(self.leaders[i])])]
+
+    def steps(self) -> list[list[TargetLayer]]:
+        """Return the layers in the order in which their inputs arise, those of one input together.
+
+        Second projections of experts come after first ones; layers that the probe did not reach
+        come last.
+        """
+        found: dict[tuple[int, bool], list[TargetLayer]] = {}
+        for group, leader in zip(self.groups, self.leaders, strict=True):
+            place = self.order.get(id(leader), len(self.order))
+            found.setdefault((place, group[0].part == "down"), []).extend(group)
+        return [found[key] for key in sorted(found)]
 
     def watch(self, chunk: Chunk, index: int, listen: Listener, whole: bool) -> Tensor | None:
         """Run the block on a chunk and hand every distinct input to ``listen(group, rows)``.

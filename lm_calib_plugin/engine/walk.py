@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lm_calib_plugin.engine.activations import install
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.correction import input_shift
 from lm_calib_plugin.engine.discovery import Blocks
@@ -19,10 +20,15 @@ from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.observe import InputGroups
 from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.rows import rows
+from lm_calib_plugin.engine.smoothing import ScaledInput, scale_inputs
+from lm_calib_plugin.engine.static_ranges import count, input_ranges, limits_of
+from lm_calib_plugin.engine.tuning import BlockTuning
+from lm_calib_plugin.engine.watched import Watched, listen, pair
+from lm_calib_plugin.engine.wiring import Wiring, wiring_of
 from lm_calib_plugin.errors import CalibError, NumericalError, named
 from lm_calib_plugin.method import LayerResult, Method
 from lm_calib_plugin.report import LayerRow
-from lm_calib_plugin.statistics import STATISTICS, LayerStats, TokenSample
+from lm_calib_plugin.statistics import STATISTICS, LayerStats, Ranges, TokenSample
 from lm_calib_plugin.statistics.sample import relative_error
 
 ERROR_TOKENS = 512
@@ -33,13 +39,15 @@ class Plan:
     """What to do: one method on a list of layers.
 
     ``methods`` holds, by name, the layers that are treated otherwise than the rest.
-    ``propagate`` is ``compressed`` or ``dense``: which model's hidden states the next block sees.
+    ``propagate`` is ``compressed`` or ``dense``: which model's hidden states the next block sees;
+    with ``true_sequential`` layers inside a block see compressed ones before them, too.
     """
 
     method: Method
     layers: Sequence[TargetLayer]
     propagate: str = "compressed"
     methods: Mapping[str, Method] = field(default_factory=dict)
+    true_sequential: bool = False
 
     def method_of(self, layer: TargetLayer) -> Method:
         """Return the method as it treats one layer."""
@@ -54,23 +62,8 @@ class WalkResult:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     grids: dict[str, Any] = field(default_factory=dict)
+    transforms: list[dict[str, Any]] = field(default_factory=list)
     pads: int = 0
-
-
-@dataclass
-class _Watched:
-    """What is remembered of one distinct input.
-
-    ``cross`` is ``X^T (Y - X)``, ``[in, in]``, where ``Y`` are the inputs in the dense model, and
-    ``shift`` what follows from it for the weights of all layers that share the input.
-    """
-
-    stats: LayerStats | None
-    used: TokenSample
-    heldout: TokenSample
-    finite: bool = True
-    cross: Tensor | None = None
-    shift: Tensor | None = None
 
 
 def run(
@@ -127,6 +120,7 @@ class _Walk(BlockPass):
         self.plan, self.progress = plan, progress
         self.borrowed: dict[str, int] = {}
         self.unseen: list[str] = []
+        self.wiring: Wiring | None = None
         self.result = WalkResult(
             seconds=self.seconds, warnings=self.warnings, pads=sum(c.pads for c in chunks)
         )
@@ -150,13 +144,18 @@ class _Walk(BlockPass):
         for index in bar:
             layers = by_block.get(index, [])
             if not self.chunks:
-                self.timed("compress", lambda layers=layers: self._compress(layers, {}))
+                self.timed("compress", lambda layers=layers: self._without_data(layers))
             elif index <= last:
                 self._block(index, layers, more=index < last)
         if HEAD in by_block:
             self.timed("compress", lambda: self._head(by_block[HEAD][0]))
         self._tell_of_experts()
         return self.result
+
+    def _without_data(self, layers: Sequence[TargetLayer]) -> None:
+        self._compress(layers, {})
+        if self.plan.method.activations is not None:
+            self._install(layers, None)
 
     @property
     def corrects(self) -> bool:
@@ -183,22 +182,86 @@ class _Walk(BlockPass):
 
     def _block(self, index: int, layers: Sequence[TargetLayer], more: bool) -> None:
         dense = self.plan.propagate == "dense"
-        watched: dict[int, _Watched] = {}
         if layers:
-            groups = self.groups(index, layers)
-            watched = self.timed("observe", lambda: self._watched(index, groups, dense and more))
-            self.timed("compress", lambda: self._compress(layers, watched))
+            self._work_on(index, layers, keep=dense and more)
         if more and not (dense and layers):
             self.timed("propagate", lambda: self.propagate(index, dense=not layers))
 
-    def _watched(self, index: int, groups: InputGroups, keep: bool) -> dict[int, _Watched]:
+    def _work_on(self, index: int, layers: Sequence[TargetLayer], keep: bool) -> None:
+        """Treat the layers of one block: observe, transform, compress, and round their inputs."""
+        method, groups = self.plan.method, self.groups(index, layers)
+        scales = method.transform is not None and method.transform.level == "inputs"
+        steps = groups.steps() if self.plan.true_sequential else [layers]
+        watched: dict[int, Watched] = {}
+        if len(steps) == 1 or scales:
+            watched = self.timed("observe", lambda: self._watched(index, groups, keep))
+        if scales:
+            self.timed("transform", lambda: self._scale(index, layers, watched))
+        for step in steps:
+            if len(steps) > 1:
+                own = self.groups(index, step)
+                watched = self.timed("observe", lambda own=own: self._watched(index, own, False))
+            self.timed("compress", lambda step=step, seen=watched: self._solve_all(step, seen))
+        if method.activations is not None:
+            self.timed("activations", lambda: self._round_inputs(index, layers))
+
+    def _scale(
+        self, index: int, layers: Sequence[TargetLayer], watched: Mapping[int, Watched]
+    ) -> None:
+        """Scale inputs and weights of a block against each other; statistics follow."""
+        if self.wiring is None:
+            self.wiring = wiring_of(self.model, self.blocks)
+        spec = self.plan.method.activations
+
+        def stats_of(layer: TargetLayer) -> LayerStats:
+            stats = watched[id(layer)].stats
+            assert stats is not None
+            return stats
+
+        def rounded(layer: TargetLayer, weight: Tensor) -> Tensor:
+            method: Any = self.plan.method_of(layer)
+            return method.rounded_to_nearest(weight, layer.parameter.dtype)
+
+        for done in scale_inputs(
+            self.blocks,
+            index,
+            self.wiring,
+            layers,
+            self.chunks[0],
+            stats_of,
+            self.plan.method.transform,
+            rounded,
+            None if spec is None else spec.round,
+        ):
+            for seen in {id(watched[id(x)]): watched[id(x)] for x in done.layers}.values():
+                seen.divide(done.factors)
+            self.result.transforms.append(_record(done))
+
+    def _round_inputs(self, index: int, layers: Sequence[TargetLayer]) -> None:
+        """Let the layers round what comes in from now on; later blocks see the difference."""
+        method, limits = self.plan.method, None
+        if not method.activations.dynamic:
+            limits = limits_of(
+                input_ranges(self, index, layers), method.activations, method.observer
+            )
+        self._install(layers, limits)
+
+    def _install(
+        self, layers: Sequence[TargetLayer], limits: dict[str, tuple[float, float]] | None
+    ) -> None:
+        spec = self.plan.method.activations
+        install(layers, spec, None if limits is None else {n: x for n, (x, _) in limits.items()})
+        for row in self.result.rows if limits is not None else ():
+            if row.name in limits:
+                row.input_limit, row.input_limit_rest = limits[row.name]
+
+    def _watched(self, index: int, groups: InputGroups, keep: bool) -> dict[int, Watched]:
         """Collect statistics of every distinct input; by ``id(layer)`` of the layers."""
 
-        def start() -> list[_Watched]:
+        def start() -> list[Watched]:
             return [self._empty(group[0]) for group in groups.groups]
 
-        pair = _pair if self.corrects else None
-        watched = self.observe(index, groups, start, _listen, keep, pair)
+        watched = self.observe(index, groups, start, listen, keep, pair if self.corrects else None)
         found = {}
         for group, seen in zip(groups.groups, watched, strict=True):
             if not seen.finite or (seen.stats is not None and not seen.stats.is_finite()):
@@ -213,7 +276,7 @@ class _Walk(BlockPass):
         self.borrowed |= fill_up([(layer, stats) for layer, stats in pairs if stats is not None])
         return found
 
-    def _empty(self, layer: TargetLayer) -> _Watched:
+    def _empty(self, layer: TargetLayer) -> Watched:
         kind = self.plan.method.statistic
         width, device = layer.shape[1], layer.parameter.device
         stats = None
@@ -230,9 +293,31 @@ class _Walk(BlockPass):
         corrected = self.corrects and layer.expert is None and layer.block != HEAD
         cross = torch.zeros(width, width, device=device) if corrected else None
         used, out = (TokenSample(count, ERROR_TOKENS) for count in counts)
-        return _Watched(stats, used, out, cross=cross)
+        return Watched(stats, used, out, cross=cross)
 
-    def _compress(self, layers: Sequence[TargetLayer], watched: dict[int, _Watched]) -> None:
+    def _solve_all(self, layers: Sequence[TargetLayer], watched: Mapping[int, Watched]) -> None:
+        """Compress layers of one block, one by one or all together."""
+        rounding = self.plan.method.block_rounding
+        if rounding is None or not self.chunks or layers[0].block == HEAD:
+            self._compress(layers, watched)
+            return
+        start = time.perf_counter()
+        index = layers[0].block
+        before = {layer.name: layer.read() for layer in layers}
+        grids = {}
+        for layer in layers:
+            seen = watched.get(id(layer))
+            method: Any = self.plan.method_of(layer)
+            grids[layer.name] = method.fit_grid(
+                before[layer.name], seen.stats if seen else None, layer.parameter.dtype
+            )
+        problem = BlockTuning(self.blocks.modules[index], layers, self.chunks, index)
+        with named(f"{self.blocks.path}.{index}"):
+            found = rounding.round_block(problem, grids, self.progress)
+        for layer in layers:
+            self._store(layer, before[layer.name], found[layer.name], watched.get(id(layer)), start)
+
+    def _compress(self, layers: Sequence[TargetLayer], watched: Mapping[int, Watched]) -> None:
         for layer in layers:
             start = time.perf_counter()
             before = layer.read()
@@ -241,19 +326,33 @@ class _Walk(BlockPass):
             method = self.plan.method_of(layer)
             if stats is not None and not stats.tokens:
                 self.unseen.append(layer.name)
-            if method.does_nothing:
+            if method.keeps_weights:
                 result = LayerResult(before)
             else:
                 target = before if seen is None else self._target(layer, before, seen)
                 result = self._solve(method, layer, target, stats)
-                layer.write(result.weight)
-                if result.bias is not None:
-                    layer.add_to_bias(result.bias)
-            if result.grid is not None:
-                self.result.grids[layer.name] = result.grid
-            self.result.rows.append(self._row(layer, before, result, seen, start))
+            self._store(layer, before, result, seen, start)
 
-    def _target(self, layer: TargetLayer, before: Tensor, seen: _Watched) -> Tensor:
+    def _store(
+        self,
+        layer: TargetLayer,
+        before: Tensor,
+        result: LayerResult,
+        seen: Watched | None,
+        start: float,
+    ) -> None:
+        """Write a result into the model, and its row into the report."""
+        if result.weight is not before:
+            self._check(layer, result)
+            layer.write(result.weight)
+            if result.bias is not None:
+                layer.add_to_bias(result.bias)
+        self.result.warnings += [f"{layer.name}: {note}" for note in result.notes]
+        if result.grid is not None:
+            self.result.grids[layer.name] = result.grid
+        self.result.rows.append(self._row(layer, before, result, seen, start))
+
+    def _target(self, layer: TargetLayer, before: Tensor, seen: Watched) -> Tensor:
         """Return the weight that brings the outputs nearest to those of the dense model."""
         if seen.cross is None:
             return before
@@ -267,32 +366,33 @@ class _Walk(BlockPass):
     ) -> LayerResult:
         with named(layer.name):
             result = method.compress(before, stats, layer.parameter.dtype)
-        found = [result.weight] if result.bias is None else [result.weight, result.bias]
-        if not all(bool(x.to(layer.parameter.dtype).isfinite().all()) for x in found):
-            raise NumericalError(layer.name, "result", "NaN or Inf after compression", "raise damp")
         asked = getattr(method, "damp", None)
         if result.damp is not None and asked is not None and result.damp > asked:
             self.result.warnings.append(
                 f"{layer.name}: damp raised from {asked:g} to {result.damp:g} to factor the Gram "
                 "matrix"
             )
-        self.result.warnings += [f"{layer.name}: {note}" for note in result.notes]
         return result
+
+    def _check(self, layer: TargetLayer, result: LayerResult) -> None:
+        found = [result.weight] if result.bias is None else [result.weight, result.bias]
+        if not all(bool(x.to(layer.parameter.dtype).isfinite().all()) for x in found):
+            raise NumericalError(layer.name, "result", "NaN or Inf after compression", "raise damp")
 
     def _row(
         self,
         layer: TargetLayer,
         before: Tensor,
         result: LayerResult,
-        seen: _Watched | None,
+        seen: Watched | None,
         start: float,
     ) -> LayerRow:
-        after = layer.read()
+        after, grid = layer.read(), result.grid
         return LayerRow(
             name=layer.name,
             shape=layer.shape,
             removed=float((after == 0).sum()) / max(1, after.numel()),
-            bits=result.grid.bits if result.grid is not None else None,
+            bits=grid.bits if grid is not None else None,
             error_calibration=relative_error(before, after, seen.used.rows()) if seen else None,
             error_heldout=relative_error(before, after, seen.heldout.rows()) if seen else None,
             damp=result.damp,
@@ -300,6 +400,8 @@ class _Walk(BlockPass):
             seconds=round(time.perf_counter() - start, 4),
             asked=self._asked(layer),
             borrowed=self.borrowed.get(layer.name),
+            fallback=result.fallback,
+            **({} if grid is None else _described(grid, before, layer)),
         )
 
     def _asked(self, layer: TargetLayer) -> str | float | None:
@@ -308,41 +410,44 @@ class _Walk(BlockPass):
         return share if pattern in (None, "unstructured") else pattern
 
     def _head(self, layer: TargetLayer) -> None:
-        watched: dict[int, _Watched] = {}
+        watched: dict[int, Watched] = {}
+        spec, limits = self.plan.method.activations, None
+        static = spec is not None and not spec.dynamic
+        ranges = Ranges.empty(layer.shape[1], layer.parameter.device)
         if self.chunks:
             seen = self._empty(layer)
             for chunk in self.chunks:
                 received = rows(chunk, self.recorder.after_blocks(chunk, layer.module))
-                _listen([seen], chunk, 0, received, chunk.owners())
+                listen([seen], chunk, 0, received, chunk.owners())
+                if static:
+                    count([ranges], chunk, 0, received, chunk.owners())
             watched = {id(layer): seen}
         self._compress([layer], watched)
+        if static:
+            limits = limits_of({layer.name: ranges}, spec, self.plan.method.observer)
+        if spec is not None:
+            self._install([layer], limits)
 
 
-def _listen(
-    watched: Sequence[_Watched], chunk: Chunk, number: int, rows: Tensor, owners: Tensor
-) -> None:
-    seen = watched[number]
-    if chunk.heldout or seen.stats is None:
-        seen.finite = seen.finite and bool(rows.isfinite().all())
-    weights = None if chunk.weights is None else chunk.weights[owners]
-    if chunk.heldout:
-        seen.heldout.update(rows)
-        if seen.stats is not None and seen.stats.heldout is not None:
-            seen.stats.heldout.update(rows, weights, owners)
-        return
-    seen.used.update(rows)
-    if seen.stats is not None:
-        seen.stats.update(rows, weights, owners)
+def _described(grid: Any, before: Tensor, layer: TargetLayer) -> dict[str, float]:
+    """Return what a report says of a grid, for the weight ``[out, in]`` that was rounded to it."""
+    ordered = grid.scale.flatten().sort().values
+    return {
+        "stored_bits": grid.stored_bits(layer.shape) / before.numel(),
+        "scale_min": float(ordered[0]),
+        "scale_median": float(ordered[len(ordered) // 2]),
+        "scale_max": float(ordered[-1]),
+        "clipped": grid.clipped(before),
+    }
 
 
-def _pair(
-    watched: Sequence[_Watched], chunk: Chunk, number: int, rows: Tensor, dense: Tensor
-) -> None:
-    seen = watched[number]
-    if seen.cross is None or chunk.heldout:
-        return
-    rows = rows.float()
-    difference = dense.float() - rows
-    if chunk.weights is not None:
-        difference *= chunk.weights[chunk.owners()].to(difference)[:, None]
-    seen.cross.addmm_(rows.t(), difference)
+def _record(done: ScaledInput) -> dict[str, Any]:
+    """Return what a report says of the inputs that were scaled."""
+    return {
+        "source": done.source,
+        "readers": list(done.readers),
+        "factors": [float(done.factors.min()), float(done.factors.max())],
+        **done.chosen,
+        "error_before": done.before,
+        "error_after": done.after,
+    }

@@ -183,6 +183,8 @@ class Update(Part):
     """Gives the kept weights new values."""
 
     stage: ClassVar[str] = "update"
+    # Whether the values are those of an OBS sweep over the mask.
+    sweeps: ClassVar[bool] = False
 
     @abstractmethod
     def update(

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.method import LayerResult
-from lm_calib_plugin.part import Part
+from lm_calib_plugin.part import Part, make_part, part_text
 from lm_calib_plugin.pruning.allocations.base import Allocation
 from lm_calib_plugin.pruning.base import PruningMethod
 from lm_calib_plugin.pruning.parts import GROUPS, Refinement, Score, Strength, Update
-from lm_calib_plugin.stages import NONE, STAGES, UNIFORM, Stage, parse_stage
+from lm_calib_plugin.registry import PRUNING_STAGES
+from lm_calib_plugin.stages import NONE
 from lm_calib_plugin.statistics import LayerStats, statistic_of
 
 
@@ -67,7 +67,9 @@ class Pipeline(PruningMethod):
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
         """Make the method from recipe options; stages are texts such as ``swap?steps=50``."""
-        stages = {name: make_part(name, text) for name, text in options.items() if name in STAGES}
+        stages = {
+            name: make_part(name, text) for name, text in options.items() if name in PRUNING_STAGES
+        }
         return cls(**{**options, **stages})
 
     @property
@@ -87,12 +89,12 @@ class Pipeline(PruningMethod):
             plain["damp"] = self.damp
         if self.correction:
             plain["correction"] = self.correction
-        return plain | {name: part_text(name, getattr(self, name)) for name in STAGES}
+        return plain | {name: part_text(name, getattr(self, name)) for name in PRUNING_STAGES}
 
     @property
     def label(self) -> str:
         """The names of the parts, such as ``sparsegpt+obs``."""
-        names = ((name, getattr(self, name)) for name in STAGES)
+        names = ((name, getattr(self, name)) for name in PRUNING_STAGES)
         return "+".join(part_text(n, p).partition("?")[0] for n, p in names if p is not None)
 
     # --- what the parts say together ---------------------------------------------------------
@@ -191,40 +193,3 @@ class Pipeline(PruningMethod):
         return LayerResult(
             found.values(weight), damp=found.damp, notes=found.notes, bias=found.bias
         )
-
-
-def make_part(argument: str, text: str | Stage) -> Any:
-    """Return the part of a stage, None for ``none``.
-
-    Raises
-    ------
-    UserError
-        For a name that is not installed, or an option of the wrong kind or range.
-    """
-    stage = text if isinstance(text, Stage) else parse_stage(argument, text)
-    entry = registry.find_part(STAGES[argument], stage.name, argument)
-    # `none` and `uniform` are names for doing nothing.
-    return entry.load().from_texts(stage.options) if entry.target else None
-
-
-def part_text(argument: str, part: Part | None) -> str:
-    """Return the part of a stage as it is typed, every option with its value."""
-    if part is None:
-        return UNIFORM if argument == "allocation" else NONE
-    kind = STAGES[argument]
-    cls = type(part)
-    place = f"{cls.__module__}:{cls.__qualname__}"
-    rows = registry.table(kind).items()
-    name = next((n for n, e in rows if e.target == place), None)
-    if name is None:
-        # Another package may name a class where it is imported, not where it is written.
-        foreign = (n for n, e in rows if e.distribution != registry.OURS and e.load() is cls)
-        name = next(foreign, place)
-    values = {k: _plain(v) for k, v in part.options().items() if v is not None}
-    return Stage(name, values).text()
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "+".join(f"{v!r}" for v in value)
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,12 +1,15 @@
-"""Integer grids: scales and zero points, and rounding to the nearest level."""
+"""Grids: scales and zero points, and rounding to the nearest level."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from lm_calib_plugin.errors import UserError, listed
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,42 @@ class GridSpec:
         """Return the grid that spans the range of each group of a weight ``[out, in]``.
 
         ``shrink`` (``[out, groups]``, or a scalar) multiplies the ranges.
+
+        Raises
+        ------
+        UserError
+            For a kind of number that is not known, or a width or group size it does not have.
         """
-        return IntegerGrid.fit(weight, self.bits, self.group_size, self.symmetric, dtype, shrink)
+        if self.number == "int":
+            return IntegerGrid.fit(
+                weight, self.bits, self.group_size, self.symmetric, dtype, shrink
+            )
+        # The floating point grids are grids, too.
+        from lm_calib_plugin.quantization.float_grids import FLOAT_GRIDS
+
+        if self.number not in FLOAT_GRIDS:
+            raise UserError("number", f"got {self.number}", listed(["int", *FLOAT_GRIDS]))
+        kind = FLOAT_GRIDS[self.number]
+        if self.bits != kind.bits:
+            got = f"got {self.bits} with {self.number}"
+            raise UserError("bits", got, f"{self.number} has {kind.bits}", f"bits={kind.bits}")
+        size = kind.fixed_size
+        if size is not None and self.group_size != size:
+            got = f"got {self.group_size} with {self.number}"
+            raise UserError("group_size", got, f"its groups have {size}", f"group_size={size}")
+        return kind.fit(weight, self.group_size, dtype, shrink)
 
 
 class Grid(ABC):
     """The levels of every weight of one layer.
 
-    ``bits`` is the width of a level number, ``group_size`` the number of consecutive inputs that
-    share a scale, ``scale`` the scales in float32, ``[out, groups]``.
+    ``number`` is the kind of number (``GridSpec.number``), ``bits`` the width of a level number,
+    ``group_size`` the number of consecutive inputs that share a scale, ``scale`` the scales in
+    float32, ``[out, groups]``; ``has_zero`` tells whether 0 is a level of every weight.
     """
 
+    number: ClassVar[str] = "int"
+    has_zero: ClassVar[bool] = True
     bits: int
     group_size: int
     scale: Tensor
@@ -155,6 +183,18 @@ class IntegerGrid(Grid):
         rounded = self.round_group(groups, self.scale[..., None], self.zero[..., None])
         return rounded.reshape(rows, width)
 
+    def holds(self, weight: Tensor) -> bool:
+        """Tell whether every element of a stored weight ``[out, in]`` is a level of this grid."""
+        near = weight.float()
+        held = self.round(near).to(weight.dtype) == weight
+        if not held.all():
+            # Numbers of a short dtype lie closer together below a power of two than above it, so
+            # that the level a number stands for need not be the nearest one; it is next to that.
+            step = self.scale.repeat_interleave(self.group_size, dim=1)
+            for other in (near + step, near - step):
+                held |= self.round(other).to(weight.dtype) == weight
+        return bool(held.all())
+
     def round_column(self, column: Tensor, group: int) -> Tensor:
         """Round one column ``[out]`` of a group to the nearest levels."""
         return self.round_group(column, self.scale[:, group], self.zero[:, group])
@@ -172,3 +212,29 @@ class IntegerGrid(Grid):
         out, width = shape
         each = 8 * self.dtype.itemsize + (0 if self.symmetric else self.bits)
         return out * width * self.bits + self.scale.numel() * each
+
+
+@dataclass(frozen=True)
+class RealZeroGrid(IntegerGrid):
+    """An asymmetric integer grid whose zero points are any numbers that ``dtype`` holds.
+
+    ``w' = scale * (q - zero)`` with ``q`` in ``[0, 2^bits - 1]``, so that 0 need not be a level.
+    """
+
+    has_zero: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, grid: IntegerGrid, zero: Tensor) -> RealZeroGrid:
+        """Return a grid with other zero points, ``[out, groups]``, rounded to the dtype."""
+        stored = zero.to(grid.dtype).float()
+        return cls(grid.bits, grid.group_size, False, grid.scale, stored, grid.dtype)
+
+    def round_group(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Round ``values`` to levels of broadcastable ``scale`` and ``zero``; float32."""
+        level = (values / scale).add_(zero).round_().clamp_(self.lowest, self.highest)
+        return level.sub_(zero).mul_(scale)
+
+    def stored_bits(self, shape: tuple[int, int]) -> float:
+        """Return the bits of levels, scales and zero points (both in ``dtype``) of a weight."""
+        out, width = shape
+        return out * width * self.bits + 2 * self.scale.numel() * 8 * self.dtype.itemsize

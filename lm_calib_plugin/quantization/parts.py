@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -75,11 +75,17 @@ class Rounding(Part):
     uses_order: ClassVar[bool] = False
     # Whether the Gram matrix lets a layer make up for the error of earlier blocks.
     corrects: ClassVar[bool] = False
+    # Whether a weight of zero stays zero.
+    keeps_zeros: ClassVar[bool] = True
     permutation_safe: ClassVar[bool] = False
 
     def check(self, spec: GridSpec) -> None:
         """Raise a :class:`~lm_calib_plugin.errors.UserError` for grids it cannot round to."""
         return None
+
+    def prepared(self, weight: Tensor, stats: LayerStats | None, setting: Setting) -> Tensor:
+        """Return the weight ``[out, in]`` to which a grid is fitted; the one that is rounded."""
+        return weight
 
     @abstractmethod
     def round(
@@ -97,6 +103,21 @@ class Rounding(Part):
             Statistics of the input of the kind ``statistic``, and the shared options.
         """
         ...
+
+    def round_kept(
+        self,
+        weight: Tensor,
+        keep: Tensor,
+        grid: Grid,
+        stats: LayerStats | None,
+        setting: Setting,
+    ) -> LayerResult:
+        """Round the weights of a mask ``keep`` (``[out, in]``, bool); the others become zero.
+
+        A rounding that makes up for its errors makes up for what is removed, too.
+        """
+        zero = torch.zeros_like(weight)
+        return self.round(torch.where(keep, weight, zero), grid, stats, setting)
 
 
 class BlockProblem(Protocol):
@@ -125,6 +146,7 @@ class BlockRounding(Rounding):
     """A rounding that sees a whole decoder block at once."""
 
     level: ClassVar[str] = "block"
+    keeps_zeros: ClassVar[bool] = False
 
     @abstractmethod
     def round_block(
@@ -152,8 +174,34 @@ class Transform(Part):
     level: ClassVar[str] = "inputs"
 
 
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """Factors of the input channels of some layers, and how they were found.
+
+    Parameters
+    ----------
+    factors
+        ``[in]``, float32, positive.
+    chosen
+        What was chosen on the data, by name; empty when nothing was searched.
+    before, after
+        What the search made small, without and with the factors; None when nothing was searched.
+    """
+
+    factors: Tensor
+    chosen: Mapping[str, float] = field(default_factory=dict)
+    before: float | None = None
+    after: float | None = None
+
+
 class InputScaling(Transform):
-    """Multiplies columns of weights by ``s`` and divides what comes in by ``s``."""
+    """Multiplies columns of weights by ``s`` and divides what comes in by ``s``.
+
+    ``feeds`` says which inputs: ``norm`` (those that come from a norm) or ``all`` (also those that
+    come from another linear layer).
+    """
+
+    feeds: ClassVar[str] = "all"
 
     @abstractmethod
     def scales(
@@ -162,8 +210,9 @@ class InputScaling(Transform):
         stats: LayerStats,
         rounded: Callable[[int, Tensor], Tensor],
         activations: Callable[[Tensor], Tensor] | None,
-    ) -> Tensor:
-        """Return the factors ``s`` of the columns of the weights, ``[in]``, float32, positive.
+        tie: Callable[[Tensor], Tensor],
+    ) -> Scaling:
+        """Return the factors ``s`` of the columns of the weights.
 
         Parameters
         ----------
@@ -176,6 +225,9 @@ class InputScaling(Transform):
             to nearest.
         activations
             Quantizes input rows ``[tokens, in]``; None where the inputs stay as they are.
+        tie
+            Averages values ``[in]`` over the channels that must share a factor; the factors are
+            tied before they are used, so a search has to look at tied ones.
         """
         ...
 

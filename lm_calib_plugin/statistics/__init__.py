@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 from lm_calib_plugin.statistics.base import LayerStats
 from lm_calib_plugin.statistics.factor import InverseFactor, cholesky_factors, inverse_factor
-from lm_calib_plugin.statistics.gram import Gram, gram_in
+from lm_calib_plugin.statistics.gram import Gram, gram_in, output_error
 from lm_calib_plugin.statistics.moments import Moments
+from lm_calib_plugin.statistics.ranges import GramRanges, Ranges, ranges_in
 from lm_calib_plugin.statistics.sample import TokenSample
 from lm_calib_plugin.statistics.spread import GramSpread, Spread, spread_in
 
@@ -14,15 +15,26 @@ STATISTICS: dict[str, type[LayerStats]] = {
     "gram": Gram,
     "spread": Spread,
     "gram+spread": GramSpread,
+    "ranges": Ranges,
+    "gram+ranges": GramRanges,
 }
 # What the statistics bank can give.
 BANKED = ("none", "moments", "gram")
 
 
 def statistic_of(kinds: Iterable[str]) -> str:
-    """Return the one kind of statistic that holds all of these."""
+    """Return the one kind of statistic that holds all of these.
+
+    Raises
+    ------
+    ValueError
+        For both spread and ranges: nothing holds them together.
+    """
     wanted = set(kinds) - {"none"}
-    names = [kind for kind in ("gram", "spread") if any(kind in w.split("+") for w in wanted)]
+    order = ("gram", "spread", "ranges")
+    names = [kind for kind in order if any(kind in w.split("+") for w in wanted)]
+    if {"spread", "ranges"} <= set(names):
+        raise ValueError("no statistic holds both spread and ranges")
     return "+".join(names) or ("moments" if wanted else "none")
 
 
@@ -30,15 +42,19 @@ __all__ = [
     "BANKED",
     "STATISTICS",
     "Gram",
+    "GramRanges",
     "GramSpread",
     "InverseFactor",
     "LayerStats",
     "Moments",
+    "Ranges",
     "Spread",
     "TokenSample",
     "cholesky_factors",
     "gram_in",
     "inverse_factor",
+    "output_error",
+    "ranges_in",
     "spread_in",
     "statistic_of",
 ]

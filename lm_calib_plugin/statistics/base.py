@@ -73,6 +73,27 @@ class LayerStats(ABC):
         made.tokens = round(self.tokens * factor)
         return made
 
+    def divided(self, factors: Tensor) -> Self:
+        """Return the statistic of the inputs divided by ``factors``, channel by channel.
+
+        ``factors`` are positive, ``[in]``. An unseen input stays unseen.
+
+        Raises
+        ------
+        ValueError
+            For statistics that do not tell that of divided inputs.
+        """
+        if factors.shape != (self.in_features,):
+            raise ValueError(f"expected [{self.in_features}], got {tuple(factors.shape)}")
+        made = copy.copy(self)
+        made._divide(factors.to(self.device))
+        made.heldout = None if self.heldout is None else self.heldout.divided(factors)
+        return made
+
+    def _divide(self, factors: Tensor) -> None:
+        """Divide what is kept; in new tensors, since the old ones are shared."""
+        raise ValueError(f"the statistic {type(self).__name__} of rescaled inputs is not known")
+
     @abstractmethod
     def _add(self, x: Tensor) -> None: ...
 

@@ -26,6 +26,9 @@ class Gram(LayerStats):
     def _join(self, other: Self) -> None:
         self.matrix += other.matrix.to(self.device)
 
+    def _divide(self, factors: Tensor) -> None:
+        self.matrix = self.matrix / torch.outer(factors, factors).to(self.matrix)
+
     def is_finite(self) -> bool:
         """Tell whether nothing seen so far was NaN or infinite."""
         # A NaN or Inf in any input channel reaches that channel's diagonal element.
@@ -53,3 +56,8 @@ def gram_in(stats: LayerStats | None) -> Tensor:
     if not isinstance(stats, Gram):
         raise ValueError("the Gram matrix of the inputs is needed")
     return stats.gram()
+
+
+def output_error(change: Tensor, gram: Tensor) -> float:
+    """Return ``tr(D G D^T)``, the squared output error of a weight change ``D [out, in]``."""
+    return float(((change @ gram.to(change)) * change).sum(dtype=torch.float64))

@@ -26,6 +26,9 @@ class Moments(LayerStats):
     def _join(self, other: Self) -> None:
         self.sum_squares += other.sum_squares.to(self.device)
 
+    def _divide(self, factors: Tensor) -> None:
+        self.sum_squares = self.sum_squares / factors.double().square()
+
     def is_finite(self) -> bool:
         """Tell whether nothing seen so far was NaN or infinite."""
         return bool(self.sum_squares.isfinite().all())

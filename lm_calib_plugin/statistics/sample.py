@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,12 @@ class TokenSample:
         if first < x.shape[0]:
             self._rows.append(x[first :: self.stride].detach().float().clone())
         self.seen += x.shape[0]
+
+    def divided(self, by: Tensor) -> TokenSample:
+        """Return the sample of inputs divided by ``by``, ``[in]``, channel by channel."""
+        made = copy.copy(self)
+        made._rows = [rows / by.to(rows) for rows in self._rows]
+        return made
 
     def rows(self) -> Tensor | None:
         """Return the kept rows, ``[kept, in]`` in float32, or None when nothing arrived."""

@@ -63,6 +63,9 @@ class Spread(Moments):
         self.mass += other.mass
         self.sequences += other.sequences
 
+    def _divide(self, factors: Tensor) -> None:
+        LayerStats._divide(self, factors)
+
     def mean(self) -> Tensor:
         """Return the mean of each channel, ``[in]``, float32; zeros if no token was seen."""
         return (self.sums / max(self.mass, 1e-300)).float()
@@ -98,6 +101,9 @@ class GramSpread(Gram):
     def _join(self, other: Self) -> None:
         super()._join(other)
         self.spread.merge(other.spread)
+
+    def _divide(self, factors: Tensor) -> None:
+        LayerStats._divide(self, factors)
 
 
 def spread_in(stats: LayerStats | None) -> Spread:

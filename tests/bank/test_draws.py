@@ -14,7 +14,7 @@ from lm_calib_plugin.bank import Part
 from lm_calib_plugin.bank.draws import Draws, LayerDraws, draw_uncertainty, resampled
 from lm_calib_plugin.errors import UserError
 from tests.bank.tools import QUIET, inputs_of, opened, output_error, state_of, text
-from tests.methods import pruner
+from tests.methods import method_of
 from tests.tiny import make_model
 
 POOL = text("b", [12, 7, 12, 9, 11, 12], 1)
@@ -35,7 +35,7 @@ def recipe_of(name: str) -> Recipe:
     return Recipe(method=name, **OPTIONS[name], propagate="dense", heldout=0)
 
 
-def method_of(name: str) -> object:
+def method_named(name: str) -> object:
     recipe = recipe_of(name)
     return recipe.make_method()
 
@@ -61,7 +61,7 @@ def test_draws_are_compressions_with_the_resampled_sequences(name: str, tmp_path
     parts = GROUPED if grouped else PARTS
     model, layers, bank = opened(tmp_path, parts)
     draws = draw_uncertainty(
-        bank, layers, method_of(name), "b", nsamples=5, domains=["b", "c"], draws=4, rows=None
+        bank, layers, method_named(name), "b", nsamples=5, domains=["b", "c"], draws=4, rows=None
     )
     pool = parts[0].calibration
     if grouped:
@@ -99,7 +99,7 @@ def test_draws_are_compressions_with_the_resampled_sequences(name: str, tmp_path
 
 def test_a_draw_becomes_a_set_to_evaluate(tmp_path: Path) -> None:
     _, layers, bank = opened(tmp_path, PARTS)
-    draws = draw_uncertainty(bank, layers, method_of("wanda"), "b", nsamples=9, draws=3)
+    draws = draw_uncertainty(bank, layers, method_named("wanda"), "b", nsamples=9, draws=3)
     made = draws.calibration(bank, 1)
     assert sum(made.weights or [1] * made.nsamples) == 9
     plain, weighed = compressed("wanda", repeated(POOL, draws.counts[1])), compressed("wanda", made)
@@ -111,7 +111,7 @@ def test_a_draw_becomes_a_set_to_evaluate(tmp_path: Path) -> None:
 def test_sampled_rows_are_those_rows_of_the_whole(name: str, tmp_path: Path) -> None:
     parts = GROUPED if name == "gptq" else PARTS
     model, layers, bank = opened(tmp_path, parts)
-    method = method_of(name)
+    method = method_named(name)
     few = draw_uncertainty(bank, layers, method, "b", nsamples=5, domains=["b"], draws=3, rows=4)
     assert few.rows == 4
     judged = inputs_of(model, JUDGE.sequences)
@@ -141,7 +141,7 @@ def test_sampled_rows_are_those_rows_of_the_whole(name: str, tmp_path: Path) -> 
 
 def test_rows_that_depend_on_each_other_are_never_sampled(tmp_path: Path) -> None:
     _, layers, bank = opened(tmp_path, PARTS)
-    method = method_of("ria")
+    method = method_named("ria")
     few = draw_uncertainty(bank, layers, method, "b", nsamples=5, draws=3, rows=4)
     whole = draw_uncertainty(bank, layers, method, "b", nsamples=5, draws=3, rows=None)
     assert few.rows is None
@@ -152,7 +152,7 @@ def test_rows_that_depend_on_each_other_are_never_sampled(tmp_path: Path) -> Non
 def test_without_data_no_draw_differs(name: str, tmp_path: Path) -> None:
     _, layers, bank = opened(tmp_path, PARTS)
     draws = draw_uncertainty(
-        bank, layers, method_of(name), "b", nsamples=4, domains=["b", "c"], draws=7
+        bank, layers, method_named(name), "b", nsamples=4, domains=["b", "c"], draws=7
     )
     assert draws.flip == 0
     assert draws.jaccard == (1 if name == "magnitude" else None)
@@ -165,7 +165,7 @@ def test_a_pool_of_one_has_no_spread(tmp_path: Path) -> None:
     parts = [Part("b", "choose", text("b", [12], 1)), *PARTS[1:]]
     _, layers, bank = opened(tmp_path, parts)
     draws = draw_uncertainty(
-        bank, layers, method_of("wanda"), "b", nsamples=3, domains=["b"], draws=5
+        bank, layers, method_named("wanda"), "b", nsamples=3, domains=["b"], draws=5
     )
     assert draws.flip == draws.relative_spread("b") == 0
 
@@ -180,7 +180,7 @@ def test_many_draws_at_a_time_are_those_one_by_one(
 
     def run() -> Draws:
         return draw_uncertainty(
-            bank, layers, pruner("wanda", pattern="2:4"), "b", nsamples=4, domains=["b"], draws=9
+            bank, layers, method_of("wanda", pattern="2:4"), "b", nsamples=4, domains=["b"], draws=9
         )
 
     whole = run()
@@ -201,7 +201,7 @@ def test_a_seed_decides_and_nothing_else_is_touched(tmp_path: Path) -> None:
 
     def run(seed: int) -> dict:
         found = draw_uncertainty(
-            bank, layers, method_of("wanda"), "b", nsamples=4, domains=["c"], draws=6, seed=seed
+            bank, layers, method_named("wanda"), "b", nsamples=4, domains=["c"], draws=6, seed=seed
         ).to_json()
         return {k: v for k, v in found.items() if k != "seconds"}
 
@@ -247,17 +247,17 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     parts = [*PARTS, Part("a", "choose", text("a", [12] * 4, 5), second_order=False)]
     _, layers, bank = opened(tmp_path, parts)
     with pytest.raises(UserError, match="groups or more.*--groups 16"):
-        draw_uncertainty(bank, layers, method_of("gptq"), "b", nsamples=4)
+        draw_uncertainty(bank, layers, method_named("gptq"), "b", nsamples=4)
     with pytest.raises(UserError, match="has no Gram matrices"):
-        draw_uncertainty(bank, layers, method_of("gptq"), "a", nsamples=4)
-    draw_uncertainty(bank, layers, method_of("wanda"), "a", nsamples=4, draws=2)
+        draw_uncertainty(bank, layers, method_named("gptq"), "a", nsamples=4)
+    draw_uncertainty(bank, layers, method_named("wanda"), "a", nsamples=4, draws=2)
     with pytest.raises(UserError, match="it holds: b \\(choose\\)"):
-        draw_uncertainty(bank, layers, method_of("wanda"), "z", nsamples=4)
+        draw_uncertainty(bank, layers, method_named("wanda"), "z", nsamples=4)
     for wrong in ({"draws": 1}, {"nsamples": 0}, {"rows": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
-            draw_uncertainty(bank, layers, method_of("wanda"), "b", **{"nsamples": 4, **wrong})
+            draw_uncertainty(bank, layers, method_named("wanda"), "b", **{"nsamples": 4, **wrong})
     from dataclasses import replace
 
     stranger = replace(layers[0], name="model.layers.9.mlp")
     with pytest.raises(UserError, match=r"does not hold model\.layers\.9\.mlp"):
-        draw_uncertainty(bank, [*layers, stranger], method_of("wanda"), "b", nsamples=4)
+        draw_uncertainty(bank, [*layers, stranger], method_named("wanda"), "b", nsamples=4)

@@ -15,11 +15,10 @@ from lm_calib_plugin.bank import Bank, Part
 from lm_calib_plugin.bank.errors import layer_errors
 from lm_calib_plugin.bank.mixing import DAMPS, FLOOR, ROUNDS, Objective, _floored, search_mix
 from lm_calib_plugin.errors import UserError
-from lm_calib_plugin.quantization.gptq import GPTQ
 from tests.bank.tools import opened, state_of, text
-from tests.methods import pruner
+from tests.methods import method_of
 
-METHOD = pruner("wanda", sparsity=0.5)
+METHOD = method_of("wanda", sparsity=0.5)
 
 
 def parts(names: str, count: int = 10) -> list[Part]:
@@ -137,7 +136,7 @@ def test_the_ridge_is_the_best_of_all(tmp_path: Path) -> None:
     # One input, so that what is searched is the whole.
     _, layers, bank = opened(tmp_path, parts("ac", 3))
     layers = [x for x in layers if x.name == "model.layers.1.mlp.down_proj"]
-    method = GPTQ(bits=3, group_size=8, damp=0.05)
+    method = method_of("gptq", bits=3, group_size=8, damp=0.05)
     mix = search_mix(bank, layers, method, ["a", "c"], search_damp=True, rows=None)
     weights = bank.mixture(mix.shares, "choose")
     judges = {n: bank.mixture({n: 1.0}, "validate") for n in "ac"}
@@ -151,7 +150,7 @@ def test_the_ridge_is_the_best_of_all(tmp_path: Path) -> None:
     }
     reached = {}
     for damp in (*DAMPS, 0.05):
-        other = GPTQ(bits=3, group_size=8, damp=damp)
+        other = method_of("gptq", bits=3, group_size=8, damp=damp)
         errors = layer_errors(bank, layers, {"m": (other, weights)}, judges)["m"][0].tolist()
         reached[damp] = max(math.log(e / o) for e, o in zip(errors, own.values(), strict=True))
     best = min(reached.values())
@@ -189,6 +188,6 @@ def test_what_cannot_be_searched_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="each once"):
             search_mix(bank, layers, METHOD, sources)
     with pytest.raises(UserError, match="no weight is changed"):
-        search_mix(bank, layers, pruner("wanda", sparsity=0), ["a", "c"])
+        search_mix(bank, layers, method_of("wanda", sparsity=0), ["a", "c"])
     with pytest.raises(UserError, match="no `z`"):
         search_mix(bank, layers, METHOD, ["a", "z"])

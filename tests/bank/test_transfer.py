@@ -16,10 +16,8 @@ from lm_calib_plugin.bank.errors import layer_errors, layers_by_input
 from lm_calib_plugin.bank.packed import pack, unpack
 from lm_calib_plugin.bank.transfer import Entry, Transfer, baseline_of, transfer
 from lm_calib_plugin.errors import UserError
-from lm_calib_plugin.quantization.gptq import GPTQ
-from lm_calib_plugin.quantization.rtn import RTN
 from tests.bank.tools import inputs_of, opened, output_error, state_of, text
-from tests.methods import pruner
+from tests.methods import method_of
 
 PARTS = [
     Part("a", "choose", text("a", [12] * 6, 1)),
@@ -28,9 +26,9 @@ PARTS = [
     Part("c", "judge", text("c", [12, 7], 4)),
 ]
 METHODS = [
-    pruner("wanda", sparsity=0.5),
-    pruner("sparsegpt", sparsity=0.5),
-    GPTQ(bits=3, group_size=8),
+    method_of("wanda", sparsity=0.5),
+    method_of("sparsegpt", sparsity=0.5),
+    method_of("gptq", bits=3, group_size=8),
 ]
 
 
@@ -88,7 +86,7 @@ def test_errors_are_those_of_the_outputs(method: object, targets: object, tmp_pa
 
 def test_a_method_without_data_is_its_own_baseline(tmp_path: Path) -> None:
     _, layers, bank = opened(tmp_path, PARTS)
-    for method in (pruner("magnitude", sparsity=0.5), RTN(bits=3, group_size=8)):
+    for method in (method_of("magnitude", sparsity=0.5), method_of("rtn", bits=3, group_size=8)):
         found = transfer(bank, layers, method, {"mix": mixed(bank)}, ["a"])
         entry = found.at("mix", "a")
         assert (entry.regret, entry.against_no_data, entry.worst) == (1, 1, 1)
@@ -97,9 +95,9 @@ def test_a_method_without_data_is_its_own_baseline(tmp_path: Path) -> None:
 
 
 def test_the_baseline_keeps_strength_and_pattern() -> None:
-    assert baseline_of(pruner("wanda", pattern="2:4")) == pruner("magnitude", pattern="2:4")
-    found = baseline_of(GPTQ(bits=2, group_size=16, symmetric=False, damp=1.0))
-    assert found == RTN(bits=2, group_size=16, symmetric=False)
+    assert baseline_of(method_of("wanda", pattern="2:4")) == method_of("magnitude", pattern="2:4")
+    found = baseline_of(method_of("gptq", bits=2, group_size=16, symmetric=False, damp=1.0))
+    assert found == method_of("rtn", bits=2, group_size=16, symmetric=False)
 
 
 def entry(name: str, domain: str, regret: float, median: float, worst: float) -> Entry:
@@ -200,17 +198,21 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     _, layers, bank = opened(tmp_path, PARTS)
     sets = {"mix": mixed(bank)}
     with pytest.raises(UserError, match="no weight is changed"):
-        transfer(bank, layers, pruner("wanda", sparsity=0), sets, ["a"])
+        transfer(bank, layers, method_of("wanda", sparsity=0), sets, ["a"])
     with pytest.raises(UserError, match="0 sets"):
-        transfer(bank, layers, pruner("wanda", sparsity=0.5), {}, ["a"])
+        transfer(bank, layers, method_of("wanda", sparsity=0.5), {}, ["a"])
     with pytest.raises(UserError, match="no `z`"):
-        transfer(bank, layers, pruner("wanda", sparsity=0.5), sets, ["z"])
+        transfer(bank, layers, method_of("wanda", sparsity=0.5), sets, ["z"])
     with pytest.raises(UserError, match="does not hold another"):
         transfer(
-            bank, [replace(layers[0], name="another")], pruner("wanda", sparsity=0.5), sets, ["a"]
+            bank,
+            [replace(layers[0], name="another")],
+            method_of("wanda", sparsity=0.5),
+            sets,
+            ["a"],
         )
     with pytest.raises(UserError, match="no layer at all"):
-        transfer(bank, [], pruner("wanda", sparsity=0.5), sets, ["a"])
+        transfer(bank, [], method_of("wanda", sparsity=0.5), sets, ["a"])
     bank.require_model(bank.header.model)
     with pytest.raises(UserError, match="was built with model"):
         bank.require_model("0" * 64)
@@ -224,7 +226,7 @@ def test_parts_of_the_inputs_are_a_partition_with_every_kind(tmp_path: Path) -> 
     for part in dealt:
         assert len(part) == len(whole) / 4
         assert len({name.split(".", 3)[3] for name in part}) == 4
-    method = pruner("wanda", sparsity=0.5)
+    method = method_of("wanda", sparsity=0.5)
     judges = {"a": bank.mixture({"a": 1.0}, "judge")}
     methods = {"m": (method, mixed(bank))}
     full = layer_errors(bank, layers, methods, judges)["m"]

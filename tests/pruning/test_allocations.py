@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.part import make_part
 from lm_calib_plugin.pruning.allocations.base import LayerFacts, apportion, meet_budget
-from lm_calib_plugin.pruning.pipeline import make_part
 from lm_calib_plugin.statistics import Moments
 
 WANDA = make_part("score", "wanda")

@@ -14,7 +14,7 @@ from lm_calib_plugin.pruning.scores.wanda import Wanda
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.statistics import STATISTICS, Spread
 from tests.engine.test_walk import QUIET, calibration
-from tests.methods import pruner
+from tests.methods import method_of
 from tests.tiny import make_model
 
 
@@ -165,11 +165,11 @@ def test_it_refines_the_mask_of_any_score_before_any_update(
 ) -> None:
     weight = normal(9, 40)
     x = normal(200, 40, seed=1) + 0.3
-    method = pruner("dsnot", score=score, update=update, **strength)
+    method = method_of("dsnot", score=score, update=update, **strength)
     stats = STATISTICS[method.statistic].empty(40)
     stats.update(x)
     gone = method.compress(weight, stats).weight == 0
-    start = pruner("dsnot", score=score, refine="none", **strength).compress(weight, stats)
+    start = method_of("dsnot", score=score, refine="none", **strength).compress(weight, stats)
     assert int(gone.sum()) == int((start.weight == 0).sum())
     assert not torch.equal(gone, start.weight == 0)
     if "pattern" in strength:

@@ -21,7 +21,7 @@ from lm_calib_plugin.pruning.updates.admm import ADMMUpdate
 from lm_calib_plugin.pruning.updates.bias import Bias
 from lm_calib_plugin.pruning.updates.obs import OBS
 from lm_calib_plugin.statistics import STATISTICS, LayerStats, Moments
-from tests.methods import pruner
+from tests.methods import method_of
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import naive_methods
@@ -105,7 +105,7 @@ def test_method_equals_its_naive_formulation(
     strength: dict[str, Any] = {"sparsity": share}
     if pattern:
         strength = {"pattern": f"{pattern[0]}:{pattern[1]}"}
-    method = pruner(name.partition("+")[0], **strength, **stages)
+    method = method_of(name.partition("+")[0], **strength, **stages)
     result = method.compress(weight, remember(method.statistic, x)).weight
     seen = [look(x)] if look else []
     expected = naive(weight, *seen, share, pattern)
@@ -138,7 +138,7 @@ def test_pcg_comes_close_to_exact_least_squares(
     weight, x = layer("two blocks")
     share = 0.55 if pattern is None else 1 - pattern[0] / pattern[1]
     strength = {"pattern": f"{pattern[0]}:{pattern[1]}"} if pattern else {"sparsity": share}
-    result = pruner("alps", **strength, score=score).compress(weight, remember("gram", x)).weight
+    result = method_of("alps", **strength, score=score).compress(weight, remember("gram", x)).weight
     best = error(x, weight, naive(weight, gram(x), share, pattern))
     dropped = error(x, weight, weight * (result != 0))
     assert best * 0.99 <= error(x, weight, result) <= best + 0.05 * (dropped - best)

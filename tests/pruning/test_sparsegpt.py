@@ -11,7 +11,7 @@ import torch
 
 import lm_calib_plugin.pruning.obs as module
 from lm_calib_plugin.statistics import Gram, Moments
-from tests.methods import pruner
+from tests.methods import method_of
 
 Array = np.ndarray
 
@@ -32,7 +32,7 @@ def gram_of(x: Array) -> Gram:
 
 
 def prune(weight: Array, x: Array, **options: object) -> Array:
-    method = pruner("sparsegpt", **options)  # type: ignore[arg-type]
+    method = method_of("sparsegpt", **options)  # type: ignore[arg-type]
     result = method.compress(torch.from_numpy(weight).float(), gram_of(x))
     return result.weight.double().numpy()
 
@@ -183,7 +183,9 @@ def test_diagonal_gram_without_damping_ranks_like_wanda_in_one_row() -> None:
     x = np.diag(np.logspace(-1, 1, 100))
     moments = Moments.empty(100)
     moments.update(torch.from_numpy(x))
-    wanda = pruner("wanda", sparsity=0.5).compress(torch.from_numpy(weight).float(), moments).weight
+    wanda = (
+        method_of("wanda", sparsity=0.5).compress(torch.from_numpy(weight).float(), moments).weight
+    )
     result = prune(weight, x, sparsity=0.5, damp=0.0)
     assert np.array_equal(result, wanda.double().numpy())
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin.statistics import Moments
-from tests.methods import pruner
+from tests.methods import method_of
 
 
 def problem(rows: int = 24, width: int = 50) -> tuple[Tensor, Moments]:
@@ -21,7 +21,7 @@ def problem(rows: int = 24, width: int = 50) -> tuple[Tensor, Moments]:
 
 def prune(weight: Tensor, stats: Moments, **options: object) -> Tensor:
     result: Tensor = (
-        pruner("wanda", score="wanda_variant", **options).compress(weight, stats).weight
+        method_of("wanda", score="wanda_variant", **options).compress(weight, stats).weight
     )
     return result
 
@@ -79,7 +79,7 @@ def test_reference_stops_at_four_fifths_of_the_sum() -> None:
 @pytest.mark.parametrize("compat", [None, "reference"])
 def test_within_rows_it_is_plain_wanda(options: dict, compat: str | None) -> None:
     weight, stats = problem(width=52)
-    plain = pruner("wanda", **options).compress(weight, stats).weight
+    plain = method_of("wanda", **options).compress(weight, stats).weight
     assert torch.equal(prune(weight, stats, compat=compat, **options), plain)
 
 

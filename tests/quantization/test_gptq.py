@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-import lm_calib_plugin.quantization.gptq as module
-from lm_calib_plugin.quantization.gptq import GPTQ
-from lm_calib_plugin.quantization.rtn import RTN
+import lm_calib_plugin.quantization.rounding.gptq as module
 from lm_calib_plugin.statistics import Gram
+from tests.methods import method_of
 
 Array = np.ndarray
 
@@ -40,7 +39,7 @@ def gram_of(x: Array) -> Gram:
 
 
 def quantize(weight: Array, x: Array, **options: object) -> Array:
-    method = GPTQ(**options)  # type: ignore[arg-type]
+    method = method_of("gptq", **options)  # type: ignore[arg-type]
     result = method.compress(torch.from_numpy(weight).float(), gram_of(x))
     return result.weight.double().numpy()
 
@@ -153,7 +152,7 @@ def test_uncorrelated_inputs_make_it_round_to_nearest(
     weight, _ = problem(6, 150, 13)
     norms = np.ones(150) if inputs == "identity" else np.logspace(-1, 1, 150)[::-1]
     result = quantize(weight, np.diag(norms), act_order=act_order, **grid)
-    plain = RTN(**grid).compress(torch.from_numpy(weight).float(), None)
+    plain = method_of("rtn", **grid).compress(torch.from_numpy(weight).float(), None)
     assert np.array_equal(result, plain.weight.double().numpy())
 
 
@@ -162,7 +161,12 @@ def test_uncorrelated_inputs_make_it_round_to_nearest(
 def test_error_on_calibration_tokens_is_below_round_to_nearest(grid: dict, act_order: bool) -> None:
     for seed in range(4):
         weight, x = problem(16, 40, 60 + seed)
-        plain = RTN(**grid).compress(torch.from_numpy(weight).float(), None).weight.double().numpy()
+        plain = (
+            method_of("rtn", **grid)
+            .compress(torch.from_numpy(weight).float(), None)
+            .weight.double()
+            .numpy()
+        )
         result = quantize(weight, x, act_order=act_order, **grid)
         assert error(x, weight, result) < error(x, weight, plain)
 
@@ -211,9 +215,9 @@ def test_scales_are_those_of_the_original_weights(act_order: bool) -> None:
     weight, x = problem(4, 20, 33)
     float32 = torch.from_numpy(weight).float()
     for grid in GRIDS:
-        method = GPTQ(act_order=act_order, **grid)
+        method = method_of("gptq", act_order=act_order, **grid)
         result = method.compress(float32, gram_of(x))
-        plain = RTN(**grid).compress(float32, None)
+        plain = method_of("rtn", **grid).compress(float32, None)
         assert torch.equal(result.grid.scale, plain.grid.scale)
         assert torch.equal(result.grid.zero, plain.grid.zero)
 
@@ -256,10 +260,10 @@ def test_reference_mode_zeroes_silent_inputs_before_scales_are_set() -> None:
 def test_ridge_that_was_used_is_reported() -> None:
     weight, x = problem(4, 20, 36)
     float32 = torch.from_numpy(weight).float()
-    assert GPTQ(group_size=-1, damp=0.03).compress(float32, gram_of(x)).damp == 0.03
+    assert method_of("gptq", group_size=-1, damp=0.03).compress(float32, gram_of(x)).damp == 0.03
     x[:, 5] = x[:, 4] = np.round(x[:, 4])
     singular = Gram.empty(20)
     singular.update(torch.from_numpy(x[:1]))
-    result = GPTQ(group_size=-1, damp=0.0).compress(float32, singular)
+    result = method_of("gptq", group_size=-1, damp=0.0).compress(float32, singular)
     assert result.damp is not None
     assert result.damp > 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.quantization.grids import IntegerGrid
-from lm_calib_plugin.quantization.rtn import RTN
+from tests.methods import method_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -127,6 +127,14 @@ def test_grid_notices_a_single_weight_off_its_level(
     assert grid.holds(stored)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grid_holds_levels_closer_than_the_numbers_of_the_dtype(dtype: torch.dtype) -> None:
+    scale = torch.linspace(1, 2, 129)[:, None].to(dtype).float()
+    grid = IntegerGrid(8, 256, False, scale, torch.zeros_like(scale), dtype)
+    stored = (torch.arange(256.0) * scale).to(dtype)  # every level of every scale
+    assert grid.holds(stored)
+
+
 def test_grid_notices_a_level_beyond_its_ends() -> None:
     weight = weights(2, 16)
     for symmetric in (True, False):
@@ -178,7 +186,7 @@ def test_more_bits_and_smaller_groups_never_hurt_on_average() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rtn_is_the_grid_and_nothing_else(symmetric: bool) -> None:
     weight = weights(6, 32)
-    result = RTN(bits=3, group_size=16, symmetric=symmetric).compress(weight, None)
+    result = method_of("rtn", bits=3, group_size=16, symmetric=symmetric).compress(weight, None)
     grid = IntegerGrid.fit(weight, 3, 16, symmetric)
     assert torch.equal(result.weight, grid.round(weight))
     assert result.damp is None
@@ -187,21 +195,21 @@ def test_rtn_is_the_grid_and_nothing_else(symmetric: bool) -> None:
 def test_rtn_without_groups_follows_a_permutation_of_the_inputs() -> None:
     weight = weights(6, 32)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
-    method = RTN(bits=3, group_size=-1)
+    method = method_of("rtn", bits=3, group_size=-1)
     expected = method.compress(weight, None).weight[:, order]
     assert torch.equal(method.compress(weight[:, order], None).weight, expected)
 
 
 def test_group_that_does_not_divide_the_inputs_is_refused_with_those_that_do() -> None:
     with pytest.raises(UserError, match="100 does not divide the 4096 inputs of layer q_proj"):
-        RTN(group_size=100).check_layer("q_proj", (64, 4096))
+        method_of("rtn", group_size=100).check_layer("q_proj", (64, 4096))
     with pytest.raises(UserError, match=r"128, .*64"):
-        RTN(group_size=100).check_layer("q_proj", (64, 4096))
-    RTN(group_size=64).check_layer("q_proj", (10, 4096))
-    RTN(group_size=-1).check_layer("q_proj", (10, 50))
+        method_of("rtn", group_size=100).check_layer("q_proj", (64, 4096))
+    method_of("rtn", group_size=64).check_layer("q_proj", (10, 4096))
+    method_of("rtn", group_size=-1).check_layer("q_proj", (10, 50))
 
 
 def test_sixteen_bits_need_no_fitting_group() -> None:
-    method = RTN(bits=16, group_size=128)
+    method = method_of("rtn", bits=16, group_size=128)
     assert method.does_nothing
     method.check_layer("q_proj", (10, 50))

@@ -13,8 +13,8 @@ from typing_extensions import Self
 
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.method import LayerResult, Method
+from lm_calib_plugin.part import make_part, part_text
 from lm_calib_plugin.pruning.masks import removed_count
-from lm_calib_plugin.pruning.pipeline import make_part, part_text
 from lm_calib_plugin.pruning.structure.recovery import Recovery
 from lm_calib_plugin.stages import NONE
 from lm_calib_plugin.statistics import LayerStats

@@ -19,6 +19,7 @@ class OBS(Update):
     After ``score=sparsegpt`` this is the paper's method, whose mask and update come from one sweep.
     """
 
+    sweeps: ClassVar[bool] = True
     statistic: ClassVar[str] = "gram"
     uses_damp: ClassVar[bool] = True
     rows_independent: ClassVar[bool] = True

@@ -1,0 +1,53 @@
+"""Calibrated ranges of the inputs of the layers of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lm_calib_plugin.engine.batches import Chunk
+from lm_calib_plugin.engine.layers import TargetLayer
+from lm_calib_plugin.engine.passes import BlockPass
+from lm_calib_plugin.quantization.activations import ActivationSpec
+from lm_calib_plugin.quantization.parts import Observer
+from lm_calib_plugin.statistics import Ranges
+
+
+def input_ranges(walk: BlockPass, index: int, layers: Sequence[TargetLayer]) -> dict[str, Ranges]:
+    """Run block ``index`` once more and return the ranges of the inputs of its layers, by name.
+
+    The weights of the block are compressed by now, its inputs those that earlier blocks, rounded
+    inputs and all, produce. Sequences held out do not count.
+    """
+    groups = walk.groups(index, layers)
+
+    def start() -> list[Ranges]:
+        return [Ranges.empty(g[0].shape[1], g[0].parameter.device) for g in groups.groups]
+
+    found = walk.observe(index, groups, start, count, keep=False)
+    return {
+        layer.name: ranges
+        for group, ranges in zip(groups.groups, found, strict=True)
+        for layer in group
+    }
+
+
+def count(
+    ranges: Sequence[Ranges], chunk: Chunk, number: int, received: Tensor, owners: Tensor
+) -> None:
+    """Add input rows ``[tokens, in]`` of a chunk to input ``number``, unless it is held out."""
+    if not chunk.heldout:
+        weights = None if chunk.weights is None else chunk.weights[owners]
+        ranges[number].update(received, weights, owners)
+
+
+def limits_of(
+    ranges: dict[str, Ranges], spec: ActivationSpec, observer: Observer
+) -> dict[str, tuple[float, float]]:
+    """Return the limit of every input, and the largest value behind the first tokens, by name."""
+    made: dict[int, tuple[float, float]] = {}
+    for one in ranges.values():
+        if id(one) not in made:
+            made[id(one)] = (observer.limit(one, spec), one.limit_without_first)
+    return {name: made[id(one)] for name, one in ranges.items()}

@@ -1,0 +1,69 @@
+"""What is remembered of one distinct input of a block, while it is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lm_calib_plugin.engine.batches import Chunk
+from lm_calib_plugin.statistics import LayerStats, TokenSample
+
+
+@dataclass
+class Watched:
+    """Statistics and samples of one input.
+
+    ``cross`` is ``X^T (Y - X)``, ``[in, in]``, where ``Y`` are the inputs in the dense model, and
+    ``shift`` what follows from it for the weights of all layers that share the input.
+    """
+
+    stats: LayerStats | None
+    used: TokenSample
+    heldout: TokenSample
+    finite: bool = True
+    cross: Tensor | None = None
+    shift: Tensor | None = None
+
+    def divide(self, by: Tensor) -> None:
+        """Turn everything into what would have been seen of inputs divided by ``by``, ``[in]``."""
+        if self.stats is not None:
+            kept = self.stats.heldout
+            self.stats = self.stats.divided(by)
+            self.stats.heldout = None if kept is None else kept.divided(by)
+        self.used, self.heldout = self.used.divided(by), self.heldout.divided(by)
+        if self.cross is not None:
+            self.cross = self.cross / by[:, None] / by[None, :]
+
+
+def listen(
+    watched: Sequence[Watched], chunk: Chunk, number: int, received: Tensor, owners: Tensor
+) -> None:
+    """Add input rows ``[tokens, in]`` of a chunk to input ``number``."""
+    seen = watched[number]
+    if chunk.heldout or seen.stats is None:
+        seen.finite = seen.finite and bool(received.isfinite().all())
+    weights = None if chunk.weights is None else chunk.weights[owners]
+    if chunk.heldout:
+        seen.heldout.update(received)
+        if seen.stats is not None and seen.stats.heldout is not None:
+            seen.stats.heldout.update(received, weights, owners)
+        return
+    seen.used.update(received)
+    if seen.stats is not None:
+        seen.stats.update(received, weights, owners)
+
+
+def pair(
+    watched: Sequence[Watched], chunk: Chunk, number: int, received: Tensor, dense: Tensor
+) -> None:
+    """Add what input ``number`` lacks against the dense model, both ``[tokens, in]``."""
+    seen = watched[number]
+    if seen.cross is None or chunk.heldout:
+        return
+    received = received.float()
+    difference = dense.float() - received
+    if chunk.weights is not None:
+        difference *= chunk.weights[chunk.owners()].to(difference)[:, None]
+    seen.cross.addmm_(received.t(), difference)

@@ -1,0 +1,174 @@
+"""Pruning and quantization of one weight together: the mask first, then levels on what is left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.method import LayerResult, Method
+from lm_calib_plugin.pruning.pipeline import Pipeline
+from lm_calib_plugin.quantization.pipeline import Quantizer
+from lm_calib_plugin.statistics import LayerStats, statistic_of
+
+
+@dataclass(frozen=True)
+class Joint(Method):
+    """A mask of a pruning method, and levels for the weights that it keeps.
+
+    A rounding that lets later columns absorb its error (GPTQ) does the same with the weights that
+    are removed: one sweep for both, as in SparseGPT (section 3.5 of arXiv 2301.00774), on the
+    final mask. Where the pruning method finds new values in another way (re-fits), those values
+    are rounded. Removed weights stay exactly zero, which is a level of every grid used here.
+
+    Parameters
+    ----------
+    pruning, quantization
+        The two methods.
+    """
+
+    kind: ClassVar[str] = "joint"
+    pruning: Pipeline
+    quantization: Quantizer
+
+    def __post_init__(self) -> None:
+        rounding = self.quantization.rounding
+        assert rounding is not None
+        if not self.quantization.keeps_weights and not rounding.keeps_zeros:
+            raise UserError(
+                "method",
+                f"rounding={type(rounding).__name__.lower()} has no level for removed weights, or "
+                "rounds whole blocks",
+                "roundings that leave zeros alone: rtn, gptq, gptq_heldout",
+                "for instance method=sparsegpt+gptq",
+            )
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of both."""
+        return {**self.pruning.options(), **self.quantization.options()}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options of both, as they enter the key."""
+        return {"pruning": self.pruning.identity(), "quantization": self.quantization.identity()}
+
+    @property
+    def label(self) -> str:
+        """The labels of both."""
+        return f"{self.pruning.label}, {self.quantization.label}"
+
+    @property
+    def damp(self) -> float | None:
+        """The ridge that was asked for."""
+        return self.quantization.damp
+
+    @property
+    def statistic(self) -> str:  # type: ignore[override]
+        """What has to be known of the inputs for both."""
+        return statistic_of((self.pruning.statistic, self.quantization.statistic))
+
+    @property
+    def rows_independent(self) -> bool:  # type: ignore[override]
+        """Whether no stage lets an output row depend on the others."""
+        return self.pruning.rows_independent and self.quantization.rows_independent
+
+    @property
+    def permutation_safe(self) -> bool:  # type: ignore[override]
+        """Whether permuting output rows permutes the result."""
+        return self.pruning.permutation_safe and self.quantization.permutation_safe
+
+    @property
+    def needs_bias(self) -> bool:  # type: ignore[override]
+        """Whether a part writes into the bias of a layer."""
+        return self.pruning.needs_bias
+
+    @property
+    def uses_heldout(self) -> bool:  # type: ignore[override]
+        """Whether a part looks at the statistics of sequences held out."""
+        return self.pruning.uses_heldout or self.quantization.uses_heldout
+
+    @property
+    def correction(self) -> float:  # type: ignore[override]
+        """Part of the error of earlier blocks that a layer makes up for."""
+        return max(self.pruning.correction, self.quantization.correction)
+
+    @property
+    def inert(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Options without effect on both."""
+        return tuple(o for o in self.pruning.inert if o in self.quantization.inert)
+
+    @property
+    def revision(self) -> str:  # type: ignore[override]
+        """Revisions of both."""
+        return f"{self.pruning.revision}+{self.quantization.revision}"
+
+    @property
+    def transform(self) -> Any:  # type: ignore[override]
+        """What changes the model before weights are looked at."""
+        return self.quantization.transform
+
+    @property
+    def activations(self) -> Any:  # type: ignore[override]
+        """How inputs of layers are rounded while the model runs."""
+        return self.quantization.activations
+
+    @property
+    def observer(self) -> Any:  # type: ignore[override]
+        """How ranges of inputs are calibrated."""
+        return self.quantization.observer
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether no weight is changed."""
+        return self.pruning.does_nothing and self.quantization.keeps_weights
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether nothing at all is changed."""
+        return self.pruning.does_nothing and self.quantization.does_nothing
+
+    def check_layer(self, name: str, shape: tuple[int, int]) -> None:
+        """Refuse a layer that one of the two can not treat."""
+        self.pruning.check_layer(name, shape)
+        self.quantization.check_layer(name, shape)
+
+    def for_layer(self, name: str) -> Self:
+        """Return the method as both treat this layer."""
+        return replace(
+            self,
+            pruning=self.pruning.for_layer(name),
+            quantization=self.quantization.for_layer(name),
+        )
+
+    def rounded_to_nearest(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a weight on a grid of its own; see :class:`Quantizer`."""
+        return self.quantization.rounded_to_nearest(weight, dtype)
+
+    def compress(
+        self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype = torch.float32
+    ) -> LayerResult:
+        """Prune one weight ``[out, in]``, and round what is left."""
+        if self.pruning.does_nothing:
+            return self.quantization.compress(weight, stats, dtype)
+        pruned = self.pruning.compress(weight, stats, dtype)
+        if self.quantization.keeps_weights:
+            return pruned
+        keep = pruned.weight != 0
+        update = self.pruning.update
+        # The values that a sweep over the mask gives come out of the joint sweep, too.
+        start = weight if update is None or update.sweeps else pruned.weight
+        grid = self.quantization.fit_grid(pruned.weight, stats, dtype)
+        assert self.quantization.rounding is not None
+        found = self.quantization.rounding.round_kept(
+            start, keep, grid, stats, self.quantization.setting
+        )
+        ridges = [damp for damp in (pruned.damp, found.damp) if damp is not None]
+        return replace(
+            found,
+            bias=pruned.bias,
+            damp=max(ridges, default=None),
+            notes=pruned.notes + found.notes,
+        )

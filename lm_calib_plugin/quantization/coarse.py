@@ -1,0 +1,36 @@
+"""Weights that lie on a coarse grid already: de-quantized checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Groups of consecutive inputs that checkpoints share scales in; 0: a whole row.
+GROUPS = (16, 32, 64, 128, 256, 0)
+ROWS = 64
+# A group has to have this many values a level, or repeated values would be expected by chance.
+PER_LEVEL = 1.5
+HIGHEST = 8
+
+
+def coarse_bits(weight: Tensor) -> int | None:
+    """Return the width of the grid on which a weight ``[out, in]`` lies already, or None.
+
+    Up to 64 evenly spread rows are looked at. The width is the smallest ``b`` for which, with some
+    usual group size of more than ``1.5 * 2^b`` inputs, no group holds more than ``2^b`` different
+    values. Weights of a model that was never quantized differ nearly everywhere, also in bfloat16.
+    """
+    out, width = weight.shape
+    rows = weight[torch.arange(min(ROWS, out)) * out // min(ROWS, out)].float()
+    rows = rows[(rows != 0).any(dim=1)]
+    found = []
+    for size in GROUPS:
+        size = size or width
+        if width % size or not rows.numel():
+            continue
+        ordered = rows.reshape(-1, size).sort(dim=1).values
+        different = int(((ordered[:, 1:] != ordered[:, :-1]).sum(dim=1) + 1).max())
+        bits = max(1, (different - 1).bit_length())
+        if bits <= HIGHEST and size >= PER_LEVEL * 2**bits:
+            found.append(bits)
+    return min(found, default=None)

@@ -1,0 +1,1 @@
+"""How much of the range of a group of weights the levels span: one file per rule."""

@@ -1,0 +1,1 @@
+"""What range of an activation the levels span: one rule a file."""

@@ -1,0 +1,1 @@
+"""Transforms: the same function in weights and activations that round better."""

@@ -1,0 +1,219 @@
+"""Rounded activations, against loops over single values in float64."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.quantization.activations import (
+    ActivationQuantizer,
+    ActivationSpec,
+    round_tokens,
+)
+
+INT8 = ActivationSpec()
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * torch.logspace(-2, 2, shape[-1])
+
+
+def even(value: float) -> float:
+    """Round to the nearest whole number, halves to the even one."""
+    low = math.floor(value)
+    rest = value - low
+    if rest == 0.5:
+        return float(low if low % 2 == 0 else low + 1)
+    return float(low if rest < 0.5 else low + 1)
+
+
+def naive_integers(row: list[float], bits: int, amax: float | None = None) -> list[float]:
+    amax = max(abs(v) for v in row) if amax is None else amax
+    half = (2**bits - 1) / 2
+    # Multiplied first: the largest value of a token comes out exactly half way between levels.
+    levels = [even(v * half / amax) if amax else 0.0 for v in row]
+    return [min(max(q, -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) * amax / half for q in levels]
+
+
+def naive_fp8(row: list[float], amax: float | None = None) -> list[float]:
+    """Nearest of all e4m3 values, which are listed by sign, exponent and mantissa."""
+    sizes = [m / 8 * 2.0**-6 for m in range(8)]
+    sizes += [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1]
+    assert max(sizes) == 448
+    levels = sorted({s * v for v in sizes for s in (1, -1)})
+    amax = max(abs(v) for v in row) if amax is None else amax
+    scale = amax / 448 if amax else 1.0
+    return [min(levels, key=lambda level: abs(level * scale - v)) * scale for v in row]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_dynamic_integers_are_those_of_a_loop(bits: int) -> None:
+    x = tokens(3, 4, 12)
+    x[1, 2] = 0
+    found = ActivationSpec("int", bits).round(x)
+    expected = [[naive_integers(row, bits) for row in part] for part in x.double().tolist()]
+    torch.testing.assert_close(found, torch.tensor(expected).float(), rtol=1e-5, atol=1e-6)
+    assert (found[1, 2] == 0).all()
+
+
+def test_the_largest_value_of_a_token_is_half_a_step_beyond_the_highest_level() -> None:
+    x = torch.tensor([[127.5, -127.5, 1.0, 0.4], [-127.5, 3.6, 2.4, 0.0]])
+    assert INT8.round(x).tolist() == [[127, -128, 1, 0], [-128, 4, 2, 0]]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_last_bit_of_the_largest_value_decides_nothing(bits: int) -> None:
+    spec = ActivationSpec("int", bits)
+    x = -torch.rand(2000, 1, generator=torch.Generator().manual_seed(0)) - 0.1
+    for moved in (x, torch.nextafter(x, torch.zeros(1)), torch.nextafter(x, 2 * x)):
+        assert (spec.levels(moved, spec.scale(moved.abs())) == spec.lowest).all()
+        assert (spec.levels(-moved, spec.scale(moved.abs())) == spec.highest).all()
+
+
+@pytest.mark.parametrize("amax", [0.5, 3.0, 200.0])
+@pytest.mark.parametrize("number", ["int", "fp8"])
+def test_static_levels_span_the_limit_and_clip_beyond(number: str, amax: float) -> None:
+    x = tokens(5, 16)
+    found = ActivationSpec(number, dynamic=False).round(x, torch.tensor(amax))
+    rows = x.double().tolist()
+    expected = [naive_integers(r, 8, amax) if number == "int" else naive_fp8(r, amax) for r in rows]
+    torch.testing.assert_close(found, torch.tensor(expected).float(), rtol=1e-5, atol=1e-6)
+    assert found.abs().max() <= amax * 256 / 255 * 1.0001
+
+
+def test_dynamic_fp8_is_that_of_a_loop() -> None:
+    x = tokens(6, 20)
+    expected = torch.tensor([naive_fp8(row) for row in x.double().tolist()]).float()
+    torch.testing.assert_close(ActivationSpec("fp8").round(x), expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("number", "size"), [("nvfp4", 16), ("mxfp4", 32)])
+def test_block_formats_treat_tokens_one_by_one(number: str, size: int) -> None:
+    x = tokens(2, 3, 2 * size)
+    spec = ActivationSpec(number)
+    whole = spec.round(x)
+    for i in range(2):
+        for j in range(3):
+            assert torch.equal(whole[i, j], spec.round(x[i, j]))
+    assert len(whole[0, 0, :size].abs().unique()) <= 8
+    assert spec.bits == 4
+
+
+def test_static_nvfp4_shares_one_factor_fixed_before() -> None:
+    x = tokens(4, 32)
+    spec = ActivationSpec("nvfp4", dynamic=False)
+    found = spec.round(x, x.abs().max())
+    assert torch.equal(found[2], spec.round(x[2], x.abs().max()))
+    # Block scales of e4m3 reach the limit; beyond it they saturate.
+    assert float(spec.round(x * 10, x.abs().max()).abs().max()) <= float(x.abs().max()) * 1.0001
+
+
+@pytest.mark.parametrize("number", ["int", "fp8", "nvfp4", "mxfp4"])
+def test_tokens_without_anything_and_tiny_ones_stay_finite(number: str) -> None:
+    x = torch.zeros(3, 32)
+    x[1] = 1e-42
+    x[2] = torch.linspace(-1, 1, 32) * 3e38
+    found = ActivationSpec(number).round(x)
+    assert found.isfinite().all()
+    assert (found[0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dtype_stays_and_scales_are_float32(dtype: torch.dtype) -> None:
+    x = tokens(4, 16).to(dtype)
+    found = ActivationQuantizer(INT8)(x)
+    assert found.dtype == dtype
+    assert torch.equal(found, INT8.round(x.float()).to(dtype))
+    assert torch.equal(found, round_tokens(x, 8))
+
+
+def test_a_quantizer_keeps_its_limit_through_casts_and_stores_nothing() -> None:
+    quantizer = ActivationQuantizer(ActivationSpec(dynamic=False), 0.1)
+    exact = torch.tensor(0.1)
+    for cast in (torch.bfloat16, torch.float16, torch.float64):
+        quantizer.to(cast)
+        assert quantizer.limit is not None
+        assert quantizer.limit.dtype == torch.float32
+        assert torch.equal(quantizer.limit, exact)
+    assert quantizer.scale == exact / 127.5
+    assert not quantizer.state_dict()
+    assert repr(quantizer) == "ActivationQuantizer(int8 static, limit=0.1)"
+    assert repr(ActivationQuantizer(INT8)) == "ActivationQuantizer(int8 dynamic)"
+    assert ActivationQuantizer(INT8).scale is None
+
+
+def test_the_same_tensor_is_rounded_once() -> None:
+    quantizer = ActivationQuantizer(INT8)
+    x = tokens(3, 8)
+    first = quantizer(x)
+    assert quantizer(x) is first
+    assert torch.equal(quantizer(x.clone()), first)
+    assert quantizer(x.clone()) is not first
+
+
+def test_a_change_in_place_is_seen() -> None:
+    quantizer = ActivationQuantizer(INT8)
+    x = tokens(3, 8)
+    quantizer(x)
+    with torch.no_grad():
+        x.mul_(3.7)
+    assert torch.equal(quantizer(x), INT8.round(x))
+    with torch.inference_mode():
+        y = tokens(3, 8)
+        quantizer(y)
+        y.mul_(3.7)
+        assert torch.equal(quantizer(y), INT8.round(y))
+
+
+def test_results_do_not_outlive_their_input() -> None:
+    quantizer = ActivationQuantizer(INT8)
+    x = tokens(3, 8)
+    quantizer(x)
+    assert quantizer._last is not None
+    del x
+    gc.collect()
+    assert quantizer._last is None
+    x = tokens(3, 8)
+    quantizer(x)
+    assert copy.deepcopy(quantizer)._last is None
+    assert quantizer._last is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("int9",), "one of int, fp8, nvfp4, mxfp4"),
+        (("int", 1), "for int: 2 to 8"),
+        (("int", 16), "for int: 2 to 8"),
+        (("fp8", 4), "for fp8: 8"),
+        (("nvfp4", 3), "for nvfp4: 4"),
+        (("mxfp4", 4, False), "act_dynamic=true"),
+    ],
+)
+def test_what_does_not_exist_is_refused(arguments: tuple, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        ActivationSpec(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "limit"), [(True, 1.0), (False, None), (False, 0.0), (False, math.inf)]
+)
+def test_static_and_only_static_needs_a_limit(dynamic: bool, limit: float | None) -> None:
+    with pytest.raises(ValueError, match="with the limit"):
+        ActivationQuantizer(ActivationSpec(dynamic=dynamic), limit)
+
+
+def test_widths_have_to_hold_whole_blocks() -> None:
+    with pytest.raises(UserError, match=r"model\.0\.down_proj has 172.*ignore=down_proj"):
+        ActivationSpec("nvfp4").check_width("model.0.down_proj", 172)
+    with pytest.raises(UserError, match="multiples of 32"):
+        ActivationSpec("mxfp4").check_width("x", 48)
+    ActivationSpec("nvfp4").check_width("x", 48)
+    ActivationSpec("int").check_width("x", 7)
