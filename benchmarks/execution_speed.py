@@ -41,25 +41,13 @@ SCHEMES: dict[str, tuple[GridSpec | None, Activation | None, str | None]] = {
 }
 
 
-class RowScales:
-    """What a kernel reads of a grid of e4m3 levels with a scale per row."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.scale = (weight.abs().amax(dim=1, keepdim=True) / 448).to(torch.bfloat16).float()
-        self.group_size = weight.shape[1]
-
-    def round(self, weight: Tensor) -> Tensor:
-        levels = (weight / self.scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-        return levels.float() * self.scale
-
-
 def evaluated(spec: GridSpec | None, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Any]:
     """Bring a random weight to its levels, or to the 2:4 pattern."""
     if spec is None:
         quads = weight.reshape(len(weight), -1, 4).clone()
         quads.scatter_(-1, quads.abs().topk(2, largest=False).indices, 0.0)
         return quads.reshape(weight.shape).to(dtype), None
-    grid = RowScales(weight) if spec.number == "fp8" else spec.fit(weight, dtype)
+    grid = spec.fit(weight, dtype)
     return grid.round(weight).to(dtype), grid
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lm_calib_plugin.execution.facts import FP8_MAX, Activation
+from lm_calib_plugin.execution.facts import Activation
+from lm_calib_plugin.quantization.activations import OUTWARD
 from lm_calib_plugin.quantization.grids import Grid
+from lm_calib_plugin.quantization.numbers import FP8_MAX
+
+TINY = torch.finfo(torch.float32).smallest_normal
 
 
 class UnpackableError(ValueError):
@@ -24,7 +28,7 @@ def integer_levels(weight: Tensor, grid: Grid) -> Tensor:
         If a weight is not a level.
     """
     scale, zero, groups = _grouped(weight, grid)
-    level = (groups / scale).round_().add_(zero)
+    level = (groups / scale).add_(zero).round_()
     _check(weight, (level - zero) * scale)
     return level.reshape(weight.shape).to(torch.int32)
 
@@ -58,7 +62,7 @@ def _check(weight: Tensor, again: Tensor) -> None:
 
 
 def quantize_rows(rows: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """Quantize input rows to levels and scales.
+    """Quantize input rows to the levels and scales of ``ActivationSpec``.
 
     Parameters
     ----------
@@ -103,13 +107,14 @@ def integer_rows(rows: Tensor, bound: Tensor, static: Tensor | None) -> tuple[Te
     tensors, so that the function is compiled once for all layers and not for each scale.
     """
     scale = _row_scale(rows, bound - 0.5) if static is None else static.expand(rows.shape[0], 1)
-    place = torch.clamp((rows.float() / scale).round(), min=-bound, max=bound - 1)
-    return place.to(torch.int8), scale.contiguous()
+    place = (rows.float() / (scale * OUTWARD)).round()
+    return torch.clamp(place, min=-bound, max=bound - 1).to(torch.int8), scale.contiguous()
 
 
 def _row_scale(rows: Tensor, reach: Tensor | float) -> Tensor:
-    scale = rows.abs().amax(dim=1, keepdim=True).float() / reach
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    amax = rows.abs().amax(dim=1, keepdim=True).float()
+    scale = (amax / reach).clamp(min=TINY)
+    return torch.where(amax > 0, scale, torch.ones_like(scale))
 
 
 def simulate_rows(rows: Tensor, activation: Activation | None) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from types import SimpleNamespace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from lm_calib_plugin.execution import (
     SemiSparseLinear,
 )
 from lm_calib_plugin.execution.facts import Device, Facts
-from lm_calib_plugin.quantization.grids import Grid, GridSpec, IntegerGrid
+from lm_calib_plugin.quantization.grids import GridSpec, IntegerGrid
 
 OUT, WIDTH = 64, 256
 BF16 = torch.bfloat16
@@ -27,12 +28,6 @@ BF16 = torch.bfloat16
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def fp8_grid(weight: Tensor) -> Grid:
-    """A scale per row and e4m3 levels; only what a kernel reads of a grid."""
-    scale = (weight.abs().amax(dim=1, keepdim=True) / 448).to(BF16).float()
-    return SimpleNamespace(scale=scale, group_size=weight.shape[1])  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -52,10 +47,6 @@ class Case:
             quads = weight.reshape(out, -1, 4)
             quads.scatter_(-1, quads.abs().topk(2, largest=False).indices, 0.0)
             return quads.reshape(out, width).to(self.dtype), None
-        if self.spec.number == "fp8":
-            grid = fp8_grid(weight)
-            levels = (weight / grid.scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
-            return (levels * grid.scale).to(self.dtype), grid
         grid = self.spec.fit(weight, self.dtype)
         return grid.round(weight).to(self.dtype), grid
 
@@ -96,7 +87,7 @@ HOPPER = Device("cuda", (9, 0))
 
 
 def slow_integer(rows: Tensor, weight: Tensor, grid: IntegerGrid, activation: Activation) -> Tensor:
-    """Whole numbers of Python, one product at a time; float64."""
+    """Whole numbers and fractions of Python, one product at a time; float64."""
     highest = 2 ** (activation.bits - 1)
     out = torch.zeros(len(rows), len(weight), dtype=torch.float64)
     levels = [
@@ -104,10 +95,13 @@ def slow_integer(rows: Tensor, weight: Tensor, grid: IntegerGrid, activation: Ac
         for row, scale in zip(weight, grid.scale, strict=True)
     ]
     for t, row in enumerate(rows.float()):
-        largest = row.abs().max()
-        scale = largest / (highest - 0.5) if activation.dynamic else torch.tensor(activation.scale)
-        scale = scale if scale > 0 else torch.tensor(1.0)
-        given = [min(max(round(float(x / scale)), -highest), highest - 1) for x in row]
+        scale = Fraction(float(row.abs().max())) / (highest - Fraction(1, 2)) or Fraction(1)
+        if activation.scale is not None:
+            scale = Fraction(activation.scale)
+        # The largest value, on the middle of two levels, goes outward.
+        sizes = [math.floor(abs(Fraction(x)) / scale + Fraction(1, 2)) for x in row.tolist()]
+        signed = [s if x > 0 else -s for s, x in zip(sizes, row.tolist(), strict=True)]
+        given = [min(max(level, -highest), highest - 1) for level in signed]
         for o, line in enumerate(levels):
             total = sum(a * b for a, b in zip(given, line, strict=True))
             out[t, o] = total * float(scale) * float(grid.scale[o, 0])

@@ -22,8 +22,9 @@ from lm_calib_plugin.execution import (
 )
 from lm_calib_plugin.execution.base import simulated
 from lm_calib_plugin.execution.choose import TOLERANCE
-from lm_calib_plugin.execution.levels import UnpackableError, quantize_rows
-from lm_calib_plugin.quantization.grids import GridSpec, IntegerGrid
+from lm_calib_plugin.execution.levels import UnpackableError, quantize_rows, simulate_rows
+from lm_calib_plugin.quantization.activations import ActivationQuantizer, ActivationSpec
+from lm_calib_plugin.quantization.grids import GridSpec, IntegerGrid, RealZeroGrid
 from tests.execution.cases import (
     BF16,
     CASES,
@@ -207,6 +208,31 @@ def test_a_row_of_zeros_and_a_clipped_row() -> None:
     levels, _ = quantize_rows(torch.tensor([[900.0, 1.0]]), Activation("fp8", 8, False, 1.0))
     assert levels.float().tolist() == [[448, 1]]
     assert quantize_rows(torch.ones(1, 2, dtype=BF16), Activation())[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("number", ["int", "fp8"])
+@pytest.mark.parametrize("limit", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_inputs_are_rounded_as_by_the_simulated_model(
+    number: str, limit: float | None, dtype: torch.dtype
+) -> None:
+    for bits in (4, 8) if number == "int" else (8,):
+        quantizer = ActivationQuantizer(ActivationSpec(number, bits, limit is None), limit)
+        rows = CASES["int8"].inputs(300).to(dtype)
+        rows[1], rows[2] = 1e-38, 1e-42
+        assert torch.equal(simulate_rows(rows, Activation.of(quantizer)), quantizer(rows))
+
+
+def test_zero_points_that_are_no_integers() -> None:
+    case = CASES["int4_asymmetric"]
+    weight = normal(OUT, WIDTH)
+    fitted = case.spec.fit(weight, BF16)  # type: ignore[union-attr]
+    grid = RealZeroGrid.of(fitted, fitted.zero + 0.25)  # type: ignore[arg-type, attr-defined]
+    evaluated = grid.round(weight).to(BF16)
+    packed = Int4WeightOnly.from_layer(evaluated, grid, None, None)
+    rows = case.inputs()
+    assert torch.equal(packed.weight, evaluated)
+    assert distance(packed(rows), simulated(rows, evaluated, None, None)) < 1e-2
 
 
 def test_moving_casting_and_gradients_are_refused() -> None:
