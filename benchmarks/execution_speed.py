@@ -140,6 +140,8 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "device": str(Device.of(device)),
+        # Of all programs; far above the number of threads, ratios are good for their order only.
+        "load": round(os.getloadavg()[0], 1),
     }
     if device == "cuda":
         return facts | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}

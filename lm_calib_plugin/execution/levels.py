@@ -82,8 +82,7 @@ def quantize_rows(rows: Tensor, activation: Activation) -> tuple[Tensor, Tensor]
     static = static_scale(activation, rows.device)
     if activation.number == "fp8":
         return fp8_rows(rows, static)
-    bound = torch.full((), 2.0 ** (activation.bits - 1), device=rows.device)
-    return integer_rows(rows, bound, static)
+    return integer_rows(rows, 2.0 ** (activation.bits - 1), static)
 
 
 def static_scale(activation: Activation, device: torch.device) -> Tensor | None:
@@ -100,15 +99,17 @@ def fp8_rows(rows: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
     return place.to(torch.float8_e4m3fn), scale.contiguous()
 
 
-def integer_rows(rows: Tensor, bound: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
+def integer_rows(
+    rows: Tensor, bound: Tensor | float, static: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Quantize rows to integers from ``-bound`` to ``bound - 1``; int8.
 
-    ``bound`` is a float32 scalar, ``static`` a scale ``[1, 1]`` or None: one per row. Both are
-    tensors, so that the function is compiled once for all layers and not for each scale.
+    ``static`` is a scale ``[1, 1]``, or None: one per row. Where the function is compiled, both are
+    tensors, so that it is compiled once for all layers and not for each scale.
     """
     scale = _row_scale(rows, bound - 0.5) if static is None else static.expand(rows.shape[0], 1)
-    place = (rows.float() / (scale * OUTWARD)).round()
-    return torch.clamp(place, min=-bound, max=bound - 1).to(torch.int8), scale.contiguous()
+    place = (rows.float() / (scale * OUTWARD)).round_()
+    return place.clamp_(min=-bound, max=bound - 1).to(torch.int8), scale.contiguous()
 
 
 def _row_scale(rows: Tensor, reach: Tensor | float) -> Tensor:
