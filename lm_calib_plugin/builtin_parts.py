@@ -251,7 +251,7 @@ BUILTIN: tuple[Entry, ...] = (
     _quantizer(
         "hqq",
         "half-quadratic zero points; a control without data",
-        "https://dropbox.github.io/hqq_blog/",
+        "https://mobiusml.github.io/hqq_blog/",
         needs_data=False,
         rounding="hqq",
         symmetric=False,
@@ -516,7 +516,7 @@ BUILTIN: tuple[Entry, ...] = (
         "hqq",
         _QUANTIZATION + "rounding.hqq:HQQ",
         "zero points for an error that forgives outliers; asymmetric grids",
-        "https://dropbox.github.io/hqq_blog/",
+        "https://mobiusml.github.io/hqq_blog/",
         needs_data=False,
         options=("p", "beta", "kappa", "steps"),
     ),

@@ -82,6 +82,7 @@ def _pruning(
     return rows
 
 
+_NO_SCHEME = {"scheme": None, "bits": 16}
 _STAGES = {name: dict(entry.stages) for name, entry in registry.table("quantization").items()}
 
 
@@ -160,7 +161,7 @@ ROWS: list[Row] = [
         zero={"sparsity": 0.0},
     ),
     *_quantization("rtn", "none", [{"bits": 4, "group_size": -1, "grid": "mse?steps=10"}]),
-    Row("rtn", {"scheme": "FP8"}, "none", "levels", permutation_safe=True),
+    Row("rtn", {"scheme": "FP8"}, "none", "levels", permutation_safe=True, zero=_NO_SCHEME),
     *_quantization(
         "gptq",
         "gram",
@@ -171,12 +172,12 @@ ROWS: list[Row] = [
             {"bits": 3, "group_size": 8, "grid": "clip"},
         ],
     ),
-    Row("gptq", {"scheme": "FP8"}, "gram", "levels", permutation_safe=True),
+    Row("gptq", {"scheme": "FP8"}, "gram", "levels", permutation_safe=True, zero=_NO_SCHEME),
     *_quantization("gptq_heldout", "gram", []),
     *_quantization("awq", "gram+ranges", [], permutation_safe=False),
     *_quantization("smoothquant", "ranges", [], permutation_safe=False),
     *_quantization("rotation", "gram", [], permutation_safe=False),
-    *_quantization("autoround", "none", []),
+    *_quantization("autoround", "none", [], permutation_safe=False),
     Row(
         "hqq",
         {"bits": 4, "group_size": 8, "symmetric": False},

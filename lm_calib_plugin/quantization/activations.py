@@ -177,7 +177,8 @@ class ActivationQuantizer(nn.Module):
         self.spec = spec
         value = None if limit is None else torch.tensor(limit, dtype=torch.float32)
         self.register_buffer("limit", value, persistent=False)
-        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
+        # The last input, how often it had been changed, and the result; or nothing.
+        self._last: list[tuple[weakref.ref[Tensor], int, Tensor]] = []
 
     @property
     def scale(self) -> Tensor | None:
@@ -188,38 +189,38 @@ class ActivationQuantizer(nn.Module):
         """Return the rounded activations, in the dtype and shape ``[..., in]`` of ``x``."""
         # Tensors of inference mode do not count their changes, and a graph is used only once.
         keeps = not x.is_inference() and not (x.requires_grad and torch.is_grad_enabled())
-        last = self._last
-        if keeps and last is not None and last[0]() is x and last[1] == x._version:
-            return last[2]
+        for whose, version, result in self._last if keeps else ():
+            if whose() is x and version == x._version:
+                return result
         limit = None if self.limit is None else self.limit.to(x.device)
         result = self.spec.round(x, limit).to(x.dtype)
         if keeps:
-            self._keep(x, result)
+            self._last[:] = [(_lasting(x, self._last), x._version, result)]
         return result
-
-    def _keep(self, x: Tensor, result: Tensor) -> None:
-        whose = weakref.ref(self)
-
-        def forget(gone: weakref.ref[Tensor]) -> None:
-            owner = whose()
-            if owner is not None and owner._last is not None and owner._last[0] is gone:
-                owner._last = None
-
-        self._last = (weakref.ref(x, forget), x._version, result)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ActivationQuantizer:
         exact = self.limit
         super()._apply(fn, recurse)
-        self._last = None
+        self._last.clear()
         if exact is not None and self.limit is not None:
             # A cast of the model must not move the levels.
             self.limit = exact.to(self.limit.device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_last": None}
+        return self.__dict__ | {"_last": []}
 
     def extra_repr(self) -> str:
         """Return spec and limit, for printing the model."""
         limit = "" if self.limit is None else f", limit={float(self.limit):.6g}"
         return self.spec.describe() + limit
+
+
+def _lasting(x: Tensor, kept: list[Any]) -> weakref.ref[Tensor]:
+    """Return a reference to ``x`` that empties the list when ``x`` goes, if it is still in it."""
+
+    def forget(gone: weakref.ref[Tensor]) -> None:
+        if kept and kept[0][0] is gone:
+            kept.clear()
+
+    return weakref.ref(x, forget)

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Larger Sylvester matrices are applied as products of this size, 64.
+SYLVESTER_POWER = 6
+
 
 @dataclass(frozen=True, eq=False)
 class Hadamard:
@@ -59,23 +62,42 @@ class Hadamard:
         """Number of rows and columns."""
         return len(self.signs)
 
+    def factors(self) -> list[Tensor]:
+        """Return small orthogonal matrices whose Kronecker product this is, but for the signs."""
+        found = [self.core]
+        left = self.power
+        while left:
+            power = min(left, SYLVESTER_POWER)
+            found.append(_sylvester(power) / 2 ** (power / 2))
+            left -= power
+        return found
+
     def apply(self, x: Tensor) -> Tensor:
-        """Return ``x @ Q`` for ``x`` of shape ``[..., n]``, float64, in ``n (m + power)`` steps."""
-        core, signs = self.core.to(x.device), self.signs.to(x.device)
-        y = (x.double() * signs).reshape(-1, len(core), 2**self.power)
-        y = torch.einsum("bms,mk->bks", y, core)
-        length = 2**self.power
-        step = 1
-        while step < length:
-            pairs = y.reshape(-1, length // (2 * step), 2, step)
-            first, second = pairs[:, :, 0], pairs[:, :, 1]
-            y = torch.stack([first + second, first - second], dim=2)
-            step *= 2
-        return (y / math.sqrt(length)).reshape(x.shape)
+        """Return ``x @ Q`` for ``x`` of shape ``[..., n]``, float64.
+
+        One factor after another, so that it takes far fewer steps than a product with ``Q``.
+        """
+        y = x.double() * self.signs.to(x.device)
+        n = self.size
+        for factor in reversed(self.factors()):
+            size = len(factor)
+            y = y.reshape(-1, n // size, size) @ factor.to(x.device)
+            # The next factor belongs to what is now the last axis; after all, the first is first.
+            y = y.transpose(1, 2).reshape(-1, n)
+        return y.reshape(x.shape)
 
     def dense(self) -> Tensor:
         """Return ``Q``, ``[n, n]``, float64."""
         return self.apply(torch.eye(self.size, dtype=torch.float64))
+
+
+@functools.cache
+def _sylvester(power: int) -> Tensor:
+    """Return the symmetric Hadamard matrix of size ``2^power``, float64."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(power):
+        matrix = torch.cat([torch.cat([matrix, matrix]), torch.cat([matrix, -matrix])], dim=1)
+    return matrix
 
 
 @functools.cache

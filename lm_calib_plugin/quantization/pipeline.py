@@ -275,6 +275,6 @@ class Quantizer(Method):
         for part in self.parts:
             if part is not self.observer and part.statistic != NONE and stats is None:
                 raise ValueError(f"{type(part).__name__} needs statistics of the inputs")
-        weight = self.rounding.prepared(weight, stats, self.setting)
+        weight = self.rounding.prepared(weight.contiguous(), stats, self.setting)
         grid = self.fit_grid(weight, stats, dtype)
         return self.rounding.round(weight, grid, stats, self.setting)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin.engine import weights_digest
-from lm_calib_plugin.engine.kv_cache import kv_bits, quantize_kv, remove_kv
+from lm_calib_plugin.engine.kv_cache import check_kv, kv_bits, quantize_kv, remove_kv
 from lm_calib_plugin.errors import UnsupportedModelError, UserError
 from tests.tiny import ARCHITECTURES, make_model, random_ids
 
@@ -175,8 +175,9 @@ def test_a_second_width_replaces_the_first() -> None:
 def test_attention_outside_the_interface_is_refused(name: str) -> None:
     model = make_model(name)
     before, implementation = logits(model), model.config._attn_implementation
-    with pytest.raises(UnsupportedModelError, match="can not be reached in (Falcon|Bloom)"):
-        quantize_kv(model, 8)
+    for refuse in (check_kv, lambda m: quantize_kv(m, 8)):
+        with pytest.raises(UnsupportedModelError, match="can not be reached in (Falcon|Bloom)"):
+            refuse(model)
     assert torch.equal(logits(model), before)
     assert model.config._attn_implementation == implementation
 
@@ -210,6 +211,19 @@ def test_digest_tells_the_width() -> None:
         quantize_kv(model, bits)
         found.add(weights_digest(model))
     assert len(found) == 3
+
+
+def test_a_check_changes_nothing() -> None:
+    model = make_model()
+    before = logits(model)
+    check_kv(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(model), before)
+    quantize_kv(model, 4)
+    rounded = logits(model)
+    check_kv(model)
+    assert kv_bits(model) == 4
+    assert torch.equal(logits(model), rounded)
 
 
 @pytest.mark.parametrize("bits", [1, 9, 0, 32])

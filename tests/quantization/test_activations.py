@@ -176,14 +176,14 @@ def test_results_do_not_outlive_their_input() -> None:
     quantizer = ActivationQuantizer(INT8)
     x = tokens(3, 8)
     quantizer(x)
-    assert quantizer._last is not None
+    assert quantizer._last
     del x
     gc.collect()
-    assert quantizer._last is None
+    assert not quantizer._last
     x = tokens(3, 8)
     quantizer(x)
-    assert copy.deepcopy(quantizer)._last is None
-    assert quantizer._last is not None
+    assert not copy.deepcopy(quantizer)._last
+    assert quantizer._last
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ class Percentile(Observer):
                 self.stage,
                 f"got q={self.q:g}",
                 "a percentage, 0 < q <= 100",
-                "for instance observer=percentile:q=99.9",
+                "for instance observer=percentile?q=99.9",
             )
 
     def limit(self, ranges: Any, spec: Any) -> float:

@@ -84,13 +84,15 @@ def swept(
 def heldout_gram(stats: LayerStats | None, argument: str, fix: str) -> Tensor:
     """Return the Gram matrix of the sequences held out, ``[in, in]``.
 
+    The identity for an expert to which none of their tokens was sent.
+
     Raises
     ------
     UserError
         When nothing was held out.
     """
     kept = None if stats is None else stats.heldout
-    if kept is None or not kept.tokens:
+    if kept is None:
         raise UserError(
             argument,
             "chooses by the error on sequences held out, and there are none",
