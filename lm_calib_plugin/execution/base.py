@@ -44,6 +44,8 @@ class PackedLinear(nn.Module):
         self.bias = bias
         # What was replaced; in a tuple, so that it is no part of the model.
         self.replaced: tuple[nn.Module, ...] = ()
+        # Whether that stored its weight as [in, out].
+        self.transposed = False
 
     @classmethod
     @abstractmethod
@@ -109,8 +111,9 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight ``[out, in]``, computed anew."""
-        return self.dense_weight()
+        """The weight as the replaced module stored it, computed anew."""
+        dense = self.dense_weight()
+        return dense.t().contiguous() if self.transposed else dense
 
     @property
     def weight_bytes(self) -> int:
@@ -145,7 +148,7 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.dense_weight()
+        destination[prefix + "weight"] = self.weight
 
 
 class _NoGradient(torch.autograd.Function):

@@ -54,7 +54,7 @@ def serving(
         if why is not None and _near(kernel, here, facts)
     }
     if not near and not able:
-        return able, f"no kernel multiplies {facts.scheme()}"
+        return able, "no kernel multiplies such numbers: they are simulated only"
     return able, "; ".join(f"{name}: {why}" for name, why in near.items())
 
 
@@ -75,6 +75,7 @@ def available(device: torch.device | str | Device, dtype: torch.dtype) -> list[s
         "scheme=FP8_static": ("fp8", 8, -1, static_fp8, None),
         "scheme=W8A8": ("int", 8, -1, Activation(), None),
         "scheme=W8A8_static": ("int", 8, -1, static8, None),
+        "scheme=W4A4": ("int", 4, -1, Activation(bits=4), None),
         "scheme=W4A8 with group_size=-1": ("int", 4, -1, Activation(), None),
         "scheme=W4A16": ("int", 4, 128, None, None),
         "pattern=2:4": (None, 16, -1, None, "2:4"),

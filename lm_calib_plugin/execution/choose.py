@@ -99,8 +99,7 @@ def unpack(model: nn.Module) -> int:
     found = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedLinear)]
     for name, packed in found:
         (module,) = packed.replaced
-        weight = packed.dense_weight()
-        module.weight.data = weight if isinstance(module, nn.Linear) else weight.t().contiguous()
+        module.weight.data = packed.weight
         _put(model, name, module)
     return len(found)
 
@@ -162,7 +161,7 @@ class _Chooser:
         tried.sort(key=lambda t: (t[1] is None, -(t[0].race.ratio if t[0].race else 0.0)))
         result, packed = tried[0]
         if packed is not None:
-            packed.replaced = (module,)
+            packed.replaced, packed.transposed = (module,), not isinstance(module, nn.Linear)
             packed.train(module.training)
             _put(self.model, layer.name, packed)
             module.weight.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
@@ -222,20 +221,19 @@ class _Chooser:
         if key not in self.races:
             weight = _weight(module)
             x = _normal(tokens, weight)
-            dense = weight.contiguous()
             bias: Tensor | None = module.bias  # type: ignore[assignment]
 
             def run(rows: Tensor) -> Tensor:
-                return nn.functional.linear(rows, dense, bias)
+                return nn.functional.linear(rows, weight, bias)
 
             self.races[key] = self.racer(run, packed, x)
         return self.races[key]
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """Return the live weight ``[out, in]``; Conv1D stores ``[in, out]``."""
+    """Return the weight ``[out, in]``, contiguous; Conv1D stores ``[in, out]``."""
     weight: Tensor = module.weight.data  # type: ignore[union-attr, assignment]
-    return weight if isinstance(module, nn.Linear) else weight.t()
+    return weight if isinstance(module, nn.Linear) else weight.t().contiguous()
 
 
 def _facts(layer: PackLayer, weight: Tensor) -> Facts:

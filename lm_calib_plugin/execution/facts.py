@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-FP8_MAX = 448.0
+from lm_calib_plugin.quantization.activations import ActivationQuantizer
+from lm_calib_plugin.quantization.numbers import FP8_MAX
+
 Capability = tuple[int, int]
 
 
@@ -34,6 +36,12 @@ class Activation:
     def __post_init__(self) -> None:
         if self.dynamic == (self.scale is not None):
             raise ValueError("a static activation has a scale, a dynamic one has none")
+
+    @classmethod
+    def of(cls, quantizer: ActivationQuantizer) -> Activation:
+        """Return what a quantizer of the simulated model does."""
+        spec, scale = quantizer.spec, quantizer.scale
+        return cls(spec.number, spec.bits, spec.dynamic, None if scale is None else float(scale))
 
     def __str__(self) -> str:
         kind = "per token" if self.dynamic else "one static scale"

@@ -44,7 +44,9 @@ class Int4WeightOnly(PackedLinear):
         packed = _pack(levels)
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale_zero", both.to(torch.bfloat16).contiguous(), persistent=False)
-        self.register_buffer("zero", zero.to(torch.int8), persistent=False)
+        whole = torch.equal(zero, zero.round())
+        kept = zero.to(torch.int8) if whole else zero
+        self.register_buffer("zero", kept, persistent=False)
         self.packed: Tensor
         self.scale_zero: Tensor
         self.zero: Tensor

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lm_calib_plugin.execution.facts import FP8_MAX, Activation
+from lm_calib_plugin.execution.facts import Activation
+from lm_calib_plugin.quantization.activations import OUTWARD
 from lm_calib_plugin.quantization.grids import Grid
+from lm_calib_plugin.quantization.numbers import FP8_MAX
+
+TINY = torch.finfo(torch.float32).smallest_normal
 
 
 class UnpackableError(ValueError):
@@ -24,7 +28,7 @@ def integer_levels(weight: Tensor, grid: Grid) -> Tensor:
         If a weight is not a level.
     """
     scale, zero, groups = _grouped(weight, grid)
-    level = (groups / scale).round_().add_(zero)
+    level = (groups / scale).add_(zero).round_()
     _check(weight, (level - zero) * scale)
     return level.reshape(weight.shape).to(torch.int32)
 
@@ -58,7 +62,7 @@ def _check(weight: Tensor, again: Tensor) -> None:
 
 
 def quantize_rows(rows: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """Quantize input rows to levels and scales.
+    """Quantize input rows to the levels and scales of ``ActivationSpec``.
 
     Parameters
     ----------
@@ -78,8 +82,7 @@ def quantize_rows(rows: Tensor, activation: Activation) -> tuple[Tensor, Tensor]
     static = static_scale(activation, rows.device)
     if activation.number == "fp8":
         return fp8_rows(rows, static)
-    bound = torch.full((), 2.0 ** (activation.bits - 1), device=rows.device)
-    return integer_rows(rows, bound, static)
+    return integer_rows(rows, 2.0 ** (activation.bits - 1), static)
 
 
 def static_scale(activation: Activation, device: torch.device) -> Tensor | None:
@@ -96,20 +99,23 @@ def fp8_rows(rows: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
     return place.to(torch.float8_e4m3fn), scale.contiguous()
 
 
-def integer_rows(rows: Tensor, bound: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
+def integer_rows(
+    rows: Tensor, bound: Tensor | float, static: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Quantize rows to integers from ``-bound`` to ``bound - 1``; int8.
 
-    ``bound`` is a float32 scalar, ``static`` a scale ``[1, 1]`` or None: one per row. Both are
-    tensors, so that the function is compiled once for all layers and not for each scale.
+    ``static`` is a scale ``[1, 1]``, or None: one per row. Where the function is compiled, both are
+    tensors, so that it is compiled once for all layers and not for each scale.
     """
     scale = _row_scale(rows, bound - 0.5) if static is None else static.expand(rows.shape[0], 1)
-    place = torch.clamp((rows.float() / scale).round(), min=-bound, max=bound - 1)
-    return place.to(torch.int8), scale.contiguous()
+    place = (rows.float() / (scale * OUTWARD)).round_()
+    return place.clamp_(min=-bound, max=bound - 1).to(torch.int8), scale.contiguous()
 
 
 def _row_scale(rows: Tensor, reach: Tensor | float) -> Tensor:
-    scale = rows.abs().amax(dim=1, keepdim=True).float() / reach
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    amax = rows.abs().amax(dim=1, keepdim=True).float()
+    scale = (amax / reach).clamp(min=TINY)
+    return torch.where(amax > 0, scale, torch.ones_like(scale))
 
 
 def simulate_rows(rows: Tensor, activation: Activation | None) -> Tensor:

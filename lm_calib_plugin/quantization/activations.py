@@ -25,7 +25,7 @@ GROUPS = {"nvfp4": NVFP4_GROUP, "mxfp4": MXFP4_GROUP}
 ANY_BITS = 8
 # The largest value of a token lies half way between two levels, where the last bit of a division
 # would decide; multiplied by this, it always goes outward, as it does in exact arithmetic.
-_OUTWARD = 1 - 2.0**-21
+OUTWARD = 1 - 2.0**-21
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class ActivationSpec:
 
     def levels(self, values: Tensor, scale: Tensor) -> Tensor:
         """Return the numbers of the integer levels nearest to ``values / scale``; float32."""
-        return (values / (scale * _OUTWARD)).round_().clamp_(self.lowest, self.highest)
+        return (values / (scale * OUTWARD)).round_().clamp_(self.lowest, self.highest)
 
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:
