@@ -28,6 +28,7 @@ class LayerResult:
     damp: float | None = None
     bias: Tensor | None = None
     fallback: str | None = None
+    details: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
 
 

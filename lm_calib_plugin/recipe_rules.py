@@ -190,6 +190,15 @@ def _check_quantization(recipe: Recipe) -> None:
             "it chooses static ranges",
             "add act_bits=8,act_dynamic=false or scheme=W8A8_static, or drop `observer`",
         )
+    observer = recipe.stages["observer"] if recipe.stages else None
+    if observer is not None and recipe.exclude_first_token and recipe.static_activations:
+        if observer.options.get("first") == "false":
+            raise UserError(
+                "observer",
+                f"got {observer.text()} beside exclude_first_token=true",
+                "the first token is left out already; the second would go, too",
+                f"observer={observer.name}",
+            )
     choosing = recipe.damp == "auto" or any(p.name == "gptq_heldout" for p in recipe.parts())
     if (choosing or recipe.bits_budget is not None) and recipe.heldout == 0:
         what = "bits" if recipe.bits_budget is not None else "damp"

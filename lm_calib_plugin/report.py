@@ -23,7 +23,8 @@ class LayerRow:
     ``borrowed`` the number of tokens by which the statistics of an expert that saw few were filled
     up with those of all experts. ``stored_bits`` are bits a weight with scales and zero points,
     ``scale_min``, ``scale_median`` and ``scale_max`` those of the grid, ``clipped`` the share of
-    weights beyond its outermost levels, ``fallback`` what was done instead of the method.
+    weights beyond its outermost levels, ``fallback`` what was done instead of the method,
+    ``details`` further numbers of the method (errors of the block, of ``autoround``).
     ``input_limit`` is the calibrated range of the input, ``input_limit_rest`` what it would have
     been without the first token of every sequence.
     """
@@ -40,6 +41,7 @@ class LayerRow:
     asked: str | float | None = None
     borrowed: int | None = None
     fallback: str | None = None
+    details: dict[str, float] = field(default_factory=dict)
     stored_bits: float | None = None
     scale_min: float | None = None
     scale_median: float | None = None

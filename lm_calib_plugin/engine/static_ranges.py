@@ -9,6 +9,7 @@ from torch import Tensor
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.layers import TargetLayer
 from lm_calib_plugin.engine.passes import BlockPass
+from lm_calib_plugin.errors import NumericalError
 from lm_calib_plugin.quantization.activations import ActivationSpec
 from lm_calib_plugin.quantization.parts import Observer
 from lm_calib_plugin.statistics import Ranges
@@ -47,7 +48,9 @@ def limits_of(
 ) -> dict[str, tuple[float, float]]:
     """Return the limit of every input, and the largest value behind the first tokens, by name."""
     made: dict[int, tuple[float, float]] = {}
-    for one in ranges.values():
+    for name, one in ranges.items():
         if id(one) not in made:
+            if not one.is_finite():
+                raise NumericalError(name, "activations", "NaN or Inf in what the layer receives")
             made[id(one)] = (observer.limit(one, spec), one.limit_without_first)
     return {name: made[id(one)] for name, one in ranges.items()}

@@ -150,6 +150,7 @@ class _Walk(BlockPass):
         if HEAD in by_block:
             self.timed("compress", lambda: self._head(by_block[HEAD][0]))
         self._tell_of_experts()
+        self._tell_of_fallbacks()
         return self.result
 
     def _without_data(self, layers: Sequence[TargetLayer]) -> None:
@@ -177,6 +178,21 @@ class _Walk(BlockPass):
         ):
             if names:
                 self.result.warnings.append(f"{len(names)} layers ({names[0]}, ...) saw {what}")
+
+    def _tell_of_fallbacks(self) -> None:
+        """Say how many layers were not treated as asked, and which ranges rest on one token."""
+        rows, warnings = self.result.rows, self.result.warnings
+        for how in sorted({row.fallback for row in rows if row.fallback}):
+            names = [row.name for row in rows if row.fallback == how]
+            warnings.append(
+                f"{len(names)} of {len(rows)} layers ({names[0]}, ...) fell back to {how}"
+            )
+        first = [r.name for r in rows if (r.input_limit or 0) > (r.input_limit_rest or 0)]
+        if first:
+            warnings.append(
+                f"{len(first)} of {len(rows)} calibrated ranges ({first[0]}, ...) come from the first "
+                "token of a sequence alone; observer=minmax?first=false leaves it out"
+            )
 
     # --- stages --------------------------------------------------------------------------
 
@@ -401,6 +417,7 @@ class _Walk(BlockPass):
             asked=self._asked(layer),
             borrowed=self.borrowed.get(layer.name),
             fallback=result.fallback,
+            details=result.details,
             **({} if grid is None else _described(grid, before, layer)),
         )
 

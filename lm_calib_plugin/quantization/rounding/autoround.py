@@ -82,7 +82,7 @@ class AutoRound(BlockRounding):
     def round_block(
         self, problem: BlockProblem, grids: Mapping[str, Grid], progress: bool = True
     ) -> dict[str, LayerResult]:
-        """Round every layer of a block; the first result tells the errors of the block."""
+        """Round every layer of a block; every result tells the errors of the block."""
         nearest = {
             name: LayerResult(grids[name].round(weight), grid=grids[name], fallback=NEAREST)
             for name, weight in problem.weights.items()
@@ -91,11 +91,10 @@ class AutoRound(BlockRounding):
         if not found:
             return nearest
         before, after = _errors(problem, nearest), _errors(problem, found)
-        note = f"block error {_told(after)} (rounded to nearest: {_told(before)})"
         if not after[0] < before[0]:
-            found, note = nearest, f"{note}; kept rounding to nearest"
-        first = next(iter(found))
-        found[first].notes = (note,)
+            found = nearest
+        for result in found.values():
+            result.details = _told("learned", after) | _told("nearest", before)
         return found
 
     def _learned(
@@ -216,6 +215,8 @@ def _errors(
         return used, float(problem.loss(weights, range(problem.heldout), heldout=True))
 
 
-def _told(errors: tuple[float, float | None]) -> str:
+def _told(which: str, errors: tuple[float, float | None]) -> dict[str, float]:
+    """Return the errors of a block, on the sequences used and held out, by name."""
     used, out = errors
-    return f"{used:.3g}" + ("" if out is None else f", held out {out:.3g}")
+    found = {f"block_error_{which}": used}
+    return found if out is None else {**found, f"block_error_{which}_heldout": out}

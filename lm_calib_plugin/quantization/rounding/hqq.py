@@ -50,6 +50,7 @@ class HQQ(Rounding):
     kappa: float = 1.01
     steps: int = 20
 
+    keeps_zeros: ClassVar[bool] = False
     permutation_safe: ClassVar[bool] = True
     rows_independent: ClassVar[bool] = True
     paper: ClassVar[str] = "https://mobiusml.github.io/hqq_blog/"
