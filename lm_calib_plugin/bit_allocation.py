@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -212,7 +212,7 @@ def _difference(found: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
     count for more than others.
     """
     total, count = 0.0, 0
-    for one, dense in zip(torch.cat(list(found)).split(4096), torch.cat(list(outputs)).split(4096)):
+    for one, dense in zip(found, outputs, strict=True):
         size = dense.double().square().sum(-1)
         total += float(((one - dense).double().square().sum(-1) / size.clamp_min(1e-30)).sum())
         count += size.numel()

@@ -41,8 +41,7 @@ class Joint(Method):
         if not self.quantization.keeps_weights and not rounding.keeps_zeros:
             raise UserError(
                 "method",
-                f"rounding={type(rounding).__name__.lower()} has no level for removed weights, or "
-                "rounds whole blocks",
+                f"rounding={type(rounding).__name__.lower()} does not leave removed weights at zero",
                 "roundings that leave zeros alone: rtn, gptq, gptq_heldout",
                 "for instance method=sparsegpt+gptq",
             )

@@ -20,7 +20,8 @@ class LayerResult:
 
     ``weight`` is ``[out, in]`` in float32. ``grid`` is the quantization grid the weight lies on,
     None after pruning. ``damp`` is the ridge used, None where there was none. ``bias`` is added to
-    the bias of the layer, ``[out]``. ``fallback`` names what was done instead of the method.
+    the bias of the layer, ``[out]``. ``fallback`` names what was done instead of the method,
+    ``details`` are numbers for the report.
     """
 
     weight: Tensor
