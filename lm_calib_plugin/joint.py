@@ -41,7 +41,7 @@ class Joint(Method):
         if not self.quantization.keeps_weights and not rounding.keeps_zeros:
             raise UserError(
                 "method",
-                f"rounding={type(rounding).__name__.lower()} does not leave removed weights at zero",
+                f"`{self.quantization.label}` does not leave removed weights at zero",
                 "roundings that leave zeros alone: rtn, gptq, gptq_heldout",
                 "for instance method=sparsegpt+gptq",
             )

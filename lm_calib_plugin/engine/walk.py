@@ -190,8 +190,8 @@ class _Walk(BlockPass):
         first = [r.name for r in rows if (r.input_limit or 0) > (r.input_limit_rest or 0)]
         if first:
             warnings.append(
-                f"{len(first)} of {len(rows)} calibrated ranges ({first[0]}, ...) come from the first "
-                "token of a sequence alone; observer=minmax?first=false leaves it out"
+                f"{len(first)} of {len(rows)} calibrated ranges ({first[0]}, ...) come from the "
+                "first token of a sequence alone; observer=minmax?first=false leaves it out"
             )
 
     # --- stages --------------------------------------------------------------------------
