@@ -41,7 +41,7 @@ class Calib(HFLM):
     is loaded. ``report`` holds the :class:`~lm_calib_plugin.report.Report`.
     """
 
-    kinds: tuple[str, ...] = ("pruning", "quantization")
+    kinds: tuple[str, ...] = ("pruning", "quantization", "joint")
 
     def __init__(self, pretrained: Any = None, **arguments: Any) -> None:
         if pretrained is None:
@@ -172,14 +172,16 @@ class Calib(HFLM):
         sequence_length(self.recipe, self._config)
 
     def _check_kind(self) -> None:
-        if self.recipe.entry.kind not in self.kinds:
-            right = [name for kind in self.kinds for name in table(kind)]  # type: ignore[arg-type]
-            pruned = self.recipe.entry.kind == "pruning"
+        kind = self.recipe.entry.kind
+        if kind not in self.kinds:
+            right = [name for own in self.kinds for name in table(own)]  # type: ignore[arg-type]
+            what = "prunes and quantizes" if kind == "joint" else f"is a {kind} method"
+            models = {"pruning": "calib_pruned", "quantization": "calib_quantized"}
             raise UserError(
                 "method",
-                f"`{self.recipe.method}` is a {self.recipe.entry.kind} method",
+                f"`{self.recipe.method}` {what}",
                 f"methods of this model class: {listed(right)}",
-                f"use --model {'calib_pruned' if pruned else 'calib_quantized'}",
+                f"use --model {models.get(kind, 'calib')}",
             )
 
     def _agree_across_ranks(self) -> None:
