@@ -107,6 +107,13 @@ def allocate_bits(
             "the output head is among the layers of bits=auto, which looks at decoder blocks only",
             fix="give the head a width of its own (overrides), or leave it out",
         )
+    if not layers:
+        raise UserError(
+            "overrides",
+            "no layer is left for bits=auto to choose a width for",
+            "patterns that leave some out",
+            "drop a pattern, or give bits as a number",
+        )
     choices = _Trials(model, blocks, chunks, device).run(layers, method, progress)
     places = choose_widths(choices, budget)
     return {c.name: WIDTHS[p] for c, p in zip(choices, places, strict=True)}

@@ -34,7 +34,7 @@ class UserError(CalibError, ValueError):
 
     def __init__(self, argument: str, given: str, allowed: str = "", fix: str = "") -> None:
         self.argument = argument
-        parts = [part.rstrip(".") for part in (given, allowed, fix) if part]
+        parts = [part.rstrip(".").rstrip("; ") for part in (given, allowed, fix) if part]
         text = f"{argument}: " + "; ".join(parts)
         super().__init__(text if text.endswith("?") else text + ".")
 

@@ -120,6 +120,11 @@ class Joint(Method):
         return self.quantization.observer
 
     @property
+    def kv_bits(self) -> int | None:
+        """Width of cached keys and values."""
+        return self.quantization.kv_bits
+
+    @property
     def keeps_weights(self) -> bool:
         """Whether no weight is changed."""
         return self.pruning.does_nothing and self.quantization.keeps_weights

@@ -22,12 +22,23 @@ from lm_calib_plugin.expression import (
     parse_calibration,
     plain_form,
 )
-from lm_calib_plugin.recipe_rules import DENSE_BITS, check_together
+from lm_calib_plugin.recipe_rules import check_together
 from lm_calib_plugin.resolved import Facts, ResolvedRecipe
 from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
 from lm_calib_plugin.schemes import SCHEMES, scheme_name
 from lm_calib_plugin.stages import DEFAULTS, STAGES, Stage, parse_stage
-from lm_calib_plugin.values import flag, number, patterns, plain_value, whole
+from lm_calib_plugin.values import (
+    BITS,
+    DENSE_BITS,
+    flag,
+    group_size,
+    number,
+    overrides,
+    patterns,
+    plain_value,
+    whole,
+    width,
+)
 
 SCHEMA_VERSION = 1
 DEFAULT_CALIBRATION = "self"
@@ -47,11 +58,8 @@ UNSTRUCTURED = "unstructured"
 ALL_FOLDS = "all"
 RANDOM_SELECTION = "random"
 FOLDS = (ALL_FOLDS, "choose", "validate", "judge")
-BITS = (2, 3, 4, 5, 6, 7, 8, DENSE_BITS)
 AUTO = "auto"
 EXECUTIONS = ("simulated", "packed")
-# What a pattern of `overrides` may set for the layers that it names.
-OVERRIDES = ("bits", "group_size", "symmetric")
 
 
 class Recipe(BaseModel):
@@ -321,55 +329,38 @@ class Recipe(BaseModel):
     @field_validator("bits", mode="before")
     @classmethod
     def _check_bits(cls, value: Any) -> int | str:
-        if isinstance(value, str) and value.strip().startswith(AUTO):
-            _, _, budget = value.strip().partition(":")
-            found = number("bits", budget or "none", "auto:B with B bits a weight, scales counted")
-            if not min(BITS) <= found <= max(BITS):
-                raise UserError(
-                    "bits", f"got {value}", "auto:B with 2 <= B <= 16", "bits=auto:3.25"
-                )
-            return f"{AUTO}:{found:g}"
-        return _width("bits", value, "no quantization at all")
+        head, _, budget = str(value).partition(":")
+        if head.strip().lower() != AUTO:
+            return width("bits", value)
+        try:
+            found = number("bits", budget)
+        except UserError:
+            found = 0
+        if not min(BITS) <= found <= max(BITS):
+            raise UserError(
+                "bits",
+                f"got {value}",
+                "auto:B with 2 <= B <= 16 bits a weight on average, scales and zero points counted",
+                "for instance bits=auto:3.25",
+            )
+        return f"{AUTO}:{found!r}".removesuffix(".0")
 
     @field_validator("act_bits", "kv_bits", mode="before")
     @classmethod
     def _check_widths(cls, value: Any, info: Any) -> int:
-        return _width(info.field_name, value, "values as they are")
+        if str(value).strip().lower() == NO_DATA:
+            return DENSE_BITS
+        return width(info.field_name, value, "values as they are")
 
     @field_validator("overrides", mode="before")
     @classmethod
     def _check_overrides(cls, value: Any) -> dict[str, dict[str, Any]]:
-        example = 'for instance overrides: {"*down_proj": {bits: 4}}'
-        if not isinstance(value, Mapping) or not value:
-            raise UserError("overrides", f"got {value!r}", "name patterns with options", example)
-        read = {"bits": cls._check_override_bits, "group_size": cls._check_group_size}
-        found: dict[str, dict[str, Any]] = {}
-        for pattern, options in value.items():
-            if not isinstance(options, Mapping) or not options:
-                raise UserError("overrides", f"got {options!r} for {pattern!r}", fix=example)
-            for name in options:
-                if name not in OVERRIDES:
-                    raise UserError(
-                        "overrides",
-                        f"got `{name}` for {pattern!r}; " + nearest(str(name), OVERRIDES),
-                        f"options of a pattern: {listed(OVERRIDES)}",
-                        example,
-                    )
-            plain = {k: read.get(k, lambda v: flag("overrides", v))(v) for k, v in options.items()}
-            found[patterns("overrides", [pattern])[0]] = plain
-        return found
-
-    @staticmethod
-    def _check_override_bits(value: Any) -> int:
-        return _width("overrides", value, "no quantization at all")
+        return overrides(value)
 
     @field_validator("group_size", mode="before")
     @classmethod
     def _check_group_size(cls, value: Any) -> int:
-        found = whole("group_size", value)
-        if found != -1 and found < 1:
-            raise UserError("group_size", f"got {found}", "a positive number of inputs, or -1")
-        return found
+        return group_size("group_size", value)
 
     @field_validator(
         "symmetric",
@@ -389,11 +380,11 @@ class Recipe(BaseModel):
     @field_validator("damp", mode="before")
     @classmethod
     def _check_damp(cls, value: Any) -> float | str:
-        if value == AUTO:
+        if str(value).strip().lower() == AUTO:
             return AUTO
         found = number("damp", value, "a ridge >= 0, usually 0.01, or auto")
         if found < 0:
-            raise UserError("damp", f"got {found:g}", "a ridge >= 0, usually 0.01")
+            raise UserError("damp", f"got {found:g}", "a ridge >= 0, usually 0.01, or auto")
         return found
 
     @field_validator("correction", mode="before")
@@ -671,7 +662,7 @@ def read_arguments(arguments: Mapping[str, Any]) -> tuple[Recipe, Runtime]:
 
     given = {name: plain_value(value) for name, value in arguments.items()}
     # The harness turns the text `none` into None before we see it.
-    for name in ("calibration", "refine", "update", "transform"):
+    for name in ("calibration", "refine", "update", *registry.QUANTIZATION_STAGES):
         if name in arguments and arguments[name] is None:
             given[name] = NO_DATA
     merged, places = merge_recipe_file(given)
@@ -702,13 +693,6 @@ def check_purpose(recipe: Recipe, given: bool) -> None:
             f"mixtures do: {listed(registry.table('mixture'))}",
             "drop --for",
         )
-
-
-def _width(argument: str, value: Any, dense: str) -> int:
-    found = whole(argument, value)
-    if found not in BITS:
-        raise UserError(argument, f"got {found}", f"allowed: 2-8 bits, or 16 for {dense}")
-    return found
 
 
 def unknown_argument(name: str, known: Any) -> UserError:

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.schemes import SCHEMES
-from lm_calib_plugin.stages import MINMAX, parse_stage
+from lm_calib_plugin.stages import MINMAX, STAGES, parse_stage
+from lm_calib_plugin.values import DENSE_BITS, flag
 
 if TYPE_CHECKING:
     from lm_calib_plugin.recipe import Recipe
-
-DENSE_BITS = 16
 
 
 def check_together(recipe: Recipe, of_methods: tuple[str, ...]) -> None:
@@ -33,16 +32,22 @@ def check_together(recipe: Recipe, of_methods: tuple[str, ...]) -> None:
     options = recipe.options
     for name in of_methods:
         if getattr(recipe, name) is not None and name not in options:
+            given = [f"{s}={recipe.stages[s].name}" for s in recipe.stages if getattr(recipe, s)]
+            of_stages = f" with {listed(given)}" if name in recipe.entry.options and given else ""
             raise UserError(
                 name,
-                f"`{name}` is not an option of method `{recipe.method}`",
+                f"`{name}` is not an option of method `{recipe.method}`{of_stages}",
                 f"its options: {listed(options)}",
                 f"drop `{name}`",
             )
     if recipe.entry.kind != "quantization":
         _check_pruning(recipe)
+        _check_ridge(recipe)
     if recipe.entry.kind != "pruning":
-        _check_quantization(recipe)
+        _check_scheme(recipe)
+        _check_activations(recipe)
+        _check_choosing(recipe)
+    _check_overrides(recipe)
     _check_execution(recipe)
     _check_scope(recipe)
     _check_selection(recipe)
@@ -64,12 +69,9 @@ def _check_packing(recipe: Recipe) -> None:
 
 def _check_data(recipe: Recipe) -> None:
     if recipe.needs_data and recipe.calibration == ():
-        what = f"`{recipe.method}`"
-        if not any(part.needs_data for part in recipe.parts()):
-            what = f"bits={recipe.bits}"
         raise UserError(
             "calibration",
-            f"{what} needs calibration data, got none",
+            f"{_user_of_data(recipe)} needs calibration data, got none",
             f"methods without data: {listed(data_free())}",
             "drop `calibration=none`, or name a source such as calibration=self",
         )
@@ -80,6 +82,19 @@ def _check_data(recipe: Recipe) -> None:
             "propagate=compressed",
             "drop one of the two",
         )
+
+
+def _user_of_data(recipe: Recipe) -> str:
+    """Return what looks at calibration data, as it is typed."""
+    users = [row for row in recipe.parts() if row.needs_data]
+    fields = {kind: name for name, kind in STAGES.items()}
+    for row in users:
+        name = fields[row.kind]  # type: ignore[index]
+        if name == "observer":
+            return f"scheme={recipe.scheme}" if recipe.scheme else "act_dynamic=false"
+        if getattr(recipe, name):
+            return f"{name}={row.name}"
+    return f"`{recipe.method}`" if users or not recipe.bits_budget else f"bits={recipe.bits}"
 
 
 def data_free() -> list[str]:
@@ -173,53 +188,106 @@ def _check_pruning(recipe: Recipe) -> None:
             )
 
 
-def _check_quantization(recipe: Recipe) -> None:
-    _check_scheme(recipe)
-    quantized = recipe.act_bits_in_force is not None
-    if recipe.act_dynamic is not None and not quantized:
+def _check_ridge(recipe: Recipe) -> None:
+    of_pruning = [row for row in recipe.parts() if row.kind in registry.PRUNING_STAGES.values()]
+    if recipe.damp == "auto" and any(row.uses_damp for row in of_pruning):
+        raise UserError(
+            "damp",
+            f"got auto with method `{recipe.method}`",
+            "pruning takes a number; the search is for quantization alone",
+            "for instance damp=0.01",
+        )
+
+
+def _check_activations(recipe: Recipe) -> None:
+    if recipe.act_dynamic is not None and recipe.act_bits_in_force is None:
         raise UserError(
             "act_dynamic",
             "given, but no activation is quantized",
             "beside act_bits, or a scheme that quantizes activations",
             "add act_bits=8, or drop `act_dynamic`",
         )
-    if recipe.observer is not None and not recipe.static_activations:
+    if recipe.observer is None:
+        return
+    if not recipe.static_activations:
         raise UserError(
             "observer",
             "given, but no range of an activation is calibrated",
             "it chooses static ranges",
             "add act_bits=8,act_dynamic=false or scheme=W8A8_static, or drop `observer`",
         )
-    observer = recipe.stages["observer"] if recipe.stages else None
-    if observer is not None and recipe.exclude_first_token and recipe.static_activations:
-        if observer.options.get("first") == "false":
+    observer = recipe.stages["observer"]
+    first = flag("observer=first", observer.options.get("first", True))
+    if recipe.exclude_first_token and not first:
+        raise UserError(
+            "observer",
+            f"got {observer.text()} beside exclude_first_token=true",
+            "the first token is left out already; the second would go, too",
+            f"observer={observer.name}",
+        )
+
+
+def _check_choosing(recipe: Recipe) -> None:
+    """Refuse to choose by sequences held out where that is not possible."""
+    rounding = recipe.stages["rounding"].name if recipe.stages else None
+    choosers = []
+    if recipe.bits_budget is not None:
+        choosers.append(f"bits={recipe.bits}")
+        if recipe.entry.kind == "joint" or not recipe.stages:
             raise UserError(
-                "observer",
-                f"got {observer.text()} beside exclude_first_token=true",
-                "the first token is left out already; the second would go, too",
-                f"observer={observer.name}",
+                "bits",
+                f"got {recipe.bits} with method `{recipe.method}`",
+                "widths are chosen for the quantization methods of `lm-calib ls methods` alone",
+                'for instance bits=4, with overrides: {"*down_proj": {"bits": 5}}',
             )
-    choosing = recipe.damp == "auto" or any(p.name == "gptq_heldout" for p in recipe.parts())
-    if (choosing or recipe.bits_budget is not None) and recipe.heldout == 0:
-        what = "bits" if recipe.bits_budget is not None else "damp"
+    if recipe.damp == "auto":
+        choosers.append("damp=auto")
+    if rounding == "gptq_heldout":
+        given = recipe.rounding is not None
+        choosers.append(f"rounding={rounding}" if given else f"`{recipe.method}`")
+    if choosers and recipe.heldout == 0:
         raise UserError(
             "heldout",
-            f"got 0, but `{what if recipe.damp == 'auto' or what == 'bits' else recipe.method}` "
-            "chooses by the error on sequences held out",
+            f"got 0, but {choosers[0]} chooses by the error on sequences held out",
             "a fraction of the sequences above 0",
             "for instance heldout=0.1",
         )
 
 
-def _check_execution(recipe: Recipe) -> None:
-    kind = recipe.entry.kind
-    if recipe.overrides and kind == "pruning":
+def _check_overrides(recipe: Recipe) -> None:
+    if recipe.overrides is None:
+        return
+    if recipe.entry.kind == "pruning":
         raise UserError(
             "overrides",
             f"method `{recipe.method}` has no bits to override",
             "quantization methods; allocation=list gives every block a fraction of its own",
             "drop `overrides`",
         )
+    scheme = SCHEMES[recipe.scheme] if recipe.scheme else None
+    for pattern, own in recipe.overrides.items():
+        for name, value in own.items():
+            if name not in recipe.options:
+                raise UserError(
+                    "overrides",
+                    f"`{name}` is not an option of method `{recipe.method}`",
+                    f"its options: {listed(recipe.options)}",
+                    f"drop `{name}` for {pattern!r}",
+                )
+            if scheme is None or scheme.number == "int" or value == getattr(scheme, name):
+                continue
+            if (name, value) == ("bits", DENSE_BITS) or (name == "group_size" and not scheme.fixed):
+                continue
+            raise UserError(
+                "overrides",
+                f"got {name}={str(value).lower()} for {pattern!r} with scheme={recipe.scheme}",
+                f"the format itself fixes `{name}`; bits=16 leaves the layers as they are",
+                f'for instance overrides: {{"{pattern}": {{"bits": 16}}}}',
+            )
+
+
+def _check_execution(recipe: Recipe) -> None:
+    kind = recipe.entry.kind
     if recipe.execution == "packed" and kind == "pruning" and recipe.kept != (2, 4):
         raise UserError(
             "execution",

@@ -206,6 +206,10 @@ class JointEntry(Entry):
 
 def _joint(text: str) -> JointEntry:
     names = [name.strip() for name in text.split("+")]
+    if not all(names):
+        raise UserError(
+            "method", f"got {text!r}", "PRUNING+QUANTIZATION", "for instance method=sparsegpt+gptq"
+        )
     rows = [find_method(name) for name in names]
     kinds = [row.kind for row in rows]
     if kinds != ["pruning", "quantization"] or not all(row.stages for row in rows):

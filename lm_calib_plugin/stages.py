@@ -56,7 +56,7 @@ def parse_stage(argument: str, value: Any) -> Stage:
                 f"`{option}` is not an option of `{stage.name}`; " + nearest(option, entry.options),
                 f"its options: {listed(entry.options) or 'none'}",
                 f"for instance {argument}={stage.name}"
-                + (f"?{entry.options[0]}=..." if entry.options else ""),
+                + (f"?{entry.options[0]}=VALUE" if entry.options else ""),
             )
     return stage
 

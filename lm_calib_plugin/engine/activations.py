@@ -29,7 +29,7 @@ def check_activations(layers: Sequence[TargetLayer], spec: ActivationSpec | None
     for layer in layers:
         if layer.expert is not None:
             raise UnsupportedModelError(
-                "activations",
+                "act_bits",
                 f"{layer.name} is part of {type(layer.module).__name__}, which multiplies the "
                 "weights of all experts itself",
                 "the inputs of linear layers can be quantized",
@@ -38,7 +38,7 @@ def check_activations(layers: Sequence[TargetLayer], spec: ActivationSpec | None
         reachable = isinstance(layer.module, (nn.Linear, Conv1D))
         if not reachable or isinstance(layer.module, NonDynamicallyQuantizableLinear):
             raise UnsupportedModelError(
-                "activations",
+                "act_bits",
                 f"the input of {layer.name} ({type(layer.module).__name__}) can not be reached",
                 "linear layers that the model calls",
                 f"leave it as it is with ignore={layer.name}",

@@ -103,7 +103,7 @@ class ActivationSpec:
         size = GROUPS.get(self.number, 1)
         if width % size:
             raise UserError(
-                "activations",
+                "scheme",
                 f"{self.number} shares scales among {size} channels, and layer {name} has {width} "
                 "inputs",
                 f"widths that are multiples of {size}",

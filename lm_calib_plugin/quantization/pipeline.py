@@ -182,7 +182,7 @@ class Quantizer(Method):
             plain["damp"] = AUTO if self.damp is None else self.damp
         if any(getattr(part, "uses_order", False) for part in self.parts):
             plain |= {"act_order": self.act_order, "compat": self.compat}
-        if self.correction:
+        if self.correction and not self.keeps_weights:
             plain["correction"] = self.correction
         working = {part.stage: part for part in self.parts}
         return plain | {k: part_text(k, v) for k, v in working.items()}
@@ -229,9 +229,9 @@ class Quantizer(Method):
     def check_layer(self, name: str, shape: tuple[int, int]) -> None:
         """Refuse a layer whose width does not hold whole groups."""
         width = shape[1]
-        if self.activations is not None:
-            self.activations.check_width(name, width)
         if self.keeps_weights or self.group_size == -1 or width % self.group_size == 0:
+            if self.activations is not None:
+                self.activations.check_width(name, width)
             return
         fitting = [g for g in (256, 128, 96, 64, 48, 32, 16, 8) if width % g == 0]
         if self.scheme and SCHEMES[self.scheme].fixed:
