@@ -158,7 +158,8 @@ def compress(
         if recipe.execution == "packed":
             _run_packed(model, layers, recipe, runtime, done)
     held = len(engine.heldout_indices(calibration.nsamples, recipe.heldout)) if calibration else 0
-    resolved = _resolve(recipe, done, dense_digest, calibration, held)
+    in_force = _in_force(method, treated, recipe)
+    resolved = _resolve(recipe, done, in_force, dense_digest, calibration, held)
     report = Report(
         key=resolved.key(),
         recipe=resolved.to_metadata() | _counted(calibration, given),
@@ -493,9 +494,20 @@ def _chunks(
     )
 
 
+def _in_force(method: Method, treated: dict[str, Method], recipe: Recipe) -> dict[str, Any]:
+    """Return what the key says of layers with options of their own that differ from the others'.
+
+    Patterns may overlap, so their order matters, and they may say what holds anyway: layers tell.
+    """
+    everywhere = None if recipe.bits_budget is not None else method.identity()
+    own = {name: [m.revision, m.identity()] for name, m in treated.items()}
+    return {name: found for name, found in own.items() if found[1] != everywhere}
+
+
 def _resolve(
     recipe: Recipe,
     done: _Done,
+    in_force: dict[str, Any],
     dense_digest: str,
     calibration: CalibrationSet | None,
     held: int,
@@ -505,14 +517,13 @@ def _resolve(
     own: dict[str, Any] = {}
     if recipe.bits_budget is not None:
         own["bits"] = recipe.bits
-    if recipe.overrides:
-        own["overrides"] = recipe.overrides
+    named = {"overrides": recipe.overrides} if recipe.overrides else {}
     facts = Facts(
         model=dense_digest,
         layers=storage.digest(done.names),
         revision=done.method.revision,
-        options=done.method.options() | own,
-        identity=done.method.identity() | own,
+        options=done.method.options() | own | named,
+        identity=done.method.identity() | own | ({"overrides": in_force} if in_force else {}),
         # Where a block sees what dense blocks give, there is nothing to correct.
         inert=done.method.inert + (("correction",) if recipe.propagate == "dense" else ()),
         unchanged=done.unchanged,

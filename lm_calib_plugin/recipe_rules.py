@@ -13,6 +13,8 @@ from lm_calib_plugin.values import DENSE_BITS, flag
 if TYPE_CHECKING:
     from lm_calib_plugin.recipe import Recipe
 
+STATIC = "_static"
+
 
 def check_together(recipe: Recipe, of_methods: tuple[str, ...]) -> None:
     """Refuse fields that do not go with each other.
@@ -223,7 +225,7 @@ def _check_activations(recipe: Recipe) -> None:
             "observer",
             f"got {observer.text()} beside exclude_first_token=true",
             "the first token is left out already; the second would go, too",
-            f"observer={observer.name}",
+            f"use observer={observer.name}",
         )
 
 
@@ -291,7 +293,7 @@ def _check_execution(recipe: Recipe) -> None:
     if recipe.execution == "packed" and kind == "pruning" and recipe.kept != (2, 4):
         raise UserError(
             "execution",
-            f"packed with method `{recipe.method}`"
+            f"got packed with method `{recipe.method}`"
             + (f" and pattern={recipe.pattern}" if recipe.pattern else ""),
             "hardware works with quantized numbers, and with weights pruned 2:4",
             "drop `execution`, or add pattern=2:4",
@@ -313,12 +315,16 @@ def _check_scheme(recipe: Recipe) -> None:
         given = getattr(recipe, option)
         if given is None or given == own:
             continue
-        shown = str(own).lower()
+        instead = ""
+        if option == "act_dynamic" and _twin(name) in SCHEMES:
+            instead = f", or use scheme={_twin(name)}"
+        elif scheme.number == "int":
+            instead = f", or replace scheme={name} by bits, group_size and act_bits"
         raise UserError(
             option,
-            f"got {str(given).lower()}, but scheme={name} has {option}={shown}",
+            f"got {str(given).lower()}, but scheme={name} has {option}={str(own).lower()}",
             "options beside a scheme only fill in what it leaves open",
-            f"drop `{option}`, or replace scheme={name} by bits, group_size and act_bits",
+            f"drop `{option}`{instead}",
         )
     if scheme.number != "int" and recipe.grid not in (None, MINMAX) and scheme.fixed:
         raise UserError(
@@ -327,3 +333,8 @@ def _check_scheme(recipe: Recipe) -> None:
             "the format itself fixes the scales: grid=minmax",
             "drop `grid`",
         )
+
+
+def _twin(scheme: str) -> str:
+    """Return the name with calibrated ranges in place of a range a token, and the reverse."""
+    return scheme.removesuffix(STATIC) if scheme.endswith(STATIC) else scheme + STATIC

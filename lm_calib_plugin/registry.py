@@ -212,6 +212,13 @@ def _joint(text: str) -> JointEntry:
         )
     rows = [find_method(name) for name in names]
     kinds = [row.kind for row in rows]
+    if kinds == ["quantization", "pruning"] and all(row.stages for row in rows):
+        raise UserError(
+            "method",
+            f"got {text!r}: {listed(f'{r.name} ({r.kind})' for r in rows)}",
+            "PRUNING+QUANTIZATION",
+            f"did you mean {names[1]}+{names[0]}?",
+        )
     if kinds != ["pruning", "quantization"] or not all(row.stages for row in rows):
         raise UserError(
             "method",

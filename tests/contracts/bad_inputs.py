@@ -119,6 +119,69 @@ def layer(shape: tuple[int, int], **given: Any) -> Callable[[], Any]:
     return do
 
 
+def compressed(architecture: str, **given: Any) -> Callable[[], Any]:
+    """Compress a tiny model, with 3 sequences where the method uses data."""
+
+    def do() -> Any:
+        from lm_calib_plugin.calibration import CalibrationSet
+        from lm_calib_plugin.compression import compress
+        from tests.tiny import make_model
+
+        made = Recipe(**{"group_size": 16, **given})
+        data = CalibrationSet.of([[5, 6, 7, 8] * 2] * 3, seqlen=8) if made.terms else None
+        compress(make_model(architecture), None, made, Runtime(progress=False), data)
+
+    return do
+
+
+def unmapped(**given: Any) -> Callable[[], Any]:
+    """Compress a tiny model of an architecture that no transform knows."""
+
+    def do() -> Any:
+        import transformers
+
+        from lm_calib_plugin.compression import compress
+
+        size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 97}
+        config = transformers.StableLmConfig(**size, **heads)
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        compress(model, None, Recipe(**{"group_size": 16, **given}), Runtime(progress=False))
+
+    return do
+
+
+def loaded_as(model_class: str, **given: Any) -> Callable[[], Any]:
+    """Ask a model of the harness; the kind of method is looked at before anything is loaded."""
+
+    def do() -> Any:
+        from lm_calib_plugin.harness import models
+
+        getattr(models, model_class)(pretrained="nowhere", **given)
+
+    return do
+
+
+def packed(number: str, bits: int, group_size: int, name: str) -> Callable[[], Any]:
+    """Ask for kernels, inputs in the same numbers, on a CPU whatever this machine has."""
+
+    def do() -> Any:
+        from lm_calib_plugin.execution import Activation, check_execution
+        from lm_calib_plugin.execution.facts import Device
+
+        inputs, device = Activation(number, bits), Device("cpu", None, vnni=True)
+        check_execution(number, bits, group_size, activation=inputs, device=device, name=name)
+
+    return do
+
+
+def observed_by_hand() -> Any:
+    """Static ranges of a number that has none, as code may ask for them."""
+    from lm_calib_plugin.quantization.activations import ActivationSpec
+
+    ActivationSpec("mxfp4", 4, dynamic=False)
+
+
 CASES = [
     # --- names
     Case(
@@ -141,7 +204,7 @@ CASES = [
             "installed: magnitude, wanda, ria, sparsegpt, ",
         ),
     ),
-    Case("method_far_off", recipe(method="awq"), "method", ("no method `awq`", "installed: ")),
+    Case("method_far_off", recipe(method="exl2"), "method", ("no method `exl2`", "installed: ")),
     Case(
         "option_of_another_method",
         wanda(bits=4),
@@ -278,8 +341,8 @@ CASES = [
     # --- strength of quantization
     Case("bits_one", gptq(bits=1), "bits", ("got 1", "2-8", "16")),
     Case("bits_nine", gptq(bits=9), "bits", ("got 9", "2-8")),
-    Case("bits_fraction", gptq(bits=1.58), "bits", ("1.58", "whole number")),
-    Case("bits_boolean", gptq(bits=True), "bits", ("True", "number")),
+    Case("bits_fraction", gptq(bits=1.58), "bits", ("got 1.58", "2-8 bits")),
+    Case("bits_boolean", gptq(bits=True), "bits", ("got True", "2-8 bits")),
     Case("group_size_zero", gptq(group_size=0), "group_size", ("got 0", "-1")),
     Case(
         "group_size_on_a_layer",
@@ -294,6 +357,471 @@ CASES = [
         ("128 does not divide the 50 inputs", "group_size=-1"),
     ),
     Case("damp_negative", gptq(damp=-1), "damp", ("got -1", ">= 0", "0.01")),
+    Case("damp_text", gptq(damp="lots"), "damp", ("'lots'", ">= 0", "auto")),
+    Case("bits_zero", gptq(bits=0), "bits", ("got 0", "2-8", "16")),
+    Case("bits_text", gptq(bits="four"), "bits", ("'four'", "2-8", "16")),
+    # --- a width for every layer
+    Case(
+        "bits_auto_alone",
+        gptq(bits="auto"),
+        "bits",
+        ("got auto", "2 <= B <= 16", "scales and zero points counted", "bits=auto:3.25"),
+    ),
+    Case("bits_auto_too_small", gptq(bits="auto:1.5"), "bits", ("auto:1.5", "2 <= B", "auto:3.25")),
+    Case("bits_auto_text", gptq(bits="auto:few"), "bits", ("auto:few", "2 <= B", "auto:3.25")),
+    Case(
+        "bits_auto_below_what_is_possible",
+        compressed("llama", method="gptq", bits="auto:3", group_size=8, heldout=0.5),
+        "bits",
+        ("got auto:3", "2 bits in every layer need 6 bits", "B >= 6", "bits=auto:6.25"),
+    ),
+    Case(
+        "bits_auto_without_data",
+        recipe(method="rtn", bits="auto:4", calibration="none"),
+        "calibration",
+        ("bits=auto:4 needs calibration data", "calibration=self"),
+    ),
+    Case(
+        "bits_auto_nothing_held_out",
+        gptq(bits="auto:4", heldout=0),
+        "heldout",
+        ("got 0, but bits=auto:4 chooses", "above 0", "heldout=0.1"),
+    ),
+    Case(
+        "bits_auto_of_a_joint_method",
+        recipe(method="wanda+gptq", sparsity=0.5, bits="auto:4"),
+        "bits",
+        ("got auto:4 with method `wanda+gptq`", "quantization methods", "bits=4"),
+    ),
+    Case(
+        "bits_auto_with_every_layer_named",
+        compressed("llama", method="rtn", bits="auto:6", heldout=0.5, overrides={"*": {"bits": 8}}),
+        "overrides",
+        ("no layer is left for bits=auto", "drop a pattern"),
+    ),
+    # --- schemes
+    Case(
+        "scheme_typo",
+        gptq(scheme="W4A17"),
+        "scheme",
+        ("'W4A17'", "did you mean `W4A16`?", "NVFP4", "bits, group_size, act_bits"),
+    ),
+    Case(
+        "scheme_against_bits",
+        gptq(scheme="W4A16", bits=3),
+        "bits",
+        ("got 3, but scheme=W4A16 has bits=4", "drop `bits`", "replace scheme=W4A16"),
+    ),
+    Case(
+        "scheme_against_bits_auto",
+        gptq(scheme="W4A16", bits="auto:3.25"),
+        "bits",
+        ("got auto:3.25, but scheme=W4A16 has bits=4", "drop `bits`"),
+    ),
+    Case(
+        "scheme_against_act_bits",
+        gptq(scheme="W4A16", act_bits=8),
+        "act_bits",
+        ("got 8, but scheme=W4A16 has act_bits=16", "drop `act_bits`"),
+    ),
+    Case(
+        "scheme_against_act_dynamic",
+        gptq(scheme="W8A8", act_dynamic=False),
+        "act_dynamic",
+        ("got false, but scheme=W8A8 has act_dynamic=true", "use scheme=W8A8_static"),
+    ),
+    Case(
+        "scheme_against_group_size",
+        gptq(scheme="NVFP4", group_size=32),
+        "group_size",
+        ("got 32, but scheme=NVFP4 has group_size=16", "drop `group_size`"),
+    ),
+    Case(
+        "scheme_against_symmetric",
+        gptq(scheme="FP8", symmetric=False),
+        "symmetric",
+        ("got false, but scheme=FP8 has symmetric=true", "drop `symmetric`"),
+    ),
+    Case(
+        "scheme_against_grid",
+        gptq(scheme="NVFP4", grid="mse"),
+        "grid",
+        ("got mse with scheme=NVFP4", "fixes the scales", "drop `grid`"),
+    ),
+    Case(
+        "scheme_nvfp4_on_a_layer",
+        layer((64, 172), method="rtn", scheme="NVFP4"),
+        "scheme",
+        ("NVFP4 has groups of 16", "172 inputs of layer model.layers.0.mlp.down_proj", "ignore="),
+    ),
+    Case(
+        "scheme_mxfp4_on_a_layer",
+        layer((64, 48), method="rtn", scheme="MXFP4"),
+        "scheme",
+        ("MXFP4 has groups of 32", "48 inputs of layer", "multiples of 32", "ignore=down_proj"),
+    ),
+    Case(
+        "scheme_static_mxfp4",
+        recipe(method="rtn", scheme="MXFP4", act_dynamic=False),
+        "act_dynamic",
+        ("got false, but scheme=MXFP4 has act_dynamic=true",),
+    ),
+    Case(
+        "static_mxfp4_by_hand",
+        observed_by_hand,
+        "act_dynamic",
+        ("got false for mxfp4", "from the values of a block", "act_dynamic=true"),
+    ),
+    Case(
+        "scheme_static_without_data",
+        recipe(method="rtn", scheme="W8A8_static", calibration="none"),
+        "calibration",
+        ("scheme=W8A8_static needs calibration data", "calibration=self"),
+    ),
+    # --- activations and cached values
+    Case("act_bits_one", gptq(act_bits=1), "act_bits", ("got 1", "2-8 bits", "16")),
+    Case("act_bits_32", gptq(act_bits=32), "act_bits", ("got 32", "2-8 bits", "16")),
+    Case("kv_bits_nine", gptq(kv_bits=9), "kv_bits", ("got 9", "2-8 bits", "16")),
+    Case(
+        "act_bits_of_a_pruning_method",
+        wanda(act_bits=8),
+        "act_bits",
+        ("not an option of method `wanda`", "drop `act_bits`"),
+    ),
+    Case(
+        "act_bits_of_fused_experts",
+        compressed("mixtral", method="rtn", act_bits=8),
+        "act_bits",
+        ("experts.0.gate_up_proj is part of MixtralExperts", "ignore=*experts*"),
+    ),
+    Case(
+        "act_dynamic_without_act_bits",
+        gptq(act_dynamic=False),
+        "act_dynamic",
+        ("no activation is quantized", "add act_bits=8", "drop `act_dynamic`"),
+    ),
+    Case(
+        "act_dynamic_text",
+        gptq(act_bits=8, act_dynamic="often"),
+        "act_dynamic",
+        ("'often'", "true or false"),
+    ),
+    Case(
+        "observer_of_dynamic_activations",
+        gptq(scheme="W8A8", observer="mse"),
+        "observer",
+        ("no range of an activation is calibrated", "act_dynamic=false", "W8A8_static"),
+    ),
+    Case(
+        "observer_typo",
+        gptq(scheme="W8A8_static", observer="precentile"),
+        "observer",
+        ("no observer part `precentile`", "did you mean `percentile`?", "minmax, percentile, mse"),
+    ),
+    Case(
+        "observer_percentage",
+        made(method="rtn", scheme="W8A8_static", observer="percentile?q=101"),
+        "observer",
+        ("got q=101", "0 < q <= 100", "percentile?q=99.9"),
+    ),
+    Case(
+        "observer_without_first_tokens_twice",
+        gptq(scheme="W8A8_static", observer="minmax?first=no", exclude_first_token=True),
+        "observer",
+        ("minmax?first=no beside exclude_first_token=true", "left out already", "observer=minmax"),
+    ),
+    Case(
+        "kv_bits_of_falcon",
+        compressed("falcon", method="rtn", kv_bits=4),
+        "kv_bits",
+        ("can not be reached in FalconDecoderLayer", "attention interface", "leave kv_bits out"),
+    ),
+    Case(
+        "kv_bits_of_bloom",
+        compressed("bloom", method="rtn", kv_bits=4),
+        "kv_bits",
+        ("can not be reached in BloomBlock", "leave kv_bits out"),
+    ),
+    # --- transforms
+    Case(
+        "transform_typo",
+        gptq(transform="rotaton"),
+        "transform",
+        ("no transform part `rotaton`", "did you mean `rotation`?", "awq, smoothquant, rotation"),
+    ),
+    Case(
+        "rotation_option_typo",
+        gptq(transform="rotation?sed=1"),
+        "transform",
+        ("`sed` is not an option of `rotation`", "did you mean `seed`?", "seed, r2"),
+    ),
+    Case(
+        "rotation_flag_text",
+        made(method="rtn", transform="rotation?r2=maybe"),
+        "transform=r2",
+        ("'maybe'", "true or false"),
+    ),
+    Case(
+        "rotation_seed_negative",
+        made(method="rtn", transform="rotation?seed=-1"),
+        "transform",
+        ("got seed=-1", "seed >= 0"),
+    ),
+    Case(
+        "rotation_of_gpt2",
+        compressed("gpt2", method="rotation"),
+        "transform",
+        (
+            "GPT2LMHeadModel (gpt2) can not be rotated",
+            "llama",
+            "transform=awq, smoothquant or none",
+        ),
+    ),
+    Case(
+        "awq_of_an_architecture_without_a_map",
+        unmapped(method="awq"),
+        "transform",
+        ("not known for StableLmForCausalLM (stablelm)", "llama", "transform=none"),
+    ),
+    Case(
+        "alpha_out_of_range",
+        made(method="smoothquant", transform="smoothquant?alpha=1.5"),
+        "transform",
+        ("got alpha=1.5", "0 to 1, or auto"),
+    ),
+    Case(
+        "alpha_text",
+        made(method="smoothquant", transform="smoothquant?alpha=much"),
+        "transform=alpha",
+        ("'much'", "0 to 1, or auto"),
+    ),
+    # --- roundings
+    Case(
+        "rounding_none",
+        gptq(rounding=None),
+        "rounding",
+        ("no rounding part `none`", "installed: rtn, gptq"),
+    ),
+    Case(
+        "damp_auto_nothing_held_out",
+        gptq(damp="auto", heldout=0),
+        "heldout",
+        ("got 0, but damp=auto chooses", "above 0", "heldout=0.1"),
+    ),
+    Case(
+        "damp_auto_too_few_sequences",
+        compressed("llama", method="gptq", damp="auto"),
+        "heldout",
+        ("0.1 of 3 sequences is less than one", "nsamples=20", "heldout=0.5"),
+    ),
+    Case(
+        "damp_auto_of_a_pruning_method",
+        recipe(method="sparsegpt", sparsity=0.5, damp="auto"),
+        "damp",
+        ("got auto with method `sparsegpt`", "a number", "damp=0.01"),
+    ),
+    Case(
+        "gptq_heldout_nothing_held_out",
+        recipe(method="gptq_heldout", heldout=0),
+        "heldout",
+        ("got 0, but `gptq_heldout` chooses", "heldout=0.1"),
+    ),
+    Case(
+        "rounding_heldout_nothing_held_out",
+        recipe(method="rtn", rounding="gptq_heldout", heldout=0),
+        "heldout",
+        ("got 0, but rounding=gptq_heldout chooses", "heldout=0.1"),
+    ),
+    Case(
+        "joint_heldout_too_few_sequences",
+        compressed("llama", method="wanda+gptq_heldout", sparsity=0.5),
+        "heldout",
+        ("0.1 of 3 sequences is less than one", "`wanda+gptq_heldout`", "nsamples=20"),
+    ),
+    Case(
+        "hqq_symmetric",
+        made(method="hqq", symmetric=True),
+        "symmetric",
+        ("hqq fits zero points", "symmetric=false"),
+    ),
+    Case(
+        "hqq_with_fp8",
+        made(method="hqq", scheme="FP8"),
+        "rounding",
+        ("hqq fits zero points, and fp8 has none", "symmetric=false", "rounding=rtn"),
+    ),
+    Case(
+        "autoround_with_fp8",
+        made(method="autoround", scheme="FP8"),
+        "rounding",
+        ("offsets of integer levels, and fp8 has none", "bits=4", "rounding=gptq"),
+    ),
+    Case(
+        "autoround_of_fused_experts",
+        compressed("mixtral", method="autoround"),
+        "rounding",
+        ("one of several experts in one tensor", "ignore=*experts*", "rounding=gptq"),
+    ),
+    Case(
+        "correction_of_rtn",
+        recipe(method="rtn", correction=0.3),
+        "correction",
+        ("not an option of method `rtn`", "drop `correction`"),
+    ),
+    Case(
+        "act_order_of_rtn",
+        recipe(method="rtn", act_order=True),
+        "act_order",
+        ("not an option of method `rtn`", "drop `act_order`"),
+    ),
+    Case(
+        "act_order_of_another_rounding",
+        gptq(rounding="rtn", act_order=True),
+        "act_order",
+        ("not an option of method `gptq` with rounding=rtn", "drop `act_order`"),
+    ),
+    Case(
+        "true_sequential_in_a_dense_model",
+        gptq(true_sequential=True, propagate="dense"),
+        "true_sequential",
+        ("beside propagate=dense", "propagate=compressed", "drop one"),
+    ),
+    # --- layers with options of their own
+    Case(
+        "overrides_text",
+        gptq(overrides="*down_proj=4"),
+        "overrides",
+        ("'*down_proj=4'", "name patterns", '{"*down_proj": {"bits": 4}}'),
+    ),
+    Case("overrides_empty", gptq(overrides={}), "overrides", ("got {}", "name patterns")),
+    Case(
+        "overrides_without_options",
+        gptq(overrides={"*down_proj": 4}),
+        "overrides",
+        ("got 4 for '*down_proj'", '{"bits": 4}'),
+    ),
+    Case(
+        "overrides_option_typo",
+        gptq(overrides={"*down_proj": {"bit": 4}}),
+        "overrides",
+        ("got `bit` for '*down_proj'", "did you mean `bits`?", "bits, group_size, symmetric"),
+    ),
+    Case(
+        "overrides_bad_value",
+        gptq(overrides={"*down_proj": {"bits": 9}}),
+        "overrides",
+        ("'*down_proj': bits: got 9", "2-8 bits, or 16"),
+    ),
+    Case(
+        "overrides_against_a_format",
+        gptq(scheme="FP8", overrides={"*down_proj": {"bits": 4}}),
+        "overrides",
+        ("bits=4 for '*down_proj' with scheme=FP8", "fixes `bits`", "bits=16"),
+    ),
+    Case(
+        "overrides_of_a_pruning_method",
+        wanda(overrides={"*down_proj": {"bits": 4}}),
+        "overrides",
+        ("`wanda` has no bits to override", "allocation=list", "drop `overrides`"),
+    ),
+    Case(
+        "overrides_that_match_nothing",
+        compressed("llama", method="rtn", overrides={"*donw_proj": {"bits": 8}}),
+        "overrides",
+        ("`*donw_proj` matched 0 of 21 layers", "did you mean `down_proj`?", "names: q_proj"),
+    ),
+    Case(
+        "overrides_group_that_does_not_divide",
+        compressed("llama", method="rtn", overrides={"*down_proj": {"group_size": 20}}),
+        "group_size",
+        ("20 does not divide the 48 inputs of layer model.layers.0.mlp.down_proj", "48, 16, 8, -1"),
+    ),
+    # --- pruning and quantization together
+    Case(
+        "joint_turned_around",
+        recipe(method="gptq+wanda", sparsity=0.5),
+        "method",
+        ("gptq (quantization), wanda (pruning)", "did you mean wanda+gptq?"),
+    ),
+    Case(
+        "joint_of_two_quantizers",
+        recipe(method="rtn+gptq"),
+        "method",
+        ("rtn (quantization), gptq (quantization)", "PRUNING+QUANTIZATION", "sparsegpt+gptq"),
+    ),
+    Case(
+        "joint_of_whole_parts",
+        recipe(method="shortgpt+gptq", blocks=1),
+        "method",
+        ("shortgpt (pruning)", "two methods that work on weights", "sparsegpt+gptq"),
+    ),
+    Case(
+        "joint_with_a_name_missing",
+        recipe(method="wanda+", sparsity=0.5),
+        "method",
+        ("got 'wanda+'", "PRUNING+QUANTIZATION", "sparsegpt+gptq"),
+    ),
+    Case(
+        "joint_with_hqq",
+        made(method="wanda+hqq", sparsity=0.5),
+        "method",
+        ("`hqq` does not leave removed weights at zero", "rtn, gptq, gptq_heldout"),
+    ),
+    Case(
+        "joint_without_strength",
+        recipe(method="wanda+gptq"),
+        "sparsity",
+        ("missing", "sparsity=0.5", "pattern=2:4"),
+    ),
+    Case(
+        "quantizer_as_calib_pruned",
+        loaded_as("CalibPruned", method="gptq"),
+        "method",
+        ("`gptq` is a quantization method", "use --model calib_quantized"),
+    ),
+    Case(
+        "joint_as_calib_pruned",
+        loaded_as("CalibPruned", method="wanda+gptq", sparsity=0.5),
+        "method",
+        ("`wanda+gptq` prunes and quantizes", "use --model calib."),
+    ),
+    Case(
+        "joint_as_calib_quantized",
+        loaded_as("CalibQuantized", method="wanda+gptq", sparsity=0.5),
+        "method",
+        ("`wanda+gptq` prunes and quantizes", "use --model calib."),
+    ),
+    # --- kernels
+    Case(
+        "execution_typo",
+        gptq(execution="pakced"),
+        "execution",
+        ("'pakced'", "did you mean `packed`?", "simulated, packed"),
+    ),
+    Case(
+        "packed_fp8_on_a_cpu",
+        packed("fp8", 8, -1, "scheme=FP8"),
+        "execution",
+        ("scheme=FP8 on a CPU", "needs a CUDA device", "packed here: scheme=W8A8", "simulated"),
+    ),
+    Case(
+        "packed_without_a_kernel",
+        packed("nvfp4", 4, 16, "scheme=NVFP4"),
+        "execution",
+        ("no kernel multiplies such numbers", "packed here: ", "use execution=simulated"),
+    ),
+    Case(
+        "packed_with_an_unstructured_mask",
+        wanda(execution="packed"),
+        "execution",
+        ("packed with method `wanda`", "pruned 2:4", "drop `execution`", "add pattern=2:4"),
+    ),
+    Case(
+        "packed_with_another_pattern",
+        recipe(method="wanda", pattern="4:8", execution="packed"),
+        "execution",
+        ("`wanda` and pattern=4:8", "pruned 2:4"),
+    ),
     Case("symmetric_text", gptq(symmetric="maybe"), "symmetric", ("'maybe'", "true or false")),
     Case("act_order_number", gptq(act_order=2), "act_order", ("got 2", "true or false")),
     # --- amount of data
