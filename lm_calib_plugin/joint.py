@@ -47,8 +47,12 @@ class Joint(Method):
             )
 
     def options(self) -> dict[str, Any]:
-        """Return the options of both."""
-        return {**self.pruning.options(), **self.quantization.options()}
+        """Return the options of both, without those in which their own defaults differ.
+
+        What is left out was not given: a value that is given holds for both.
+        """
+        mine, other = self.pruning.options(), self.quantization.options()
+        return {k: v for k, v in {**mine, **other}.items() if mine.get(k, v) == v}
 
     def identity(self) -> dict[str, Any]:
         """Return the options of both, as they enter the key."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.schemes import SCHEMES
-from lm_calib_plugin.stages import MINMAX, STAGES, parse_stage
+from lm_calib_plugin.stages import STAGES, parse_stage
 from lm_calib_plugin.values import DENSE_BITS, flag
 
 if TYPE_CHECKING:
@@ -325,13 +325,6 @@ def _check_scheme(recipe: Recipe) -> None:
             f"got {str(given).lower()}, but scheme={name} has {option}={str(own).lower()}",
             "options beside a scheme only fill in what it leaves open",
             f"drop `{option}`{instead}",
-        )
-    if scheme.number != "int" and recipe.grid not in (None, MINMAX) and scheme.fixed:
-        raise UserError(
-            "grid",
-            f"got {recipe.grid} with scheme={name}",
-            "the format itself fixes the scales: grid=minmax",
-            "drop `grid`",
         )
 
 

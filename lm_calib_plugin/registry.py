@@ -196,11 +196,19 @@ class JointEntry(Entry):
         return tuple(STAGES)
 
     def make(self, options: Mapping[str, Any]) -> Any:
-        """Return the joint method; each half gets the options that it reads."""
+        """Return the joint method; each half gets the options that it reads.
+
+        A correction is made once, by the pruning method where that uses the Gram matrix.
+        """
+        given = dict(options)
+        correction = given.pop("correction", None)
         halves = {}
         for name in ("pruning", "quantization"):
             row: Entry = getattr(self, name)
-            halves[name] = row.make({k: v for k, v in options.items() if k in row.options})
+            halves[name] = row.make({k: v for k, v in given.items() if k in row.options})
+        if correction is not None:
+            which = "pruning" if "gram" in halves["pruning"].statistic else "quantization"
+            halves[which] = replace(halves[which], correction=correction)
         return self.load()(**halves)
 
 

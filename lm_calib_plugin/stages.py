@@ -77,7 +77,7 @@ def _from_text(argument: str, value: Any) -> Stage:
         if key.strip() in options:
             raise UserError(argument, f"got {key.strip()} twice in `{value}`", "every option once")
         options[key.strip()] = given.strip()
-    return Stage(name, options)
+    return Stage(name.strip(), options)
 
 
 def _as_text(value: Any) -> str:

@@ -20,6 +20,7 @@ from lm_calib_plugin.expression import SourceTerm, parse_calibration
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.resolved import Facts
 from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
+from lm_calib_plugin.schemes import SCHEMES, scheme_name
 
 # --- recipes at random -------------------------------------------------------------------
 
@@ -95,7 +96,62 @@ _quantization = st.fixed_dictionaries(
         **_common,
     },
 )
-_given = st.one_of(st.builds(lambda a, b: {**a, **b}, _pruning, _strength), _quantization, _depth)
+# Every argument of quantization that goes with every other one here.
+_parts = {
+    "transform": st.sampled_from(["none", "awq?steps=3", "smoothquant?alpha=auto", "rotation"]),
+    "grid": st.sampled_from(["minmax", "mse?steps=4", "clip?skip=none"]),
+    "kv_bits": st.sampled_from([2, 8, 16]),
+    "execution": st.sampled_from(["simulated", "packed"]),
+    **{name: values for name, values in _common.items() if name not in ("propagate", "heldout")},
+}
+_layers = st.dictionaries(
+    _names,
+    st.fixed_dictionaries({"bits": st.integers(2, 8)}, optional={"symmetric": st.booleans()}),
+    min_size=1,
+    max_size=2,
+)
+_by_parts = st.fixed_dictionaries(
+    {"method": st.sampled_from(["rtn", "gptq", "gptq_heldout", "awq", "smoothquant", "rotation"])},
+    optional={
+        "bits": st.sampled_from([3, 16]) | st.floats(2, 16).map(lambda b: f"auto:{b!r}"),
+        "rounding": st.sampled_from(["rtn", "gptq", "gptq_heldout", "autoround?iters=2"]),
+        "act_bits": st.sampled_from([4, 8, 16]),
+        "overrides": _layers,
+        "true_sequential": st.booleans(),
+        **_parts,
+    },
+)
+_by_scheme = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(["rtn", "gptq", "gptq_heldout", "awq"]),
+        "scheme": st.sampled_from(list(SCHEMES)),
+    },
+    optional=_parts,
+)
+_static = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(["rtn", "gptq", "hqq", "autoround"]),
+        "scheme": st.just("W8A8_static"),
+        "observer": st.sampled_from(["minmax?first=false", "percentile?q=99.5", "mse"]),
+    },
+    optional=_parts,
+)
+_joint = st.fixed_dictionaries(
+    {
+        "method": st.sampled_from(["wanda+rtn", "sparsegpt+gptq", "swap_pcg+rtn", "admm+gptq"]),
+        "sparsity": st.floats(0, 0.9),
+    },
+    optional={"scheme": st.sampled_from(list(SCHEMES)), **_parts},
+)
+_given = st.one_of(
+    st.builds(lambda a, b: {**a, **b}, _pruning, _strength),
+    _quantization,
+    _depth,
+    _by_parts,
+    _by_scheme,
+    _static,
+    _joint,
+)
 
 
 def method_of(recipe: Recipe) -> Any:
@@ -104,11 +160,15 @@ def method_of(recipe: Recipe) -> Any:
 
 def facts_of(recipe: Recipe, **changes: Any) -> Facts:
     method = method_of(recipe)
+    # What the composition root adds, for it alone knows the layers.
+    own = {"bits": recipe.bits} if recipe.bits_budget is not None else {}
+    own |= {"overrides": recipe.overrides} if recipe.overrides else {}
     found: dict[str, Any] = {
         "model": "m" * 64,
         "layers": "l" * 64,
         "revision": method.revision,
-        "options": method.options(),
+        "options": method.options() | own,
+        "identity": method.identity() | own,
         "inert": method.inert,
         "unchanged": method.does_nothing,
         "calib_id": "c" * 64 if recipe.terms else None,
@@ -124,6 +184,10 @@ def key(recipe: Recipe, **changes: Any) -> str:
 
 def wanda(**changes: Any) -> Recipe:
     return Recipe(**{"method": "wanda", "sparsity": 0.5, **changes})
+
+
+def key_of(**given: Any) -> str:
+    return key(Recipe(**given))
 
 
 few = settings(max_examples=30)
@@ -488,16 +552,289 @@ def test_a_stage_that_does_nothing_survives_the_harness(stage: str, given: str |
 
 
 def test_points_that_mean_the_same_have_one_key() -> None:
-    def key(**given: object) -> str:
-        recipe = Recipe(**given)
-        found = facts_of(recipe, identity=recipe.make_method().identity())
-        return recipe.resolve(found).key()
-
     wanda = {"method": "wanda", "sparsity": 0.5}
-    assert key(**wanda) == key(**wanda, group="row") == key(**wanda, compat="reference")
-    assert key(**wanda) != key(**wanda, group="layer")
-    assert key(method="wanda", pattern="2:4") == key(method="wanda", pattern="2:4", group="layer")
+    assert key_of(**wanda) == key_of(**wanda, group="row") == key_of(**wanda, compat="reference")
+    assert key_of(**wanda) != key_of(**wanda, group="layer")
+    assert key_of(method="wanda", pattern="2:4") == key_of(
+        method="wanda", pattern="2:4", group="layer"
+    )
     over_all = {**wanda, "allocation": "global"}
-    assert key(**over_all) != key(**over_all, compat="reference")
+    assert key_of(**over_all) != key_of(**over_all, compat="reference")
     magnitude = {"method": "magnitude", "sparsity": 0.5, "allocation": "owl"}
-    assert key(**magnitude) == key(**magnitude, propagate="dense")
+    assert key_of(**magnitude) == key_of(**magnitude, propagate="dense")
+
+
+# --- quantization ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        ({"scheme": "w8a8-static"}, {"scheme": "W8A8_static"}),
+        ({"scheme": " nvfp4 "}, {"scheme": "NVFP4"}),
+        ({"bits": "4.0"}, {"bits": 4}),
+        ({"bits": "auto:3.0"}, {"bits": "auto:3"}),
+        ({"bits": " Auto : 3.25 "}, {"bits": "auto:3.25"}),
+        ({"damp": "AUTO"}, {"damp": "auto"}),
+        ({"damp": "1e-2"}, {"damp": 0.01}),
+        ({"act_bits": "8"}, {"act_bits": 8}),
+        ({"act_bits": "none"}, {"act_bits": 16}),
+        ({"kv_bits": "none"}, {"kv_bits": 16}),
+        ({"kv_bits": 4.0}, {"kv_bits": 4}),
+        ({"act_bits": 8, "act_dynamic": "no"}, {"act_bits": 8, "act_dynamic": False}),
+        ({"true_sequential": "yes"}, {"true_sequential": True}),
+        ({"transform": {"name": "awq", "duo": False}}, {"transform": "awq?duo=false"}),
+        ({"transform": "smoothquant ? alpha = auto"}, {"transform": "smoothquant?alpha=auto"}),
+        ({"grid": {"name": "mse", "steps": 4}}, {"grid": "mse?steps=4"}),
+        ({"rounding": "autoround?iters=3"}, {"rounding": "autoround?iters=3"}),
+        (
+            {"scheme": "FP8_static", "observer": {"name": "percentile", "q": 99.5}},
+            {"scheme": "FP8_static", "observer": "percentile?q=99.5"},
+        ),
+        (
+            {"overrides": '{"*down_proj": {"bits": "8", "symmetric": "no"}}'},
+            {"overrides": {"*down_proj": {"bits": 8, "symmetric": False}}},
+        ),
+        ({"overrides": {" *x ": {"group_size": "-1"}}}, {"overrides": {"*x": {"group_size": -1}}}),
+        ({"execution": "packed"}, {"execution": "packed"}),
+    ],
+    ids=str,
+)
+def test_arguments_of_quantization_have_one_form(
+    given: dict[str, Any], form: dict[str, Any], tmp_path: Path
+) -> None:
+    """From Python, from the harness and from a file."""
+    recipe = Recipe(method="gptq", **given)
+    assert recipe.model_dump(include=set(form)) == form
+    assert Recipe.from_model_args({"method": "gptq", **given}) == recipe
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"method": "gptq", **given}), encoding="utf-8")
+    assert Recipe.from_yaml(file) == recipe
+    assert Recipe(**recipe.to_metadata()).model_dump(include=set(form)) == form
+
+
+def test_hand_written_yaml_of_a_quantizer(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        """\
+method: gptq
+bits: auto:3.25
+damp: auto
+transform: {name: awq, steps: 10}
+kv_bits: 8
+overrides:
+  "*down_proj": {bits: 8, group_size: 32}
+  "*o_proj": {symmetric: false}
+""",
+        encoding="utf-8",
+    )
+    recipe = Recipe.from_yaml(file)
+    assert recipe.bits_budget == 3.25
+    assert recipe.damp == "auto"
+    assert recipe.stages["transform"].text() == "awq?steps=10"
+    # The first pattern that fits counts, so they keep their order.
+    assert list(recipe.overrides or {}) == ["*down_proj", "*o_proj"]
+
+
+def test_names_of_schemes_say_what_they_stand_for() -> None:
+    """``W<bits>A<bits>``: read the name, compare with the row."""
+    for name, scheme in SCHEMES.items():
+        assert scheme_name(name.lower()) == scheme_name(name.replace("_", "-")) == name
+        assert scheme.act_dynamic == (not name.endswith("_static"))
+        if name.startswith("W"):
+            weights, _, inputs = name.removesuffix("_static")[1:].partition("A")
+            assert (scheme.number, scheme.bits) == ("int", int(weights))
+            assert (scheme.act_bits or 16) == int(inputs)
+        else:
+            assert name.lower().startswith(scheme.number)
+            assert scheme.bits == scheme.act_bits == int(name.removesuffix("_static")[-1])
+
+
+def test_a_text_none_is_a_wish_and_not_an_omission() -> None:
+    """The harness turns the text ``none`` into None."""
+    assert (
+        Recipe.from_model_args({"method": "awq", "transform": None}).stages["transform"].name
+        == "none"
+    )
+    for stage in ("grid", "rounding", "observer"):
+        with pytest.raises(UserError, match=f"no {stage} part `none`"):
+            Recipe.from_model_args({"method": "gptq", "scheme": "W8A8_static", stage: None})
+
+
+def test_options_are_those_that_the_parts_read() -> None:
+    def options(**given: Any) -> set[str]:
+        return set(Recipe(**given).options)
+
+    gram = {"act_order", "damp", "correction", "compat"}
+    assert gram <= options(method="gptq")
+    assert gram <= options(method="rtn", rounding="gptq")
+    assert not gram & options(method="rtn")
+    assert not gram & options(method="gptq", rounding="rtn")
+    assert not gram & options(method="autoround")
+    joint = options(method="wanda+gptq", sparsity=0.5)
+    assert options(method="wanda", sparsity=0.5) | options(method="gptq") == joint
+    assert gram - {"act_order"} <= options(method="sparsegpt+rtn", sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ({"method": "rtn"}, False),
+        ({"method": "hqq"}, False),
+        ({"method": "gptq"}, True),
+        ({"method": "autoround"}, True),
+        ({"method": "gptq", "rounding": "rtn"}, False),
+        ({"method": "rtn", "rounding": "gptq"}, True),
+        ({"method": "rtn", "transform": "rotation"}, False),
+        ({"method": "rtn", "transform": "awq"}, True),
+        ({"method": "awq", "transform": "none"}, True),
+        ({"method": "awq", "transform": "none", "grid": "minmax"}, False),
+        ({"method": "rtn", "grid": "mse"}, False),
+        ({"method": "rtn", "grid": "clip"}, True),
+        ({"method": "rtn", "scheme": "W8A8"}, False),
+        ({"method": "rtn", "scheme": "W8A8_static"}, True),
+        ({"method": "rtn", "act_bits": 8, "act_dynamic": False}, True),
+        ({"method": "rtn", "kv_bits": 8}, False),
+        ({"method": "rtn", "bits": "auto:4"}, True),
+        ({"method": "magnitude+rtn", "sparsity": 0.5}, False),
+        ({"method": "magnitude+gptq", "sparsity": 0.5}, True),
+        ({"method": "wanda+rtn", "sparsity": 0.5}, True),
+    ],
+    ids=str,
+)
+def test_data_is_needed_where_a_part_looks_at_it(given: dict[str, Any], needed: bool) -> None:
+    recipe = Recipe(**given)
+    assert recipe.needs_data == needed
+    assert [term.name for term in recipe.terms] == (["self"] if needed else [])
+    method = recipe.make_method()
+    looks = method.statistic != "none" or method.block_rounding is not None
+    static = method.activations is not None and not method.activations.dynamic
+    assert needed == (looks or static or recipe.bits_budget is not None)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"scheme": "W3A16", "group_size": 64}, {"bits": 3, "group_size": 64}),
+        ({"scheme": "W4A16"}, {}),
+        ({"scheme": "W8A8"}, {"bits": 8, "group_size": -1, "act_bits": 8}),
+        (
+            {"scheme": "W8A8_static"},
+            {"bits": 8, "group_size": -1, "act_bits": 8, "act_dynamic": False},
+        ),
+        ({"scheme": "W8A8_static"}, {"scheme": "W8A8_static", "observer": "minmax?first=true"}),
+        ({"method": "awq"}, {"method": "rtn", "transform": "awq", "grid": "clip"}),
+        ({"method": "awq"}, {"transform": "awq?steps=20", "grid": "clip?low=0.50&steps=20"}),
+        ({"method": "smoothquant"}, {"transform": "smoothquant?alpha=0.50"}),
+        ({"method": "rotation"}, {"method": "gptq", "transform": "rotation?seed=0"}),
+        ({"method": "gptq_heldout"}, {"method": "gptq", "rounding": "gptq_heldout"}),
+        ({"method": "hqq"}, {"rounding": "hqq", "symmetric": False}),
+        ({"method": "hqq", "rounding": "rtn"}, {}),
+        ({"method": "gptq", "rounding": "rtn"}, {}),
+        ({"act_bits": 16}, {}),
+        ({"kv_bits": 16}, {}),
+        ({"grid": "minmax", "transform": "none"}, {}),
+        ({"execution": "simulated"}, {}),
+        ({"true_sequential": True}, {}),
+        ({"method": "gptq", "correction": 0}, {"method": "gptq"}),
+        ({"bits": 16, "group_size": 64, "act_bits": 8}, {"bits": 16, "act_bits": 8}),
+        ({"bits": 16, "grid": "mse", "kv_bits": 8}, {"bits": 16, "kv_bits": 8}),
+        ({"bits": "auto:3.0"}, {"bits": "auto:3"}),
+        (
+            {"method": "wanda+gptq", "sparsity": 0.5, "scheme": "W3A16"},
+            {"method": "wanda+rtn", "sparsity": 0.5, "rounding": "gptq", "bits": 3},
+        ),
+    ],
+    ids=str,
+)
+def test_quantizers_that_mean_the_same_have_one_key(
+    one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    assert key_of(**{"method": "rtn", **one}) == key_of(**{"method": "rtn", **other})
+
+
+def test_every_argument_of_quantization_changes_the_key() -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"scheme": "W8A8"},
+        {"scheme": "W8A8_static"},
+        {"scheme": "W8A8_static", "observer": "mse"},
+        {"scheme": "W8A8_static", "observer": "percentile"},
+        {"scheme": "W8A8_static", "observer": "minmax?first=false"},
+        {"scheme": "FP8"},
+        {"scheme": "FP8_static"},
+        {"scheme": "NVFP4"},
+        {"scheme": "MXFP4"},
+        {"bits": 8},
+        {"bits": 8, "group_size": -1},
+        {"bits": "auto:4"},
+        {"bits": "auto:4.0000001"},
+        {"symmetric": False},
+        {"act_bits": 8},
+        {"act_bits": 4},
+        {"kv_bits": 8},
+        {"kv_bits": 4},
+        {"transform": "awq"},
+        {"transform": "awq?duo=false"},
+        {"transform": "smoothquant"},
+        {"transform": "smoothquant?alpha=auto"},
+        {"transform": "rotation"},
+        {"transform": "rotation?seed=1"},
+        {"grid": "mse"},
+        {"grid": "clip"},
+        {"rounding": "rtn"},
+        {"rounding": "gptq_heldout"},
+        {"rounding": "autoround"},
+        {"rounding": "autoround?iters=3"},
+        {"rounding": "hqq", "symmetric": False},
+        {"damp": "auto"},
+        {"correction": 0.3},
+        {"true_sequential": True},
+        {"exclude_first_token": True},
+        {"execution": "packed"},
+        {"overrides": {"*down_proj": {"bits": 8}}},
+        {"overrides": {"*down_proj": {"group_size": 32}}},
+        {"method": "wanda+gptq", "sparsity": 0.5},
+        {"method": "wanda+gptq", "sparsity": 0.5, "kv_bits": 8},
+        {"method": "sparsegpt+gptq", "sparsity": 0.5},
+        {"method": "sparsegpt+gptq", "sparsity": 0.5, "correction": 0.3},
+    ]
+    keys = [key_of(**{"method": "gptq", **given}) for given in changes]
+    assert len(set(keys)) == len(changes)
+
+
+def test_what_is_rounded_while_the_model_runs_is_a_change_too() -> None:
+    nothing = key_of(method="rtn", bits=16)
+    assert key_of(method="rtn", bits=16, act_bits=16, kv_bits=16) == nothing
+    for change in ({"act_bits": 8}, {"kv_bits": 8}, {"transform": "rotation"}):
+        assert key_of(method="rtn", bits=16, **change) != nothing
+
+
+def test_halves_of_a_joint_method_keep_their_own_defaults() -> None:
+    """`admm` and `gptq` have ridges of their own; one that is given holds for both."""
+    both = Recipe(method="admm+gptq", sparsity=0.5)
+    method = both.make_method()
+    assert method.pruning == Recipe(method="admm", sparsity=0.5).make_method()
+    assert method.quantization == Recipe(method="gptq").make_method()
+    assert "damp" not in method.options()
+    given = both.replaced(damp=0.05).make_method()
+    assert (given.pruning.damp, given.quantization.damp) == (0.05, 0.05)
+    assert given.options()["damp"] == 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "half"),
+    [
+        ("swap_pcg+gptq", 0.3, "pruning"),
+        ("swap_pcg+rtn", 0.3, "pruning"),
+        ("sparsegpt+rtn", 0.0, "pruning"),
+        ("wanda+gptq", 0.0, "quantization"),
+    ],
+)
+def test_a_joint_method_corrects_once(name: str, own: float, half: str) -> None:
+    recipe = Recipe(method=name, sparsity=0.5)
+    assert recipe.make_method().correction == own
+    method = recipe.replaced(correction=0.4).make_method()
+    assert method.correction == getattr(method, half).correction == 0.4
+    other = ({"pruning", "quantization"} - {half}).pop()
+    assert getattr(method, other).correction == 0

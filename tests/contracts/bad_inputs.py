@@ -443,12 +443,6 @@ CASES = [
         ("got false, but scheme=FP8 has symmetric=true", "drop `symmetric`"),
     ),
     Case(
-        "scheme_against_grid",
-        gptq(scheme="NVFP4", grid="mse"),
-        "grid",
-        ("got mse with scheme=NVFP4", "fixes the scales", "drop `grid`"),
-    ),
-    Case(
         "scheme_nvfp4_on_a_layer",
         layer((64, 172), method="rtn", scheme="NVFP4"),
         "scheme",
@@ -685,6 +679,12 @@ CASES = [
         gptq(true_sequential=True, propagate="dense"),
         "true_sequential",
         ("beside propagate=dense", "propagate=compressed", "drop one"),
+    ),
+    Case(
+        "correction_without_a_gram_matrix",
+        made(method="wanda+rtn", sparsity=0.5, correction=0.3),
+        "correction",
+        ("not an option of method `wanda+rtn`", "drop `correction`"),
     ),
     # --- layers with options of their own
     Case(
