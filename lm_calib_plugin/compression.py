@@ -22,6 +22,7 @@ from lm_calib_plugin.accounting import (
     coarse_warning,
     cuda_devices,
     data_warnings,
+    first_tokens,
     measure,
     peak_memory,
     versions,
@@ -264,7 +265,7 @@ def _on_layers(
     kv_bits = getattr(method, "kv_bits", None)
     if kv_bits is not None:
         engine.quantize_kv(model, kv_bits, blocks)
-    achieved = measure(model, blocks, layers, method, result.grids)
+    achieved = measure(model, blocks, layers, method, result.grids) | first_tokens(result.rows)
     seconds["measure"] = time.perf_counter() - start
     return _Done(
         method,

@@ -56,6 +56,11 @@ class LayerRow:
     execution: dict[str, Any] | None = None
 
 
+def from_first_token(row: LayerRow) -> bool:
+    """Tell whether the calibrated range of a layer rests on first tokens of sequences alone."""
+    return (row.input_limit or 0.0) > (row.input_limit_rest or 0.0)
+
+
 @dataclass
 class Report:
     """Everything that is said about one compressed model.
