@@ -31,6 +31,11 @@ class _Listed(str, Enum):
     scores = "scores"
     refinements = "refinements"
     updates = "updates"
+    schemes = "schemes"
+    transforms = "transforms"
+    grids = "grids"
+    roundings = "roundings"
+    observers = "observers"
     sources = "sources"
     packings = "packings"
     selections = "selections"
@@ -287,7 +292,7 @@ def compare_draws(
 
 @app.command("ls")
 def list_parts(what: _Listed) -> None:
-    """List methods and their stages, calibration sources and more, or the options of a recipe."""
+    """List methods and what they are made of, calibration sources, or the options of a recipe."""
     from lm_calib_plugin.listing import print_list
 
     print_list(what.value)

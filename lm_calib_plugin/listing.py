@@ -61,6 +61,7 @@ def _scheme_rows() -> Iterator[tuple[str, ...]]:
         inputs = "as they are"
         if scheme.act_bits:
             ranges = "a range a token" if scheme.act_dynamic else "calibrated ranges"
+            ranges = groups if scheme.fixed else ranges
             inputs = f"{scheme.act_bits}-bit {scheme.number}, {ranges}"
         yield name, f"{scheme.bits}-bit {scheme.number}, {groups}", inputs
 

@@ -16,6 +16,7 @@ from lm_calib_plugin import cli, listing, registry
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
+from lm_calib_plugin.schemes import SCHEMES
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "lm_eval", "datasets")
@@ -96,6 +97,11 @@ LIGHT = [
     ["ls", "scores"],
     ["ls", "refinements"],
     ["ls", "updates"],
+    ["ls", "schemes"],
+    ["ls", "transforms"],
+    ["ls", "grids"],
+    ["ls", "roundings"],
+    ["ls", "observers"],
     ["ls", "sources"],
     ["ls", "packings"],
     ["ls", "selections"],
@@ -124,6 +130,10 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]):
     ("what", "kinds"),
     [
         ("methods", ("pruning", "quantization")),
+        ("transforms", ("transform",)),
+        ("grids", ("grid",)),
+        ("roundings", ("rounding",)),
+        ("observers", ("observer",)),
         ("sources", ("calibration",)),
         ("packings", ("packing",)),
         ("selections", ("selection",)),
@@ -140,6 +150,26 @@ def test_ls_shows_each_part_with_paper_and_distribution(
             (line,) = [x for x in lines if x.startswith(f"{entry.name} ") and entry.summary in x]
             assert entry.paper in line
             assert entry.distribution in line
+
+
+def test_ls_schemes_says_what_each_name_stands_for(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["ls", "schemes"])
+    lines = capsys.readouterr().out.splitlines()
+    for name, scheme in SCHEMES.items():
+        (line,) = [x for x in lines if x.startswith(f"{name} ")]
+        assert f"{scheme.bits}-bit {scheme.number}" in line
+        assert (f"groups of {scheme.group_size}" in line) == (scheme.group_size != -1)
+        assert ("as they are" in line) == (scheme.act_bits is None)
+        assert ("calibrated" in line) == (not scheme.act_dynamic)
+
+
+def test_ls_can_be_asked_for_every_kind_of_part(capsys: pytest.CaptureFixture[str]):
+    assert {what.value for what in cli._Listed} == {*listing._KINDS, "schemes", "options"}
+    with pytest.raises(SystemExit):
+        cli.main(["ls", "--help"])
+    shown = capsys.readouterr().out
+    assert all(what.value in shown for what in cli._Listed)
 
 
 def test_ls_sources_shows_the_named_corpora(capsys: pytest.CaptureFixture[str]):

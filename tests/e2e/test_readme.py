@@ -11,6 +11,7 @@ from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS
+from lm_calib_plugin.schemes import SCHEMES
 from tests.tiny import saved_model
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -50,6 +51,19 @@ def test_the_argument_table_names_every_option_and_no_other() -> None:
     assert first <= known
     assert known - {"schema_version", "block_path", "untie"} <= first
     assert set(registry.table("pruning")) | set(registry.table("quantization")) <= named
+
+
+def test_every_recipe_shown_is_one() -> None:
+    found = re.findall(r"pretrained=MODEL,[^\s\"']+", README)
+    assert len(found) >= 5
+    for text in found:
+        given = dict(pair.split("=", 1) for pair in text.split(",")[1:])
+        Recipe.from_model_args(given).make_method()
+
+
+def test_schemes_are_named() -> None:
+    row = next(line for line in README.splitlines() if line.startswith("| `scheme`"))
+    assert re.findall(r"`([A-Z]\w+)`", row) == list(SCHEMES)
 
 
 def test_sources_are_named() -> None:
