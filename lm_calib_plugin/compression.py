@@ -145,7 +145,11 @@ def compress(
             found = draw(task)
             calibration = found.calibration
             if found.damp is not None:
-                method = dataclasses.replace(method, damp=found.damp)  # type: ignore[type-var]
+                method, *others = (
+                    dataclasses.replace(one, damp=found.damp)  # type: ignore[type-var]
+                    for one in (method, *treated.values())
+                )
+                treated = dict(zip(treated, others, strict=True))
         seconds["calibration"] = time.perf_counter() - start
         for place in cuda_devices(model):
             torch.cuda.reset_peak_memory_stats(place)

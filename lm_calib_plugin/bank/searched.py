@@ -88,7 +88,8 @@ class Searched(Mixture):
             return self._recalled(place) or self._search(task, parts, place)
 
     def _searches_damp(self, task: Task) -> bool:
-        asked = task.recipe.damp is None
+        # The halves of a joint method have ridges of their own.
+        asked = task.recipe.damp is None and task.method.kind != "joint"
         return asked and "damp" in task.method.options() and task.method.statistic == "gram"
 
     def _parts(self, task: Task) -> list[Part]:
