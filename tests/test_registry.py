@@ -111,6 +111,20 @@ def test_named_corpora_do_not_hide_a_source() -> None:
     assert not registry.CORPORA.keys() & registry.table("calibration").keys()
 
 
+def test_a_joint_method_is_both_of_its_halves() -> None:
+    for pruning in ("wanda", "sparsegpt"):
+        for quantization in ("rtn", "gptq"):
+            entry = registry.find_method(f" {pruning} + {quantization}")
+            halves = METHODS[pruning], METHODS[quantization]
+            assert entry.name == f"{pruning}+{quantization}"
+            assert entry.kind == "joint"
+            assert set(entry.options) == {name for half in halves for name in half.options}
+            assert entry.stage_names == tuple(name for half in halves for name in half.stage_names)
+            method = entry.make({"sparsity": 0.5, "bits": 3})
+            assert method.pruning == halves[0].make({"sparsity": 0.5})
+            assert method.quantization == halves[1].make({"bits": 3})
+
+
 # --- third parties -----------------------------------------------------------------------
 
 
