@@ -17,8 +17,10 @@ def coarse_bits(weight: Tensor) -> int | None:
     """Return the width of the grid on which a weight ``[out, in]`` lies already, or None.
 
     Up to 64 evenly spread rows are looked at. The width is the smallest ``b`` for which, with some
-    usual group size of more than ``1.5 * 2^b`` inputs, no group holds more than ``2^b`` different
-    values. Weights of a model that was never quantized differ nearly everywhere, also in bfloat16.
+    usual group size, groups have more than ``1.5 * 2^b`` weights that are not zero on average, and
+    no group holds more than ``2^b`` different values. Zeros do not count as weights, or pruned
+    ones would seem to lie on a grid. Weights of a model that was never quantized differ nearly
+    everywhere, also in bfloat16.
     """
     out, width = weight.shape
     rows = weight[torch.arange(min(ROWS, out)) * out // min(ROWS, out)].float()
@@ -31,6 +33,7 @@ def coarse_bits(weight: Tensor) -> int | None:
         ordered = rows.reshape(-1, size).sort(dim=1).values
         different = int(((ordered[:, 1:] != ordered[:, :-1]).sum(dim=1) + 1).max())
         bits = max(1, (different - 1).bit_length())
-        if bits <= HIGHEST and size >= PER_LEVEL * 2**bits:
+        alive = float((ordered != 0).sum()) / len(ordered)
+        if bits <= HIGHEST and alive >= PER_LEVEL * 2**bits:
             found.append(bits)
     return min(found, default=None)
