@@ -156,14 +156,13 @@ class Joint(Method):
         if self.quantization.keeps_weights:
             return pruned
         keep = pruned.weight != 0
-        update = self.pruning.update
+        update, rounding = self.pruning.update, self.quantization.rounding
+        assert rounding is not None
         # The values that a sweep over the mask gives come out of the joint sweep, too.
-        start = weight if update is None or update.sweeps else pruned.weight
+        swept = rounding.corrects and (update is None or update.sweeps)
+        start = weight if swept else pruned.weight
         grid = self.quantization.fit_grid(pruned.weight, stats, dtype)
-        assert self.quantization.rounding is not None
-        found = self.quantization.rounding.round_kept(
-            start, keep, grid, stats, self.quantization.setting
-        )
+        found = rounding.round_kept(start, keep, grid, stats, self.quantization.setting)
         ridges = [damp for damp in (pruned.damp, found.damp) if damp is not None]
         return replace(
             found,
