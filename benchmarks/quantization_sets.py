@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import transformers
 from calibration_sets import window_losses
+from pruning_levels import mean, spread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress
@@ -174,20 +175,22 @@ def measured(run: str, source: str, draw: int, given: argparse.Namespace) -> dic
     }
 
 
-def mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of what is known, None when nothing is."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return Markdown: one line a run, one column a source, mean ± standard deviation of draws."""
-    texts = list(rows[0]["perplexity"])
+    """Return Markdown: one line a run, one column a source, mean ± standard deviation of draws.
+
+    On the windows that all rows have scored: some may have been run with fewer.
+    """
+    texts = list(rows[0]["losses"])
+    count = min(len(losses) for row in rows for losses in row["losses"].values())
+
+    def scored(row: dict[str, Any], text: str) -> float:
+        return math.exp(statistics.fmean(row["losses"][text][:count]))
+
     sources = list(dict.fromkeys(row["source"] for row in rows if row["source"] != "none"))
     lines = []
     for text in texts:
         lines += [
-            f"{text}:",
+            f"{text} ({count} windows):",
             "",
             "| run | " + " | ".join(sources or ["perplexity"]) + " |",
             "| --- " * (1 + max(1, len(sources))) + "|",
@@ -195,20 +198,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for run in dict.fromkeys(row["run"] for row in rows):
             own = [row for row in rows if row["run"] == run]
             if own[0]["source"] == "none":
-                lines.append(f"| {run} | {own[0]['perplexity'][text]:.4g} |")
+                lines.append(f"| {run} | {scored(own[0], text):.4g} |")
                 continue
-            found = [[r["perplexity"][text] for r in own if r["source"] == s] for s in sources]
-            lines.append(f"| {run} | " + " | ".join(map(spread, found)) + " |")
+            found = [[scored(r, text) for r in own if r["source"] == s] for s in sources]
+            shown = [spread(values) if values else "" for values in found]
+            lines.append(f"| {run} | " + " | ".join(shown) + " |")
         lines.append("")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return mean, and ± standard deviation where there are several values."""
-    if not values:
-        return ""
-    more = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4g}{more}"
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from lm_calib_plugin.errors import NumericalError
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.quantization.coarse import coarse_bits
 from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.report import LayerRow, from_first_token
 
 PACKAGES = ("lm-calib-plugin", "torch", "transformers", "lm-eval", "datasets", "accelerate")
 
@@ -37,7 +38,8 @@ def measure(
         ``sparsity`` of the targeted layers, ``sparsity_blocks`` of all parameters of the blocks,
         ``sparsity_model`` of all parameters; ``bits`` (mean width of a targeted weight, without
         scales; None when nothing was quantized), ``bits_stored`` (with scales and zero points) and
-        ``bytes`` of the targeted weights as they would be stored.
+        ``bytes`` of the targeted weights as they would be stored, and with symmetric integers
+        ``symmetric_scale``, how scales follow from weights.
 
     Raises
     ------
@@ -72,7 +74,18 @@ def measure(
         found["bits"] = sum(plain[n] * sizes[n] for n in sizes) / total
         found["bits_stored"] = sum(stored.values()) / total
         found["bytes"] = round(sum(stored.values()) / 8)
+        if any(getattr(grid, "symmetric", False) for grid in grids.values()):
+            # Libraries differ: others divide by 2^(bits-1) - 1.
+            found["symmetric_scale"] = "max|w| / (2^(bits-1) - 0.5)"
     return found
+
+
+def first_tokens(rows: Sequence[LayerRow]) -> dict[str, int]:
+    """Return how many calibrated ranges rest on first tokens alone; nothing without ranges."""
+    known = [row for row in rows if row.input_limit is not None]
+    if not known:
+        return {}
+    return {"inputs_from_first_token": sum(map(from_first_token, known))}
 
 
 def coarse_warning(layers: Sequence[engine.TargetLayer], bits: int) -> list[str]:

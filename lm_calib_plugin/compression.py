@@ -22,6 +22,7 @@ from lm_calib_plugin.accounting import (
     coarse_warning,
     cuda_devices,
     data_warnings,
+    first_tokens,
     measure,
     peak_memory,
     versions,
@@ -40,6 +41,7 @@ from lm_calib_plugin.errors import UserError, listed, nearest
 from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.joint import Joint
 from lm_calib_plugin.method import Method
+from lm_calib_plugin.packed import check_packed, pack_layers
 from lm_calib_plugin.pruning.pipeline import Pipeline
 from lm_calib_plugin.quantization.pipeline import Quantizer
 from lm_calib_plugin.recipe import Recipe
@@ -102,6 +104,9 @@ def compress(
     treated = _overridden(method, layers, recipe)
     _check_layers(method, treated, layers)
     engine.check_reach(model, blocks, layers, method)
+    if recipe.execution == "packed":
+        first = layers[0].parameter
+        check_packed(recipe, method, first.device, [first.dtype])
     pruning = _pruning_of(method)
     if pruning is not None:
         check_allocation(layers, pruning)
@@ -151,6 +156,8 @@ def compress(
             _check_heldout(method, recipe, calibration)
             done = _on_layers(model, blocks, layers, method, treated, recipe, runtime, fresh)
         final_digest = engine.weights_digest(model)
+        if recipe.execution == "packed":
+            _run_packed(model, layers, recipe, runtime, done)
     held = len(engine.heldout_indices(calibration.nsamples, recipe.heldout)) if calibration else 0
     resolved = _resolve(recipe, done, dense_digest, calibration, held)
     report = Report(
@@ -160,6 +167,7 @@ def compress(
         layers=done.rows,
         structure=done.structure,
         transforms=done.transforms,
+        execution=done.execution,
         achieved=done.achieved,
         left_dense=left,
         seconds=seconds | done.seconds,
@@ -190,6 +198,8 @@ class _Done:
     rows: list[LayerRow] = field(default_factory=list)
     transforms: list[dict[str, Any]] = field(default_factory=list)
     grids: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Method] = field(default_factory=dict)
+    execution: dict[str, Any] | None = None
     structure: dict[str, Any] | None = None
 
 
@@ -254,7 +264,7 @@ def _on_layers(
     kv_bits = getattr(method, "kv_bits", None)
     if kv_bits is not None:
         engine.quantize_kv(model, kv_bits, blocks)
-    achieved = measure(model, blocks, layers, method, result.grids)
+    achieved = measure(model, blocks, layers, method, result.grids) | first_tokens(result.rows)
     seconds["measure"] = time.perf_counter() - start
     return _Done(
         method,
@@ -267,7 +277,29 @@ def _on_layers(
         rows=result.rows,
         transforms=transforms + result.transforms,
         grids=result.grids,
+        methods=methods,
     )
+
+
+def _run_packed(
+    model: nn.Module,
+    layers: Sequence[engine.TargetLayer],
+    recipe: Recipe,
+    runtime: Runtime,
+    done: _Done,
+) -> None:
+    """Replace layers by kernels, once everything has been counted, and put it in the report."""
+    start = time.perf_counter()
+    found = pack_layers(
+        model, layers, recipe, done.method, done.methods, done.grids, runtime.eval_tokens
+    )
+    done.seconds["packing"] = time.perf_counter() - start
+    done.execution = found.summary()
+    # The warnings stand with those of the report.
+    done.warnings += done.execution.pop("warnings")
+    table = found.table()
+    for row in done.rows:
+        row.execution = table.get(row.name)
 
 
 def _pruning_of(method: Method) -> Pipeline | None:

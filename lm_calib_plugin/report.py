@@ -10,6 +10,9 @@ from typing import Any
 
 from lm_calib_plugin.storage import canonical_json, digest, file_digest, write_text
 
+# What may differ between runs of one recipe.
+_BY_THE_CLOCK = ("seconds",)
+
 
 @dataclass
 class LayerRow:
@@ -26,7 +29,8 @@ class LayerRow:
     weights beyond its outermost levels, ``fallback`` what was done instead of the method,
     ``details`` further numbers of the method (errors of the block, of ``autoround``).
     ``input_limit`` is the calibrated range of the input, ``input_limit_rest`` what it would have
-    been without the first token of every sequence.
+    been without the first token of every sequence. ``execution`` is the kernel of a packed layer,
+    or why it has none.
     """
 
     name: str
@@ -49,6 +53,12 @@ class LayerRow:
     clipped: float | None = None
     input_limit: float | None = None
     input_limit_rest: float | None = None
+    execution: dict[str, Any] | None = None
+
+
+def from_first_token(row: LayerRow) -> bool:
+    """Tell whether the calibrated range of a layer rests on first tokens of sequences alone."""
+    return (row.input_limit or 0.0) > (row.input_limit_rest or 0.0)
 
 
 @dataclass
@@ -59,7 +69,8 @@ class Report:
     is counted on the live weights after all work is done. ``structure`` tells what methods of whole
     models took out: ``removed`` (names), ``ranking`` (every part with its value) and ``error``, the
     relative squared error of what the output head receives; ``layers`` is empty then.
-    ``transforms`` tells how the model was changed before its weights were rounded.
+    ``transforms`` tells how the model was changed before its weights were rounded, ``execution``
+    which kernels a packed model runs on (None: simulated).
     ``calibration_set`` is the set that was used, None without data; it is not written anywhere.
     """
 
@@ -79,6 +90,7 @@ class Report:
     report_sha256: str | None = None
     structure: dict[str, Any] | None = None
     transforms: list[dict[str, Any]] = field(default_factory=list)
+    execution: dict[str, Any] | None = None
     calibration_set: Any = field(default=None, repr=False, compare=False)
 
     def error(self) -> dict[str, Any]:
@@ -121,16 +133,36 @@ class Report:
             "weights_digest": self.weights_digest,
             "report_file": self.report_file,
             "report_sha256": self.report_sha256,
-        } | ({} if self.structure is None else {"removed": self.structure["removed"]})
+        } | self._extra()
+
+    def _extra(self) -> dict[str, Any]:
+        """Return what only some methods have to say."""
+        found: dict[str, Any] = {}
+        if self.structure is not None:
+            found["removed"] = self.structure["removed"]
+        if self.transforms:
+            found["transforms"] = len(self.transforms)
+        if self.execution is not None:
+            found["execution"] = self.execution
+        return found
 
     def line(self) -> str:
         """Return one line for people: what was compressed, by what, with which data, how well."""
         got, error = self.achieved, self.error()
         strength = []
-        if self.recipe.get("bits") is not None:
-            strength.append(f"{got['bits']:g} bits")
-        else:
+        if got.get("bits") is not None:
+            shown = f" ({got['bits_stored']:.3g} stored)" if got.get("bits_stored") else ""
+            strength.append(f"{got['bits']:.3g} bits{shown}")
+        if self.recipe.get("bits") is None or self.recipe.get("sparsity") is not None:
             strength.append(f"{got['sparsity']:.2%} removed")
+        if self.recipe.get("act_bits") is not None:
+            how = "dynamic" if self.recipe.get("act_dynamic", True) else "static"
+            strength.append(f"{how} {self.recipe['act_bits']}-bit inputs")
+        if self.recipe.get("kv_bits") is not None:
+            strength.append(f"{self.recipe['kv_bits']}-bit keys and values")
+        if self.execution is not None:
+            done, kept = self.execution["layers_packed"], self.execution["layers_dense"]
+            strength.append(f"{done} of {done + kept} layers packed")
         data = "no data"
         if self.calibration:
             c = self.calibration
@@ -158,14 +190,17 @@ class Report:
     def table(self) -> dict[str, Any]:
         """Return the content of the side file: the key, every layer, every matrix left dense.
 
-        Nothing in it depends on when or how fast it was made: a repeated run writes the same.
+        Nothing in it depends on when or how fast it was made: a repeated run writes the same, but
+        for the timings of packed layers.
         """
         return {
             "key": self.key,
             "layers": [
-                {k: v for k, v in asdict(row).items() if k != "seconds"} for row in self.layers
+                {k: v for k, v in asdict(row).items() if k not in _BY_THE_CLOCK}
+                for row in self.layers
             ],
             "left_dense": [{"name": name, "why": why} for name, why in self.left_dense],
+            "transforms": self.transforms,
         } | ({} if self.structure is None else {"structure": self.structure})
 
     def write(self, folder: Path) -> Path:

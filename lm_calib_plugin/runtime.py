@@ -19,6 +19,9 @@ class Runtime:
     ----------
     calib_batch_size
         Sequences per forward pass; ``auto`` takes about 4,096 tokens on a CPU and 16,384 on a GPU.
+    eval_tokens
+        Tokens that the evaluation multiplies at once (batch size times length): kernels of
+        ``execution=packed`` are chosen by their speed at this number.
     report_dir
         Folder of the per-layer report; default: ``reports`` in our cache.
     progress
@@ -34,6 +37,7 @@ class Runtime:
     """
 
     calib_batch_size: int | str = "auto"
+    eval_tokens: int = 512
     report_dir: str | None = None
     progress: bool = True
     on_leak: str = "warn"
@@ -42,6 +46,8 @@ class Runtime:
         if self.calib_batch_size != "auto":
             size = whole("calib_batch_size", self.calib_batch_size, lowest=1)
             object.__setattr__(self, "calib_batch_size", size)
+        tokens = whole("eval_tokens", self.eval_tokens, lowest=1)
+        object.__setattr__(self, "eval_tokens", tokens)
         object.__setattr__(self, "progress", flag("progress", self.progress))
         if self.on_leak not in ON_LEAK:
             raise UserError(

@@ -41,6 +41,21 @@ def check_banked(recipe: Recipe) -> None:
             f"a bank holds second moments, for methods that look at {listed(BANKED[1:])}",
             "judge the sets for wanda or sparsegpt, and use the best with your method",
         )
+    if method.transform is not None or method.block_rounding is not None:
+        stage = "rounding" if method.transform is None else "transform"
+        raise UserError(
+            stage,
+            f"got {recipe.stages[stage].text()}",
+            "a bank judges layers one by one, as they are in the model",
+            "judge the sets for gptq, and use the best with your method",
+        )
+    if method.kind != "pruning" and method.uses_heldout:
+        raise UserError(
+            "damp" if recipe.damp == "auto" else "method",
+            f"got {recipe.damp if recipe.damp == 'auto' else recipe.method}",
+            "a bank holds no sequences held out for a layer to choose by",
+            "judge the sets for gptq with a number as damp, and use the best with your method",
+        )
     if method.correction:
         raise UserError(
             "correction",

@@ -96,12 +96,15 @@ def remove(model: nn.Module) -> None:
         _take_off(module)
 
 
-def quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
-    """Return the quantizer of every layer that has one, by the name of the layer."""
+def quantizers(model: nn.Module, name: str = "") -> dict[str, ActivationQuantizer]:
+    """Return the quantizer of every layer that has one, by the name of the layer.
+
+    ``name`` is that of the module, when it is part of a larger model.
+    """
     ending = f".{QUANTIZER}"
     return {
         name.removesuffix(ending): module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in model.named_modules(prefix=name, remove_duplicate=False)
         if isinstance(module, ActivationQuantizer) and name.endswith(ending)
     }
 

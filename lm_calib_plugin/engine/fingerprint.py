@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lm_calib_plugin.engine.activations import quantizers
 from lm_calib_plugin.engine.kv_cache import kv_bits
+from lm_calib_plugin.execution import PackedLinear
 from lm_calib_plugin.storage import digest
 
 
@@ -20,23 +22,36 @@ def weights_digest(model: nn.Module) -> str:
     """Return a sha256 over name, shape, dtype and bytes of every parameter.
 
     Where inputs of layers, or keys and values, are rounded, also over how. The same on every
-    device. Tensors are hashed in parallel (hashing releases the interpreter
-    lock), at about one gigabyte a second and core.
+    device, and for a packed model as for the simulated one: the weights that its levels stand
+    for are hashed. Tensors are hashed in parallel (hashing releases the interpreter lock), at
+    about one gigabyte a second and core.
     """
-    named = sorted(model.named_parameters())
+    named: dict[str, Any] = dict(model.named_parameters())
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    named |= {f"{n}.weight": m for n, m in packed.items()}
+    order = sorted(named)
+
+    def described(name: str) -> list[Any]:
+        # A packed weight is made when its turn comes, so that not all are in memory.
+        owner = named[name]
+        tensor = owner.weight if isinstance(owner, PackedLinear) else owner.detach()
+        return [name, list(tensor.shape), str(tensor.dtype), _tensor_hash(tensor)]
+
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        hashes = list(pool.map(_tensor_hash, [p.detach() for _, p in named]))
-    weights = [
-        [name, list(p.shape), str(p.dtype), h] for (name, p), h in zip(named, hashes, strict=True)
-    ]
-    return digest(weights + _rounded_on_the_way(model))
+        weights = list(pool.map(described, order))
+    return digest(weights + _rounded_on_the_way(model, packed))
 
 
-def _rounded_on_the_way(model: nn.Module) -> list[list[Any]]:
+def _rounded_on_the_way(model: nn.Module, packed: Mapping[str, PackedLinear]) -> list[list[Any]]:
     """Describe what the model rounds besides its weights; empty for most models."""
+    rounded = quantizers(model)
+    for name, module in packed.items():
+        # A packed layer does what the quantizer of the layer in its place did.
+        for replaced in module.replaced:
+            rounded |= quantizers(replaced, name)
     found: list[list[Any]] = [
         [name, "input", q.spec.describe(), None if q.limit is None else float(q.limit).hex()]
-        for name, q in sorted(quantizers(model).items())
+        for name, q in sorted(rounded.items())
     ]
     bits = kv_bits(model)
     return found if bits is None else [*found, ["", "keys and values", bits]]

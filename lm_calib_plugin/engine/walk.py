@@ -28,7 +28,7 @@ from lm_calib_plugin.engine.watched import Watched, listen, pair
 from lm_calib_plugin.engine.wiring import Wiring, wiring_of
 from lm_calib_plugin.errors import CalibError, NumericalError, named
 from lm_calib_plugin.method import LayerResult, Method
-from lm_calib_plugin.report import LayerRow
+from lm_calib_plugin.report import LayerRow, from_first_token
 from lm_calib_plugin.statistics import STATISTICS, LayerStats, Ranges, TokenSample, statistic_of
 from lm_calib_plugin.statistics.sample import relative_error
 
@@ -201,7 +201,7 @@ class _Walk(BlockPass):
             warnings.append(
                 f"{len(names)} of {len(rows)} layers ({names[0]}, ...) fell back to {how}"
             )
-        first = [r.name for r in rows if (r.input_limit or 0) > (r.input_limit_rest or 0)]
+        first = [row.name for row in rows if from_first_token(row)]
         if first:
             warnings.append(
                 f"{len(first)} of {len(rows)} calibrated ranges ({first[0]}, ...) come from the "

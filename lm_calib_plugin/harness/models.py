@@ -24,6 +24,8 @@ from lm_calib_plugin.harness.arguments import (
 )
 from lm_calib_plugin.harness.cache_guard import guard_response_cache
 from lm_calib_plugin.harness.leakage import LeakCheck
+from lm_calib_plugin.harness.speed import Speed
+from lm_calib_plugin.packed import check_packed
 from lm_calib_plugin.recipe import read_arguments
 from lm_calib_plugin.registry import table
 
@@ -39,7 +41,7 @@ class Calib(HFLM):
     is loaded. ``report`` holds the :class:`~lm_calib_plugin.report.Report`.
     """
 
-    kinds: tuple[str, ...] = ("pruning", "quantization")
+    kinds: tuple[str, ...] = ("pruning", "quantization", "joint")
 
     def __init__(self, pretrained: Any = None, **arguments: Any) -> None:
         if pretrained is None:
@@ -47,7 +49,9 @@ class Calib(HFLM):
         ours, theirs = split_arguments(arguments)
         self.recipe, runtime = read_arguments(ours)
         self._check_kind()
-        self.recipe.make_method()
+        method = self.recipe.make_method()
+        if self.recipe.execution == "packed":
+            check_packed(self.recipe, method, _expected_device(theirs))
         check_calibration(self.recipe)
         if isinstance(pretrained, str):
             pretrained = resolve_pretrained(pretrained)
@@ -61,6 +65,7 @@ class Calib(HFLM):
                 "code that came with the model was allowed to run (trust_remote_code)"
             )
         self.leak_check = LeakCheck(self.report.calibration_set, self.tokenizer, runtime.on_leak)
+        self.speed = Speed()
         self._agree_across_ranks()
         if is_main_process():
             sys.stderr.write(f"lm-calib: {self.report.line()}\n")
@@ -101,6 +106,7 @@ class Calib(HFLM):
                 "the model that the report describes."
             )
         summary = self.report.summary()
+        summary["evaluation"] = self.speed.summary()
         summary["leakage"] = self.leak_check.report()
         summary["warnings"] += self.leak_check.warnings()
         return {**super().get_model_info(), "compression": summary}
@@ -119,6 +125,19 @@ class Calib(HFLM):
         """Generate, after a look for calibration text in the prompts."""
         self._check_leaks(requests)
         return super().generate_until(requests, *args, **kwargs)
+
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the model, and count tokens and seconds."""
+        with self.speed.timed("scored", inps) as count:
+            count(inps.numel())
+            return super()._model_call(inps, *args, **kwargs)
+
+    def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Generate, and count new tokens and seconds."""
+        with self.speed.timed("generated", context) as count:
+            found: torch.Tensor = super()._model_generate(context, *args, **kwargs)
+            count(found.shape[0] * max(0, found.shape[1] - context.shape[1]))
+            return found
 
     def barrier(self) -> None:
         """Wait for the other processes and add up what each has found.
@@ -153,14 +172,16 @@ class Calib(HFLM):
         sequence_length(self.recipe, self._config)
 
     def _check_kind(self) -> None:
-        if self.recipe.entry.kind not in self.kinds:
-            right = [name for kind in self.kinds for name in table(kind)]  # type: ignore[arg-type]
-            pruned = self.recipe.entry.kind == "pruning"
+        kind = self.recipe.entry.kind
+        if kind not in self.kinds:
+            right = [name for own in self.kinds for name in table(own)]  # type: ignore[arg-type]
+            what = "prunes and quantizes" if kind == "joint" else f"is a {kind} method"
+            models = {"pruning": "calib_pruned", "quantization": "calib_quantized"}
             raise UserError(
                 "method",
-                f"`{self.recipe.method}` is a {self.recipe.entry.kind} method",
+                f"`{self.recipe.method}` {what}",
                 f"methods of this model class: {listed(right)}",
-                f"use --model {'calib_pruned' if pruned else 'calib_quantized'}",
+                f"use --model {models.get(kind, 'calib')}",
             )
 
     def _agree_across_ranks(self) -> None:
@@ -188,6 +209,14 @@ class CalibQuantized(Calib):
     """``--model calib_quantized``: quantization methods only."""
 
     kinds = ("quantization",)
+
+
+def _expected_device(arguments: dict[str, Any]) -> torch.device:
+    """Return where HFLM will put the model, as far as its arguments tell."""
+    asked = str(arguments.get("device") or "cuda")
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device(asked)
 
 
 def _check_device(device: Any) -> None:

@@ -67,6 +67,33 @@ def test_prune_writes_the_compression_into_the_results(model: str, tmp_path: Pat
     assert found["calibration"]["sources"][0]["source"] == "self"
 
 
+def test_prune_and_quantize(model: str, tmp_path: Path) -> None:
+    # group_size=64 does not divide the 32 inputs of the tiny model
+    text = (EXAMPLES / "joint.yaml").read_text().replace("group_size: 64", "group_size: 16")
+    recipe, out = tmp_path / "joint.yaml", tmp_path / "out"
+    recipe.write_text(text)
+    script = str(EXAMPLES / "prune_and_quantize.sh")
+    environment = {"MODEL": model, "RECIPE": str(recipe)}
+    done = run("bash", script, "--limit", "4", "--output_path", str(out), **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(out.rglob("results_*.json")).read_text())["config"]["compression"]
+    assert found["achieved"]["sparsity"] >= 0.5
+    assert 4 < found["achieved"]["bits"] < 8
+    assert found["evaluation"]["scored_tokens_per_second"] > 0
+
+
+def test_calibrated_ranges(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = str(EXAMPLES / "smoothquant.sh")
+    done = run("bash", script, "--limit", "4", "--output_path", str(out), MODEL=model)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(out.rglob("results_*.json")).read_text())["config"]["compression"]
+    assert found["achieved"]["bits"] == 8
+    assert "inputs_from_first_token" in found["achieved"]
+    layers = json.loads(Path(found["report_file"]).read_text())["layers"]
+    assert all(layer["input_limit"] > 0 for layer in layers)
+
+
 @pytest.mark.parametrize("name", ["quantize.sh", "without_bridge.sh"])
 def test_shell_examples(name: str, model: str) -> None:
     if name == "quantize.sh":
