@@ -431,7 +431,8 @@ def _check_layers(
 def _check_heldout(method: Method, recipe: Recipe, calibration: CalibrationSet | None) -> None:
     """Refuse to choose by sequences held out when there are none, before any work."""
     chooses = getattr(method, "damp", 0) is None or recipe.bits_budget is not None
-    rounding = getattr(method, "rounding", None)
+    quantizer = method.quantization if isinstance(method, Joint) else method
+    rounding = getattr(quantizer, "rounding", None)
     if not (chooses or (rounding is not None and rounding.uses_heldout)):
         return
     count = calibration.nsamples if calibration is not None else 0
