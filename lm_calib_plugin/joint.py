@@ -45,6 +45,16 @@ class Joint(Method):
                 "roundings that leave zeros alone: rtn, gptq, gptq_heldout",
                 "for instance method=sparsegpt+gptq",
             )
+        try:
+            _ = self.statistic
+        except ValueError:
+            raise UserError(
+                "method",
+                f"`{self.pruning.label}` needs the spread of the inputs, "
+                f"`{self.quantization.label}` their ranges",
+                "one of the two",
+                "leave out the transform, or prune with wanda or sparsegpt",
+            ) from None
 
     def options(self) -> dict[str, Any]:
         """Return the options of both."""
@@ -61,8 +71,11 @@ class Joint(Method):
 
     @property
     def damp(self) -> float | None:
-        """The ridge that was asked for."""
-        return self.quantization.damp
+        """The ridge that was asked for, the larger of both; None where one is to be chosen."""
+        own, other = self.quantization.damp, self.pruning.damp
+        if own is None or not any(part.uses_damp for part in self.pruning.parts):
+            return own
+        return max(own, other)
 
     @property
     def statistic(self) -> str:  # type: ignore[override]

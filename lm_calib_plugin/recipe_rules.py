@@ -151,6 +151,13 @@ def _check_scope(recipe: Recipe) -> None:
 
 def _check_pruning(recipe: Recipe) -> None:
     options = recipe.entry.options
+    if recipe.damp == "auto" and recipe.entry.kind == "pruning":
+        raise UserError(
+            "damp",
+            f"got auto with method `{recipe.method}`",
+            "a ridge >= 0; roundings choose among several",
+            "for instance damp=0.01",
+        )
     if "blocks" in options:
         return
     if recipe.kept == (0, 0):
@@ -175,6 +182,13 @@ def _check_pruning(recipe: Recipe) -> None:
 
 def _check_quantization(recipe: Recipe) -> None:
     _check_scheme(recipe)
+    if recipe.bits_budget is not None and recipe.entry.kind == "joint":
+        raise UserError(
+            "bits",
+            f"got {recipe.bits} with method `{recipe.method}`",
+            "widths are chosen for layers that are quantized, not pruned",
+            "a width, for instance bits=4, and others by overrides",
+        )
     quantized = recipe.act_bits_in_force is not None
     if recipe.act_dynamic is not None and not quantized:
         raise UserError(

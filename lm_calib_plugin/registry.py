@@ -200,7 +200,11 @@ class JointEntry(Entry):
         halves = {}
         for name in ("pruning", "quantization"):
             row: Entry = getattr(self, name)
-            halves[name] = row.make({k: v for k, v in options.items() if k in row.options})
+            own = {k: v for k, v in options.items() if k in row.options}
+            if name == "pruning" and own.get("damp") == "auto":
+                # Only roundings choose a ridge; pruning takes its own.
+                del own["damp"]
+            halves[name] = row.make(own)
         return self.load()(**halves)
 
 
