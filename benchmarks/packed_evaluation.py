@@ -53,7 +53,7 @@ def main() -> None:
     fields: dict[str, Any] = dict(pair.split("=", 1) for pair in given.recipe.split(","))
     runtime = Runtime(progress=False, eval_tokens=given.batch * given.seqlen)
     read = json.loads(given.tokens.read_text()) if given.tokens else {}
-    calibration = CalibrationSet.of(read["calib"]) if read else None
+    calibration = CalibrationSet.of(read["calib"], seqlen=given.seqlen) if read else None
     models, report = {}, None
     for name in ("dense", "simulated", "packed"):
         model = AutoModelForCausalLM.from_pretrained(given.model, dtype=getattr(torch, given.dtype))

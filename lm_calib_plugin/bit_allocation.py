@@ -18,11 +18,13 @@ from lm_calib_plugin.engine.capture import replay
 from lm_calib_plugin.engine.layers import TargetLayer
 from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.rows import rows as rows_of
-from lm_calib_plugin.errors import CalibError, UserError, named
+from lm_calib_plugin.errors import CalibError, NumericalError, UserError, named
 from lm_calib_plugin.quantization.pipeline import Quantizer
 from lm_calib_plugin.statistics import STATISTICS, LayerStats
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+# The largest error, as the solver sees it.
+SPAN = 1e6
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,31 @@ def choose_widths(choices: Sequence[Choice], budget: float) -> list[int]:
         (np.ones(total), (np.repeat(np.arange(len(choices)), count), np.arange(total)))
     )
     costs = np.array([c for choice in choices for c in choice.costs]) / weights
-    found = milp(
-        np.array([e for choice in choices for e in choice.errors]),
-        integrality=np.ones(total),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(costs[None, :], ub=budget * (1 + 1e-12)),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.x is None:
-        raise CalibError(f"bits=auto:{budget:g}: no solution found ({found.message}).")
-    return [int(row.argmax()) for row in np.asarray(found.x).reshape(-1, count)]
+    errors = np.array([e for choice in choices for e in choice.errors])
+    # The solver stops at an absolute gap of 1e-6, which may be more than all errors together.
+    errors = errors * (SPAN / max(float(errors.max()), 1e-300))
+    limit = budget * (1 + 1e-12)
+    while True:
+        found = milp(
+            errors,
+            integrality=np.ones(total),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(costs[None, :], ub=limit),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
+        if found.x is None and limit < budget:
+            return [int(np.argmin(choice.costs)) for choice in choices]
+        if found.x is None:
+            raise CalibError(f"bits=auto:{budget:g}: no solution found ({found.message}).")
+        places = [int(row.argmax()) for row in np.asarray(found.x).reshape(-1, count)]
+        used = sum(choice.costs[place] for choice, place in zip(choices, places, strict=True))
+        if used <= budget * weights * (1 + 1e-9):
+            return places
+        # The solver lets a constraint be broken by as much as 1e-6.
+        limit -= 2e-6
 
 
 def allocate_bits(
@@ -205,9 +219,18 @@ class _Trials(BlockPass):
                 else:
                     grid = own.fit_grid(weight, stats, layer.parameter.dtype)
                     rounded = grid.round(weight)
-            layer.write(rounded)
-            errors.append(_difference(self._outputs(index), outputs))
-            layer.stored.copy_(stored)
+            try:
+                layer.write(rounded)
+                errors.append(_difference(self._outputs(index), outputs))
+            finally:
+                layer.stored.copy_(stored)
+            if not np.isfinite(errors[-1]):
+                raise NumericalError(
+                    layer.name,
+                    f"trial of {bits} bits",
+                    "NaN or Inf in the output of the block",
+                    "try dtype=float32 or bfloat16",
+                )
             costs.append(grid.stored_bits(layer.shape))
         return Choice(layer.name, weight.numel(), tuple(costs), tuple(errors))
 
@@ -218,6 +241,9 @@ def _difference(found: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
     The norm of the next block divides by that size, so that tokens of huge activations do not
     count for more than others.
     """
+    if len(found) != len(outputs):
+        # Memory ran short in between: the same rows, in smaller chunks.
+        found, outputs = [torch.cat(list(found))], [torch.cat(list(outputs))]
     total, count = 0.0, 0
     for one, dense in zip(found, outputs, strict=True):
         size = dense.double().square().sum(-1)

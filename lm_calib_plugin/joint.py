@@ -45,6 +45,16 @@ class Joint(Method):
                 "roundings that leave zeros alone: rtn, gptq, gptq_heldout",
                 "for instance method=sparsegpt+gptq",
             )
+        try:
+            _ = self.statistic
+        except ValueError:
+            raise UserError(
+                "method",
+                f"`{self.pruning.label}` needs the spread of the inputs, "
+                f"`{self.quantization.label}` their ranges",
+                "one of the two",
+                "leave out the transform, or prune with wanda or sparsegpt",
+            ) from None
 
     def options(self) -> dict[str, Any]:
         """Return the options of both, without those in which their own defaults differ.
@@ -65,8 +75,11 @@ class Joint(Method):
 
     @property
     def damp(self) -> float | None:
-        """The ridge that was asked for."""
-        return self.quantization.damp
+        """The ridge that was asked for, the larger of both; None where one is to be chosen."""
+        own, other = self.quantization.damp, self.pruning.damp
+        if own is None or not any(part.uses_damp for part in self.pruning.parts):
+            return own
+        return max(own, other)
 
     @property
     def statistic(self) -> str:  # type: ignore[override]
@@ -165,14 +178,13 @@ class Joint(Method):
         if self.quantization.keeps_weights:
             return pruned
         keep = pruned.weight != 0
-        update = self.pruning.update
+        update, rounding = self.pruning.update, self.quantization.rounding
+        assert rounding is not None
         # The values that a sweep over the mask gives come out of the joint sweep, too.
-        start = weight if update is None or update.sweeps else pruned.weight
+        swept = rounding.corrects and (update is None or update.sweeps)
+        start = weight if swept else pruned.weight
         grid = self.quantization.fit_grid(pruned.weight, stats, dtype)
-        assert self.quantization.rounding is not None
-        found = self.quantization.rounding.round_kept(
-            start, keep, grid, stats, self.quantization.setting
-        )
+        found = rounding.round_kept(start, keep, grid, stats, self.quantization.setting)
         ridges = [damp for damp in (pruned.damp, found.damp) if damp is not None]
         return replace(
             found,

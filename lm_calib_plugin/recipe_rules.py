@@ -168,6 +168,13 @@ def _check_scope(recipe: Recipe) -> None:
 
 def _check_pruning(recipe: Recipe) -> None:
     options = recipe.entry.options
+    if recipe.damp == "auto" and recipe.entry.kind == "pruning":
+        raise UserError(
+            "damp",
+            f"got auto with method `{recipe.method}`",
+            "a ridge >= 0; roundings choose among several",
+            "for instance damp=0.01",
+        )
     if "blocks" in options:
         return
     if recipe.kept == (0, 0):

@@ -205,7 +205,11 @@ class JointEntry(Entry):
         halves = {}
         for name in ("pruning", "quantization"):
             row: Entry = getattr(self, name)
-            halves[name] = row.make({k: v for k, v in given.items() if k in row.options})
+            own = {k: v for k, v in given.items() if k in row.options}
+            if name == "pruning" and own.get("damp") == "auto":
+                # Only roundings choose a ridge.
+                del own["damp"]
+            halves[name] = row.make(own)
         if correction is not None:
             which = "pruning" if "gram" in halves["pruning"].statistic else "quantization"
             halves[which] = replace(halves[which], correction=correction)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -68,6 +69,7 @@ class BlockPass:
         listen: Callable[[Any, Chunk, int, Tensor, Tensor], None],
         keep: bool,
         pair: Callable[[Any, Chunk, int, Tensor, Tensor], None] | None = None,
+        follow: bool = True,
     ) -> Any:
         """Run one block and hand what its layers receive to ``listen``.
 
@@ -84,6 +86,8 @@ class BlockPass:
         pair
             When given, the dense hidden states of the chunks go through the block, too, and it is
             called with state, chunk, group number, rows, and the rows of the dense model.
+        follow
+            Whether the dense hidden states become those behind the block.
 
         Returns
         -------
@@ -98,8 +102,9 @@ class BlockPass:
                 if pair is None or chunk.dense is None:
                     followed.append(chunk.dense)
                 else:
-                    dense, output = _dense_inputs(groups, chunk, index)
-                    followed.append(output)
+                    with self.as_dense():
+                        dense, output = _dense_inputs(groups, chunk, index)
+                    followed.append(output if follow else chunk.dense)
                     heard = _both(heard, _bound(pair, state, chunk), dense)
                 outputs.append(groups.watch(chunk, index, heard, whole=keep))
             return state, outputs, followed
@@ -110,6 +115,10 @@ class BlockPass:
         for chunk, hidden in zip(self.chunks, followed, strict=pair is not None):
             chunk.dense = hidden
         return state
+
+    def as_dense(self) -> contextlib.AbstractContextManager[None]:
+        """Put the weights of the dense model back, for as long as the context lasts."""
+        return contextlib.nullcontext()
 
     def propagate(self, index: int, dense: bool = False) -> None:
         """Pass the hidden states of all chunks through one block; with ``dense``, also those of

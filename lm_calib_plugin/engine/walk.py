@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from lm_calib_plugin.engine.wiring import Wiring, wiring_of
 from lm_calib_plugin.errors import CalibError, NumericalError, named
 from lm_calib_plugin.method import LayerResult, Method
 from lm_calib_plugin.report import LayerRow, from_first_token
-from lm_calib_plugin.statistics import STATISTICS, LayerStats, Ranges, TokenSample
+from lm_calib_plugin.statistics import STATISTICS, LayerStats, Ranges, TokenSample, statistic_of
 from lm_calib_plugin.statistics.sample import relative_error
 
 ERROR_TOKENS = 512
@@ -52,6 +53,17 @@ class Plan:
     def method_of(self, layer: TargetLayer) -> Method:
         """Return the method as it treats one layer."""
         return self.methods.get(layer.name, self.method).for_layer(layer.name)
+
+    @property
+    def statistic(self) -> str:
+        """What has to be known of the inputs for all layers; some share an input."""
+        kinds = {method.statistic for method in (self.method, *self.methods.values())}
+        return kinds.pop() if len(kinds) == 1 else statistic_of(kinds)
+
+    @property
+    def uses_heldout(self) -> bool:
+        """Whether a layer is judged by the sequences held out."""
+        return any(method.uses_heldout for method in (self.method, *self.methods.values()))
 
 
 @dataclass
@@ -121,6 +133,8 @@ class _Walk(BlockPass):
         self.borrowed: dict[str, int] = {}
         self.unseen: list[str] = []
         self.wiring: Wiring | None = None
+        # Parameters of the block in work with what they were, where its layers come in steps.
+        self.dense_values: list[tuple[nn.Parameter, Tensor]] = []
         self.result = WalkResult(
             seconds=self.seconds, warnings=self.warnings, pads=sum(c.pads for c in chunks)
         )
@@ -197,27 +211,52 @@ class _Walk(BlockPass):
     # --- stages --------------------------------------------------------------------------
 
     def _block(self, index: int, layers: Sequence[TargetLayer], more: bool) -> None:
-        dense = self.plan.propagate == "dense"
+        ahead = self.plan.propagate == "dense" and more and bool(layers)
         if layers:
-            self._work_on(index, layers, keep=dense and more)
-        if more and not (dense and layers):
+            self._work_on(index, layers, ahead)
+        if ahead:
+            for chunk in self.chunks:
+                chunk.hidden, chunk.dense = chunk.dense, None
+        elif more:
             self.timed("propagate", lambda: self.propagate(index, dense=not layers))
 
-    def _work_on(self, index: int, layers: Sequence[TargetLayer], keep: bool) -> None:
+    def _look_ahead(self, index: int, groups: InputGroups) -> dict[int, Watched]:
+        """Watch a block that is still dense; its outputs wait in ``chunk.dense``.
+
+        ``chunk.hidden`` stays the input of the block, for whoever runs it again.
+        """
+        for chunk in self.chunks:
+            chunk.dense = chunk.hidden
+        watched = self._watched(index, groups, keep=True)
+        for chunk in self.chunks:
+            chunk.hidden, chunk.dense = chunk.dense, chunk.hidden
+        return watched
+
+    def _work_on(self, index: int, layers: Sequence[TargetLayer], ahead: bool) -> None:
         """Treat the layers of one block: observe, transform, compress, and round their inputs."""
         method, groups = self.plan.method, self.groups(index, layers)
         scales = method.transform is not None and method.transform.level == "inputs"
         steps = groups.steps() if self.plan.true_sequential else [layers]
         watched: dict[int, Watched] = {}
-        if len(steps) == 1 or scales:
-            watched = self.timed("observe", lambda: self._watched(index, groups, keep))
+        if ahead:
+            watched = self.timed("observe", lambda: self._look_ahead(index, groups))
+        elif len(steps) == 1 or scales:
+            last = len(steps) == 1
+            watched = self.timed("observe", lambda: self._watched(index, groups, follow=last))
         if scales:
             self.timed("transform", lambda: self._scale(index, layers, watched))
+        if len(steps) > 1 and self.corrects:
+            self.dense_values = [
+                (p, p.data.clone()) for p in self.blocks.modules[index].parameters()
+            ]
         for step in steps:
             if len(steps) > 1:
-                own = self.groups(index, step)
-                watched = self.timed("observe", lambda own=own: self._watched(index, own, False))
+                own, last = self.groups(index, step), step is steps[-1]
+                watched = self.timed(
+                    "observe", lambda own=own, last=last: self._watched(index, own, follow=last)
+                )
             self.timed("compress", lambda step=step, seen=watched: self._solve_all(step, seen))
+        self.dense_values = []
         if method.activations is not None:
             self.timed("activations", lambda: self._round_inputs(index, layers))
 
@@ -271,34 +310,43 @@ class _Walk(BlockPass):
             if row.name in limits:
                 row.input_limit, row.input_limit_rest = limits[row.name]
 
-    def _watched(self, index: int, groups: InputGroups, keep: bool) -> dict[int, Watched]:
+    @contextlib.contextmanager
+    def as_dense(self) -> Iterator[None]:
+        """Put the weights back that the block had before its first step, for a while."""
+        now = [p.data for p, _ in self.dense_values]
+        try:
+            for parameter, value in self.dense_values:
+                parameter.data = value
+            yield
+        finally:
+            for (parameter, _), value in zip(self.dense_values, now, strict=True):
+                parameter.data = value
+
+    def _watched(
+        self, index: int, groups: InputGroups, keep: bool = False, follow: bool = True
+    ) -> dict[int, Watched]:
         """Collect statistics of every distinct input; by ``id(layer)`` of the layers."""
 
         def start() -> list[Watched]:
             return [self._empty(group[0]) for group in groups.groups]
 
-        watched = self.observe(index, groups, start, listen, keep, pair if self.corrects else None)
+        both = pair if self.corrects else None
+        watched = self.observe(index, groups, start, listen, keep, both, follow)
         found = {}
         for group, seen in zip(groups.groups, watched, strict=True):
-            if not seen.finite or (seen.stats is not None and not seen.stats.is_finite()):
-                raise NumericalError(
-                    group[0].name,
-                    "calibration input",
-                    "NaN or Inf in the activations",
-                    "try dtype=float32 or bfloat16",
-                )
+            _check_seen(group[0], seen)
             found |= {id(layer): seen for layer in group}
         pairs = [(g[0], w.stats) for g, w in zip(groups.groups, watched, strict=True)]
         self.borrowed |= fill_up([(layer, stats) for layer, stats in pairs if stats is not None])
         return found
 
     def _empty(self, layer: TargetLayer) -> Watched:
-        kind = self.plan.method.statistic
+        kind = self.plan.statistic
         width, device = layer.shape[1], layer.parameter.device
         stats = None
         if kind != "none":
             stats = STATISTICS[kind].empty(width, device)
-            if self.plan.method.uses_heldout:
+            if self.plan.uses_heldout:
                 stats.heldout = STATISTICS[kind].empty(width, device)
         counts = [sum(c.tokens for c in self.chunks if c.heldout == h) for h in (False, True)]
         if layer.expert is not None:
@@ -313,10 +361,15 @@ class _Walk(BlockPass):
 
     def _solve_all(self, layers: Sequence[TargetLayer], watched: Mapping[int, Watched]) -> None:
         """Compress layers of one block, one by one or all together."""
-        rounding = self.plan.method.block_rounding
-        if rounding is None or not self.chunks or layers[0].block == HEAD:
+        roundings = {id(layer): self.plan.method_of(layer).block_rounding for layer in layers}
+        # Layers may keep their weights: with 16 bits, for all or by name.
+        alone = [layer for layer in layers if roundings[id(layer)] is None]
+        if len(alone) == len(layers) or not self.chunks or layers[0].block == HEAD:
             self._compress(layers, watched)
             return
+        self._compress(alone, watched)
+        layers = [layer for layer in layers if layer not in alone]
+        rounding = roundings[id(layers[0])]
         start = time.perf_counter()
         index = layers[0].block
         before = {layer.name: layer.read() for layer in layers}
@@ -439,11 +492,22 @@ class _Walk(BlockPass):
                 if static:
                     count([ranges], chunk, 0, received, chunk.owners())
             watched = {id(layer): seen}
+            _check_seen(layer, seen)
         self._compress([layer], watched)
         if static:
             limits = limits_of({layer.name: ranges}, spec, self.plan.method.observer)
         if spec is not None:
             self._install([layer], limits)
+
+
+def _check_seen(layer: TargetLayer, seen: Watched) -> None:
+    if not seen.finite or (seen.stats is not None and not seen.stats.is_finite()):
+        raise NumericalError(
+            layer.name,
+            "calibration input",
+            "NaN or Inf in the activations",
+            "try dtype=float32 or bfloat16",
+        )
 
 
 def _described(grid: Any, before: Tensor, layer: TargetLayer) -> dict[str, float]:
