@@ -309,7 +309,7 @@ def test_adapters_are_merged_first(tmp_path: Path) -> None:
 def test_the_classes_take_only_their_kind() -> None:
     with pytest.raises(UserError, match="use --model calib_pruned"):
         CalibQuantized(pretrained="m", method="wanda", sparsity=0.5)
-    assert Calib.kinds == ("pruning", "quantization")
+    assert Calib.kinds == ("pruning", "quantization", "joint")
 
 
 def test_batch_size_given_twice() -> None:
