@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from lm_calib_plugin.engine.layers import TargetLayer
 from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.rows import rows as rows_of
 from lm_calib_plugin.errors import CalibError, NumericalError, UserError, named
-from lm_calib_plugin.quantization.pipeline import Quantizer
+from lm_calib_plugin.joint import quantizer_of
+from lm_calib_plugin.method import Method
+from lm_calib_plugin.quantization.pipeline import DENSE, Quantizer
 from lm_calib_plugin.statistics import STATISTICS, LayerStats
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -56,15 +58,7 @@ def choose_widths(choices: Sequence[Choice], budget: float) -> list[int]:
     from scipy.sparse import csr_array
 
     weights = sum(choice.size for choice in choices)
-    lowest = sum(min(choice.costs) for choice in choices) / weights
-    if lowest > budget:
-        raise UserError(
-            "bits",
-            f"got auto:{budget:g}, but {min(WIDTHS)} bits in every layer need {lowest:.4g} bits a "
-            "weight with scales and zero points",
-            f"auto:B with B >= {lowest:.4g}, or a larger group_size",
-            f"for instance bits=auto:{np.ceil(lowest * 4 + 1) / 4:g}",
-        )
+    _check_lowest(sum(min(choice.costs) for choice in choices) / weights, budget)
     count = len(WIDTHS)
     total = len(choices) * count
     one_each = csr_array(
@@ -98,38 +92,92 @@ def choose_widths(choices: Sequence[Choice], budget: float) -> list[int]:
         limit -= 2e-6
 
 
+def check_budget(
+    layers: Sequence[TargetLayer],
+    method: Method,
+    treated: Mapping[str, Method],
+    budget: float,
+) -> None:
+    """Refuse a budget that the smallest widths do not meet, before any work.
+
+    Layers with options of their own (``treated``, by name) count with what they take.
+
+    Raises
+    ------
+    UserError
+        With the smallest budget that can be met, and for an output head without a width.
+    """
+    free = [layer for layer in layers if layer.name not in treated]
+    if any(layer.block == engine.HEAD for layer in free):
+        raise UserError(
+            "targets",
+            "the output head is among the layers of bits=auto, which looks at decoder blocks only",
+            fix="give the head a width of its own (overrides), or leave it out",
+        )
+    if not free:
+        raise UserError(
+            "overrides",
+            "they name every layer, which leaves bits=auto nothing to choose",
+            fix="drop the patterns that name the layers to choose for, or give bits as a number",
+        )
+    least = sum(_stored(layer, quantizer_of(method), min(WIDTHS)) for layer in free)
+    least += sum(_stored(x, quantizer_of(treated[x.name])) for x in layers if x.name in treated)
+    _check_lowest(least / sum(_size(layer) for layer in layers), budget)
+
+
+def _check_lowest(lowest: float, budget: float) -> None:
+    if lowest > budget:
+        raise UserError(
+            "bits",
+            f"got auto:{budget:g}, but {min(WIDTHS)} bits in every layer without a width of its "
+            f"own need {lowest:.4g} bits a weight with scales and zero points",
+            f"auto:B with B >= {lowest:.4g}, or a larger group_size",
+            f"for instance bits=auto:{np.ceil(lowest * 4 + 1) / 4:g}",
+        )
+
+
+def _size(layer: TargetLayer) -> int:
+    return layer.shape[0] * layer.shape[1]
+
+
+def _stored(layer: TargetLayer, quantizer: Quantizer | None, bits: int | None = None) -> float:
+    """Return the bits that a layer takes on integer levels, scales and zero points counted."""
+    assert quantizer is not None
+    width = 8 * layer.parameter.element_size()
+    bits = quantizer.bits if bits is None else bits
+    if bits == DENSE:
+        return float(_size(layer) * width)
+    group = layer.shape[1] if quantizer.group_size == -1 else quantizer.group_size
+    rounding = quantizer.rounding
+    real_zero = rounding is not None and not rounding.keeps_zeros and rounding.level == "layer"
+    zero = 0 if quantizer.symmetric else width if real_zero else bits
+    return float(_size(layer) * bits + _size(layer) // group * (width + zero))
+
+
 def allocate_bits(
     model: nn.Module,
     blocks: engine.Blocks,
     chunks: list[Chunk],
     layers: Sequence[TargetLayer],
     method: Quantizer,
+    treated: Mapping[str, Quantizer],
     budget: float,
     device: torch.device,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Return the width of every layer.
+    """Return the width of every layer that has none of its own.
 
     Every layer is rounded at every width as the method does it, on what the dense model gives it
     (without its transform, and to nearest where the method rounds whole blocks); what that alone
     does to the output of its block is measured on the sequences held out. Costs one forward pass,
-    and for every layer and width one of the sequences held out through the block.
+    and for every layer and width one of the sequences held out through the block. Layers with
+    options of their own (``treated``, by name) take their part of the budget.
     """
-    if any(layer.block == engine.HEAD for layer in layers):
-        raise UserError(
-            "targets",
-            "the output head is among the layers of bits=auto, which looks at decoder blocks only",
-            fix="give the head a width of its own (overrides), or leave it out",
-        )
-    if not layers:
-        raise UserError(
-            "overrides",
-            "no layer is left for bits=auto to choose a width for",
-            "patterns that leave some out",
-            "drop a pattern, or give bits as a number",
-        )
-    choices = _Trials(model, blocks, chunks, device).run(layers, method, progress)
-    places = choose_widths(choices, budget)
+    free = [layer for layer in layers if layer.name not in treated]
+    taken = sum(_stored(x, treated[x.name]) for x in layers if x.name in treated)
+    rest = budget * sum(map(_size, layers)) - taken
+    choices = _Trials(model, blocks, chunks, device).run(free, method, progress)
+    places = choose_widths(choices, rest / sum(map(_size, free)))
     return {c.name: WIDTHS[p] for c, p in zip(choices, places, strict=True)}
 
 

@@ -29,7 +29,7 @@ from lm_calib_plugin.accounting import (
 )
 from lm_calib_plugin.allocation import allocate, check_allocation, strength_found
 from lm_calib_plugin.bank.mixtures import Task, check_mixture, draw
-from lm_calib_plugin.bit_allocation import allocate_bits
+from lm_calib_plugin.bit_allocation import allocate_bits, check_budget
 from lm_calib_plugin.calibration import (
     CalibrationSet,
     stored_sets,
@@ -39,10 +39,9 @@ from lm_calib_plugin.calibration import (
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
 from lm_calib_plugin.errors import UserError, listed, nearest
 from lm_calib_plugin.guard import left_as_found
-from lm_calib_plugin.joint import Joint
+from lm_calib_plugin.joint import pruning_of, quantizer_of, with_part
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.packed import check_packed, pack_layers
-from lm_calib_plugin.pruning.pipeline import Pipeline
 from lm_calib_plugin.quantization.pipeline import Quantizer
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import LayerRow, Report
@@ -50,6 +49,8 @@ from lm_calib_plugin.resolved import Facts, ResolvedRecipe
 from lm_calib_plugin.runtime import Runtime
 
 DEFAULT_SEQLEN = 2048
+# Random tokens on which packed and simulated logits are compared.
+PROBE = 64
 
 
 def compress(
@@ -90,6 +91,13 @@ def compress(
     runtime = runtime or Runtime()
     engine.check_supported(model)
     method = recipe.make_method()
+    if recipe.true_sequential and method.block_rounding is not None:
+        raise UserError(
+            "true_sequential",
+            f"given with `{recipe.method}`, which rounds all layers of a block together",
+            "roundings of single layers, such as rtn and gptq",
+            "drop `true_sequential`",
+        )
     seqlen = sequence_length(recipe, model.config)
     given = calibration is not None
     if not given:
@@ -103,11 +111,13 @@ def compress(
         )
     treated = _overridden(method, layers, recipe)
     _check_layers(method, treated, layers)
+    if recipe.bits_budget is not None:
+        check_budget(layers, method, treated, recipe.bits_budget)
     engine.check_reach(model, blocks, layers, method)
     if recipe.execution == "packed":
         first = layers[0].parameter
         check_packed(recipe, method, first.device, [first.dtype])
-    pruning = _pruning_of(method)
+    pruning = pruning_of(method)
     if pruning is not None:
         check_allocation(layers, pruning)
     if tokenizer is None and recipe.terms and not given:
@@ -226,9 +236,9 @@ def _on_layers(
     seconds: dict[str, float] = {}
     warnings: list[str] = []
     transforms: list[dict[str, Any]] = []
-    bits = getattr(method, "bits", None)
-    if bits is not None and not method.keeps_weights:
-        warnings += coarse_warning(layers, bits)
+    quantizer = quantizer_of(method)
+    if quantizer is not None and not quantizer.keeps_weights:
+        warnings += coarse_warning(layers, quantizer.bits)
     if method.transform is not None and method.transform.level == "model":
         start = time.perf_counter()
         transforms.append(engine.rotate(model, blocks, **method.transform.options()))
@@ -241,34 +251,34 @@ def _on_layers(
             model,
             blocks,
             fresh(),
-            [layer for layer in layers if layer.name not in treated],
+            layers,
             method,
+            {name: own for name, own in treated.items() if isinstance(own, Quantizer)},
             recipe.bits_budget,
             device,
             runtime.progress,
         )
         methods |= {n: dataclasses.replace(method, bits=b) for n, b in widths.items()}
-    pruning = _pruning_of(method)
+    pruning = pruning_of(method)
     rule = pruning.allocation if pruning is not None else None
     if rule is not None and not (method.does_nothing and rule.keeps_budget):
         assert pruning is not None
         found = allocate(model, blocks, fresh, layers, pruning, device, runtime.progress)
         pruning = strength_found(pruning, layers, found, recipe.sparsity)
         for name, own in found.items():
-            methods[name] = _with_pruning(methods.get(name, method), own)
-        method = _with_pruning(method, pruning)
+            methods[name] = with_part(methods.get(name, method), own)
+        method = with_part(method, pruning)
     if methods:
         seconds["allocation"] = time.perf_counter() - start
     plan = engine.Plan(method, layers, recipe.propagate, methods, recipe.true_sequential)
     result = engine.run(model, blocks, fresh(), plan, device, runtime.progress)
     start = time.perf_counter()
-    strengths = {n: _pruning_of(m) for n, m in methods.items()}
+    strengths = {n: pruning_of(m) for n, m in methods.items()}
     emptied = [n for n, own in strengths.items() if own is not None and float(own.sparsity) == 1]
     if emptied:
         warnings.append(f"{len(emptied)} layers ({emptied[0]}, ...) lost every weight")
-    kv_bits = getattr(method, "kv_bits", None)
-    if kv_bits is not None:
-        engine.quantize_kv(model, kv_bits, blocks)
+    if method.kv_bits is not None:
+        engine.quantize_kv(model, method.kv_bits, blocks)
     achieved = measure(model, blocks, layers, method, result.grids) | first_tokens(result.rows)
     seconds["measure"] = time.perf_counter() - start
     return _Done(
@@ -295,26 +305,22 @@ def _run_packed(
 ) -> None:
     """Replace layers by kernels, once everything has been counted, and put it in the report."""
     start = time.perf_counter()
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(_vocab_size(model), (1, PROBE), generator=generator).to(device)
+    before = model(probe, use_cache=False).logits.float()
     found = pack_layers(
         model, layers, recipe, done.method, done.methods, done.grids, runtime.eval_tokens
     )
+    gap = model(probe, use_cache=False).logits.float() - before
     done.seconds["packing"] = time.perf_counter() - start
     done.execution = found.summary()
+    done.execution["logits_difference"] = float(gap.norm() / before.norm())
     # The warnings stand with those of the report.
     done.warnings += done.execution.pop("warnings")
     table = found.table()
     for row in done.rows:
         row.execution = table.get(row.name)
-
-
-def _pruning_of(method: Method) -> Pipeline | None:
-    """Return the pipeline that prunes, of a pruning or a joint method."""
-    found = method.pruning if isinstance(method, Joint) else method
-    return found if isinstance(found, Pipeline) else None
-
-
-def _with_pruning(method: Method, pruning: Pipeline) -> Method:
-    return dataclasses.replace(method, pruning=pruning) if isinstance(method, Joint) else pruning
 
 
 def _overridden(
@@ -336,10 +342,9 @@ def _overridden(
     for name in names:
         own = next((o for p, o in overrides.items() if engine.matches(name, p)), None)
         if own is not None:
-            quantizer = method.quantization if isinstance(method, Joint) else method
-            changed = dataclasses.replace(quantizer, **own)  # type: ignore[type-var]
-            joint = isinstance(method, Joint)
-            found[name] = dataclasses.replace(method, quantization=changed) if joint else changed
+            quantizer = quantizer_of(method)
+            assert quantizer is not None
+            found[name] = with_part(method, dataclasses.replace(quantizer, **own))
     return found
 
 
@@ -435,10 +440,9 @@ def _check_layers(
 
 def _check_heldout(method: Method, recipe: Recipe, calibration: CalibrationSet | None) -> None:
     """Refuse to choose by sequences held out when there are none, before any work."""
-    chooses = getattr(method, "damp", 0) is None or recipe.bits_budget is not None
-    quantizer = method.quantization if isinstance(method, Joint) else method
-    rounding = getattr(quantizer, "rounding", None)
-    if not (chooses or (rounding is not None and rounding.uses_heldout)):
+    quantizer = quantizer_of(method)
+    chooses = quantizer is not None and quantizer.uses_heldout
+    if not chooses and recipe.bits_budget is None:
         return
     count = calibration.nsamples if calibration is not None else 0
     if engine.heldout_indices(count, recipe.heldout):

@@ -65,7 +65,11 @@ class Joint(Method):
         return {k: v for k, v in {**mine, **other}.items() if mine.get(k, v) == v}
 
     def identity(self) -> dict[str, Any]:
-        """Return the options of both, as they enter the key."""
+        """Return the options of both, as they enter the key; of one, where the other is idle."""
+        if self.pruning.does_nothing:
+            return self.quantization.identity()
+        if self.quantization.does_nothing:
+            return self.pruning.identity()
         return {"pruning": self.pruning.identity(), "quantization": self.quantization.identity()}
 
     @property
@@ -118,7 +122,11 @@ class Joint(Method):
 
     @property
     def revision(self) -> str:  # type: ignore[override]
-        """Revisions of both."""
+        """Revisions of both; of one, where the other is idle."""
+        if self.pruning.does_nothing:
+            return self.quantization.revision
+        if self.quantization.does_nothing:
+            return self.pruning.revision
         return f"{self.pruning.revision}+{self.quantization.revision}"
 
     @property
@@ -183,6 +191,7 @@ class Joint(Method):
         # The values that a sweep over the mask gives come out of the joint sweep, too.
         swept = rounding.corrects and (update is None or update.sweeps)
         start = weight if swept else pruned.weight
+        start = rounding.prepared(start, stats, self.quantization.setting)
         grid = self.quantization.fit_grid(pruned.weight, stats, dtype)
         found = rounding.round_kept(start, keep, grid, stats, self.quantization.setting)
         ridges = [damp for damp in (pruned.damp, found.damp) if damp is not None]
@@ -192,3 +201,23 @@ class Joint(Method):
             damp=max(ridges, default=None),
             notes=pruned.notes + found.notes,
         )
+
+
+def pruning_of(method: Method) -> Pipeline | None:
+    """Return the pipeline that prunes, of a pruning or a joint method."""
+    found = method.pruning if isinstance(method, Joint) else method
+    return found if isinstance(found, Pipeline) else None
+
+
+def quantizer_of(method: Method) -> Quantizer | None:
+    """Return what quantizes, of a quantization or a joint method."""
+    found = method.quantization if isinstance(method, Joint) else method
+    return found if isinstance(found, Quantizer) else None
+
+
+def with_part(method: Method, part: Pipeline | Quantizer) -> Method:
+    """Return the method with another pipeline, or another quantizer, in its place."""
+    if not isinstance(method, Joint):
+        return part
+    name = "pruning" if isinstance(part, Pipeline) else "quantization"
+    return replace(method, **{name: part})

@@ -68,6 +68,8 @@ class Method(ABC):
         What rounds all layers of a block together, in place of :meth:`compress`.
     activations, observer
         How inputs of layers are rounded while the model runs, and how ranges are calibrated.
+    kv_bits
+        Width to which cached keys and values are rounded; None: not at all.
     inert
         Options taken for the sake of uniform commands, without any effect on this method.
     revision
@@ -90,6 +92,7 @@ class Method(ABC):
     block_rounding: ClassVar[Any] = None
     activations: ClassVar[Any] = None
     observer: ClassVar[Any] = None
+    kv_bits: ClassVar[int | None] = None
     revision: ClassVar[int | str] = 1
     paper: ClassVar[str] = ""
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lm_calib_plugin import engine
 from lm_calib_plugin.engine.activations import quantizers
@@ -14,13 +14,14 @@ from lm_calib_plugin.execution import (
     Activation,
     ExecutionReport,
     PackLayer,
+    Race,
     check_execution,
     pack,
 )
-from lm_calib_plugin.joint import Joint
+from lm_calib_plugin.execution.choose import race
+from lm_calib_plugin.joint import quantizer_of
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.quantization.grids import Grid
-from lm_calib_plugin.quantization.pipeline import Quantizer
 from lm_calib_plugin.recipe import Recipe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +40,7 @@ def check_packed(
     UserError
         With what runs packed on this device.
     """
-    quantizer = _quantizer_of(method)
+    quantizer = quantizer_of(method)
     spec = None if quantizer is None else quantizer.activations
     activation = None
     if spec is not None:
@@ -90,7 +91,7 @@ def pack_layers(
     inputs = quantizers(model)
     asked = []
     for layer in layers:
-        quantizer = _quantizer_of(methods.get(layer.name, method))
+        quantizer = quantizer_of(methods.get(layer.name, method))
         grid, rounded = grids.get(layer.name), inputs.get(layer.name)
         asked.append(
             PackLayer(
@@ -102,9 +103,17 @@ def pack_layers(
                 quantize=rounded,
             )
         )
-    return pack(model, asked, tokens)
+    return pack(model, asked, tokens, racer=_one_verdict if _several() else None)
 
 
-def _quantizer_of(method: Method) -> Quantizer | None:
-    found = method.quantization if isinstance(method, Joint) else method
-    return found if isinstance(found, Quantizer) else None
+def _several() -> bool:
+    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def _one_verdict(
+    dense: Callable[[Tensor], Tensor], packed: Callable[[Tensor], Tensor], x: Tensor
+) -> Race:
+    """Race on every process, and take the times of the first: all have to use one kernel."""
+    found = [race(dense, packed, x)]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]

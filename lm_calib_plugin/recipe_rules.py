@@ -275,6 +275,14 @@ def _check_overrides(recipe: Recipe) -> None:
         )
     scheme = SCHEMES[recipe.scheme] if recipe.scheme else None
     for pattern, own in recipe.overrides.items():
+        if recipe.bits == DENSE_BITS and own.get("bits", DENSE_BITS) != DENSE_BITS:
+            raise UserError(
+                "overrides",
+                f"got bits={own['bits']} for {pattern!r} beside bits={DENSE_BITS} for the others",
+                "a method that rounds, with patterns for what it leaves alone",
+                f"for instance bits={own['bits']} with targets={pattern}, or bits: {DENSE_BITS} in "
+                "patterns of the others",
+            )
         for name, value in own.items():
             if name not in recipe.options:
                 raise UserError(

@@ -29,8 +29,8 @@ class LayerRow:
     weights beyond its outermost levels, ``fallback`` what was done instead of the method,
     ``details`` further numbers of the method (errors of the block, of ``autoround``).
     ``input_limit`` is the calibrated range of the input, ``input_limit_rest`` what it would have
-    been without the first token of every sequence. ``execution`` is the kernel of a packed layer,
-    or why it has none.
+    been without the first token of every sequence (None where these do not count anyway).
+    ``execution`` is the kernel of a packed layer, or why it has none.
     """
 
     name: str
@@ -56,9 +56,15 @@ class LayerRow:
     execution: dict[str, Any] | None = None
 
 
+# How much wider than without first tokens a range has to be to count as theirs.
+WIDENED = 1.5
+
+
 def from_first_token(row: LayerRow) -> bool:
     """Tell whether the calibrated range of a layer rests on first tokens of sequences alone."""
-    return (row.input_limit or 0.0) > (row.input_limit_rest or 0.0)
+    if row.input_limit is None or row.input_limit_rest is None:
+        return False
+    return row.input_limit >= WIDENED * row.input_limit_rest
 
 
 @dataclass

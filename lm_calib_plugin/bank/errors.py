@@ -34,6 +34,21 @@ def check_banked(recipe: Recipe) -> None:
             "a bank judges layers one by one",
             "judge the sets for wanda or sparsegpt, and use the best with your method",
         )
+    if method.kind == "joint":
+        raise UserError(
+            "method",
+            f"`{recipe.method}` prunes and quantizes",
+            "a bank judges one of the two at a time",
+            "judge the sets for each, and use the best of both with your method",
+        )
+    for name in ("overrides", "bits"):
+        if (recipe.overrides if name == "overrides" else recipe.bits_budget) is not None:
+            raise UserError(
+                name,
+                f"got {getattr(recipe, name)}",
+                "a bank judges every layer at one width",
+                "judge the sets with bits=4, and use the best with yours",
+            )
     if method.statistic not in BANKED:
         raise UserError(
             "method",

@@ -132,7 +132,7 @@ def baseline_of(method: Method) -> Method:
     """Return the method without data that a method is compared with: magnitude, or rtn."""
     name = "magnitude" if method.kind == "pruning" else "rtn"
     entry = registry.find_method(name)
-    shared = ("sparsity", "pattern", "compat", "bits", "group_size", "symmetric")
+    shared = ("sparsity", "pattern", "compat", "scheme", "bits", "group_size", "symmetric")
     given = {k: v for k, v in method.options().items() if k in entry.options and k in shared}
     made: Method = entry.make(given)
     return made

@@ -32,7 +32,7 @@ def check_reach(
         check_rotation(model, blocks)
     elif method.transform is not None:
         wiring_of(model, blocks)
-    if getattr(method, "kv_bits", None) is not None:
+    if method.kv_bits is not None:
         check_kv(model, blocks)
     experts = [layer for layer in layers if layer.expert is not None]
     if method.block_rounding is not None and experts:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +13,6 @@ from lm_calib_plugin.engine.layers import TargetLayer
 from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.errors import NumericalError
 from lm_calib_plugin.quantization.activations import ActivationSpec
-from lm_calib_plugin.quantization.parts import Observer
 from lm_calib_plugin.statistics import Ranges
 
 
@@ -44,13 +45,18 @@ def count(
 
 
 def limits_of(
-    ranges: dict[str, Ranges], spec: ActivationSpec, observer: Observer
-) -> dict[str, tuple[float, float]]:
-    """Return the limit of every input, and the largest value behind the first tokens, by name."""
-    made: dict[int, tuple[float, float]] = {}
+    ranges: dict[str, Ranges], spec: ActivationSpec, observer: Any, skipped: bool
+) -> dict[str, tuple[float, float | None]]:
+    """Return the limit of every input, and what it is without first tokens, by name.
+
+    ``skipped`` tells that first tokens were not counted at all: then nothing is known of them.
+    """
+    made: dict[int, tuple[float, float | None]] = {}
+    rest = None if skipped or not hasattr(observer, "first") else replace(observer, first=False)
     for name, one in ranges.items():
         if id(one) not in made:
             if not one.is_finite():
                 raise NumericalError(name, "activations", "NaN or Inf in what the layer receives")
-            made[id(one)] = (observer.limit(one, spec), one.limit_without_first)
+            without = None if rest is None else rest.limit(one, spec)
+            made[id(one)] = (observer.limit(one, spec), without)
     return {name: made[id(one)] for name, one in ranges.items()}

@@ -28,7 +28,7 @@ from lm_calib_plugin.engine.watched import Watched, listen, pair
 from lm_calib_plugin.engine.wiring import Wiring, wiring_of
 from lm_calib_plugin.errors import CalibError, NumericalError, named
 from lm_calib_plugin.method import LayerResult, Method
-from lm_calib_plugin.report import LayerRow, from_first_token
+from lm_calib_plugin.report import WIDENED, LayerRow, from_first_token
 from lm_calib_plugin.statistics import STATISTICS, LayerStats, Ranges, TokenSample, statistic_of
 from lm_calib_plugin.statistics.sample import relative_error
 
@@ -193,6 +193,19 @@ class _Walk(BlockPass):
             if names:
                 self.result.warnings.append(f"{len(names)} layers ({names[0]}, ...) saw {what}")
 
+    def _tell_of_unscaled(self, wiring: Wiring) -> None:
+        """Say which layers keep their inputs as they are, and why."""
+        targets = {layer.name for layer in self.plan.layers}
+        reasons: dict[str, list[str]] = {}
+        for name, why in wiring.left:
+            # Experts have names of their own below that of the module.
+            if name in targets or any(t.startswith(f"{name}.") for t in targets):
+                reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            self.result.warnings.append(
+                f"inputs of {len(names)} modules ({names[0]}, ...) are not scaled: {why}"
+            )
+
     def _tell_of_fallbacks(self) -> None:
         """Say how many layers were not treated as asked, and which ranges rest on one token."""
         rows, warnings = self.result.rows, self.result.warnings
@@ -204,8 +217,9 @@ class _Walk(BlockPass):
         first = [row.name for row in rows if from_first_token(row)]
         if first:
             warnings.append(
-                f"{len(first)} of {len(rows)} calibrated ranges ({first[0]}, ...) come from the "
-                "first token of a sequence alone; observer=minmax?first=false leaves it out"
+                f"{len(first)} of {len(rows)} calibrated ranges ({first[0]}, ...) are at least "
+                f"{WIDENED:g} times as wide as without the first token of every sequence; "
+                "observer=minmax?first=false leaves it out"
             )
 
     # --- stages --------------------------------------------------------------------------
@@ -266,6 +280,7 @@ class _Walk(BlockPass):
         """Scale inputs and weights of a block against each other; statistics follow."""
         if self.wiring is None:
             self.wiring = wiring_of(self.model, self.blocks)
+            self._tell_of_unscaled(self.wiring)
         spec = self.plan.method.activations
 
         def stats_of(layer: TargetLayer) -> LayerStats:
@@ -296,13 +311,16 @@ class _Walk(BlockPass):
         """Let the layers round what comes in from now on; later blocks see the difference."""
         method, limits = self.plan.method, None
         if not method.activations.dynamic:
-            limits = limits_of(
-                input_ranges(self, index, layers), method.activations, method.observer
-            )
+            limits = self._limits(input_ranges(self, index, layers))
         self._install(layers, limits)
 
+    def _limits(self, ranges: dict[str, Ranges]) -> dict[str, tuple[float, float | None]]:
+        method = self.plan.method
+        skipped = any(chunk.skip_first for chunk in self.chunks)
+        return limits_of(ranges, method.activations, method.observer, skipped)
+
     def _install(
-        self, layers: Sequence[TargetLayer], limits: dict[str, tuple[float, float]] | None
+        self, layers: Sequence[TargetLayer], limits: dict[str, tuple[float, float | None]] | None
     ) -> None:
         spec = self.plan.method.activations
         install(layers, spec, None if limits is None else {n: x for n, (x, _) in limits.items()})
@@ -495,7 +513,7 @@ class _Walk(BlockPass):
             _check_seen(layer, seen)
         self._compress([layer], watched)
         if static:
-            limits = limits_of({layer.name: ranges}, spec, self.plan.method.observer)
+            limits = self._limits({layer.name: ranges})
         if spec is not None:
             self._install([layer], limits)
 

@@ -129,8 +129,14 @@ class Calib(HFLM):
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the model, and count tokens and seconds."""
         with self.speed.timed("scored", inps) as count:
+            found: torch.Tensor = super()._model_call(inps, *args, **kwargs)
             count(inps.numel())
-            return super()._model_call(inps, *args, **kwargs)
+            return found
+
+    def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
+        """Look for the largest batch; its trials are no evaluation."""
+        with self.speed.paused():
+            return int(super()._detect_batch_size(*args, **kwargs))
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Generate, and count new tokens and seconds."""

@@ -1,4 +1,7 @@
-"""How fast the evaluation itself was: tokens and seconds of every forward pass and generation."""
+"""How fast the evaluation itself was: tokens and seconds of every forward pass and generation.
+
+On several processes, those of the first; generation includes the pass over the prompt.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ class Speed:
     def __init__(self) -> None:
         self.tokens = {"scored": 0, "generated": 0}
         self.seconds = {"scored": 0.0, "generated": 0.0}
+        self._counts = True
 
     @contextlib.contextmanager
     def timed(self, kind: str, like: torch.Tensor) -> Iterator[Callable[[int], None]]:
@@ -27,16 +31,24 @@ class Speed:
         ``like`` is on the device whose work is waited for.
         """
 
-        def count(tokens: int) -> None:
-            self.tokens[kind] += tokens
-
+        done: list[int] = []
         _wait(like)
         start = time.perf_counter()
-        try:
-            yield count
-        finally:
-            _wait(like)
+        yield done.append
+        _wait(like)
+        if self._counts:
+            # A pass that fails, for want of memory, ends above and is not counted.
+            self.tokens[kind] += sum(done)
             self.seconds[kind] += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing inside."""
+        before, self._counts = self._counts, False
+        try:
+            yield
+        finally:
+            self._counts = before
 
     def summary(self) -> dict[str, Any]:
         """Return tokens, seconds and tokens a second of what was done."""

@@ -70,7 +70,7 @@ class Quantizer(Method):
     symmetric: bool = True
     act_bits: int | None = None
     act_dynamic: bool = True
-    kv_bits: int | None = None
+    kv_bits: int | None = None  # type: ignore[misc]
     damp: float | None = 0.01
     act_order: bool = True
     compat: str | None = None
@@ -203,7 +203,9 @@ class Quantizer(Method):
     @property
     def rows_independent(self) -> bool:  # type: ignore[override]
         """Whether no stage lets an output row depend on the others."""
-        return self.transform is None and all(
+        # All scales of nvfp4 share one factor.
+        alone = self.transform is None and self.number != "nvfp4"
+        return alone and all(
             part.rows_independent for part in self.parts if part is not self.observer
         )
 

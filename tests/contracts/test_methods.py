@@ -79,7 +79,7 @@ def remember(row: Row, x: Tensor) -> LayerStats | None:
         return None
     stats = STATISTICS[row.statistic].empty(x.shape[1])
     stats.update(x)
-    if make(row).uses_heldout:
+    if not row.prunes and make(row).uses_heldout:
         stats.heldout = STATISTICS[row.statistic].empty(x.shape[1])
         stats.heldout.update(x)
     return stats
@@ -438,6 +438,8 @@ def test_without_tokens_the_statistic_is_the_identity(row: Row) -> None:
     weight = weights(NARROW)
     method = make(row)
     nothing = STATISTICS[row.statistic].empty(NARROW[1])
+    if not row.prunes and method.uses_heldout:
+        nothing.heldout = STATISTICS[row.statistic].empty(NARROW[1])
     # Of equal energy, uncorrelated, and without a mean; four times, whose root is exact.
     both = torch.cat([torch.eye(NARROW[1]), -torch.eye(NARROW[1])]).repeat(2, 1)
     expected = method.compress(weight, remember(row, both))

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from lm_calib_plugin.statistics import output_error
+
 
 def weight_error(
     weights: Sequence[Tensor],
@@ -39,8 +41,7 @@ def weight_error(
     total = 0.0
     for i, weight in enumerate(weights):
         levels = rounded(i, weight * s)
-        change = levels / s - weight
-        total += float(((change @ gram) * change).sum())
+        total += output_error(levels / s - weight, gram)
         if noise is not None:
             total += float(levels.square().sum(dim=0) @ noise)
     return total
