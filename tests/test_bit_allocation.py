@@ -283,8 +283,8 @@ def test_what_cannot_be_is_refused() -> None:
         ({"bits": "auto:7", "targets": ["lm_head", "*q_proj"]}, "output head"),
     ):
         model, before = make_model(), flat(make_model())
+        recipe = Recipe(method="rtn", group_size=8, **options)
         with pytest.raises(UserError, match=match):
-            recipe = Recipe(method="rtn", group_size=8, **options)
             compress(model, None, recipe, QUIET, calibration())
         assert torch.equal(flat(model), before)
     with pytest.raises(UserError, match="bits"):
