@@ -117,8 +117,9 @@ def check_budget(
     if not free:
         raise UserError(
             "overrides",
-            "they name every layer, which leaves bits=auto nothing to choose",
-            fix="drop the patterns that name the layers to choose for, or give bits as a number",
+            "no layer is left for bits=auto to choose a width for",
+            "patterns that leave some out",
+            "drop a pattern, or give bits as a number",
         )
     least = sum(_stored(layer, quantizer_of(method), min(WIDTHS)) for layer in free)
     least += sum(_stored(x, quantizer_of(treated[x.name])) for x in layers if x.name in treated)
@@ -129,8 +130,8 @@ def _check_lowest(lowest: float, budget: float) -> None:
     if lowest > budget:
         raise UserError(
             "bits",
-            f"got auto:{budget:g}, but {min(WIDTHS)} bits in every layer without a width of its "
-            f"own need {lowest:.4g} bits a weight with scales and zero points",
+            f"got auto:{budget:g}, but {min(WIDTHS)} bits in every layer need {lowest:.4g} bits a "
+            "weight, with scales and zero points and what overrides take",
             f"auto:B with B >= {lowest:.4g}, or a larger group_size",
             f"for instance bits=auto:{np.ceil(lowest * 4 + 1) / 4:g}",
         )

@@ -168,13 +168,6 @@ def _check_scope(recipe: Recipe) -> None:
 
 def _check_pruning(recipe: Recipe) -> None:
     options = recipe.entry.options
-    if recipe.damp == "auto" and recipe.entry.kind == "pruning":
-        raise UserError(
-            "damp",
-            f"got auto with method `{recipe.method}`",
-            "a ridge >= 0; roundings choose among several",
-            "for instance damp=0.01",
-        )
     if "blocks" in options:
         return
     if recipe.kept == (0, 0):
@@ -275,14 +268,6 @@ def _check_overrides(recipe: Recipe) -> None:
         )
     scheme = SCHEMES[recipe.scheme] if recipe.scheme else None
     for pattern, own in recipe.overrides.items():
-        if recipe.bits == DENSE_BITS and own.get("bits", DENSE_BITS) != DENSE_BITS:
-            raise UserError(
-                "overrides",
-                f"got bits={own['bits']} for {pattern!r} beside bits={DENSE_BITS} for the others",
-                "a method that rounds, with patterns for what it leaves alone",
-                f"for instance bits={own['bits']} with targets={pattern}, or bits: {DENSE_BITS} in "
-                "patterns of the others",
-            )
         for name, value in own.items():
             if name not in recipe.options:
                 raise UserError(

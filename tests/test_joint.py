@@ -166,7 +166,6 @@ METHODS = [
     {"method": "wanda+rtn", "sparsity": 0.5},
     {"method": "wanda+gptq", "sparsity": 0.6, "damp": "auto"},
     {"method": "sparsegpt+gptq", "sparsity": 0.5, "symmetric": False},
-    {"method": "sparsegpt+gptq", "sparsity": 0.5, "damp": "auto"},
     {"method": "sparsegpt+gptq", "sparsity": 0.5, "correction": 0.5, "true_sequential": True},
     {"method": "swap_pcg+gptq_heldout", "sparsity": 0.5},
     {"method": "wanda+awq", "sparsity": 0.5, "grid": "clip"},

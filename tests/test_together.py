@@ -11,6 +11,7 @@ import torch
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.compression import compress
 from lm_calib_plugin.engine.kv_cache import kv_bits
+from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import Report
 from lm_calib_plugin.runtime import Runtime
@@ -83,6 +84,9 @@ def test_a_mixture_serves_a_joint_method(tmp_path: Path, name: str) -> None:
 
 def test_a_ridge_that_a_mixture_finds_is_that_of_every_layer(tmp_path: Path) -> None:
     mixture = {"calibration": "minimax(random+null:ascii)", "nsamples": 8, "seqlen": 16}
-    given = {"method": "gptq", "overrides": {"*down_proj": {"bits": 8}}, **mixture}
-    _, report = done(tmp_path, **given)
+    _, report = done(tmp_path, **{"method": "gptq", **mixture})
     assert {row.damp for row in report.layers} == {report.recipe["damp"]}
+    # A bank judges every layer at one width.
+    given = {"method": "gptq", "overrides": {"*down_proj": {"bits": 8}}, **mixture}
+    with pytest.raises(UserError, match="overrides"):
+        done(tmp_path, **given)

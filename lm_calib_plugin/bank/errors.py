@@ -34,13 +34,6 @@ def check_banked(recipe: Recipe) -> None:
             "a bank judges layers one by one",
             "judge the sets for wanda or sparsegpt, and use the best with your method",
         )
-    if method.kind == "joint":
-        raise UserError(
-            "method",
-            f"`{recipe.method}` prunes and quantizes",
-            "a bank judges one of the two at a time",
-            "judge the sets for each, and use the best of both with your method",
-        )
     for name in ("overrides", "bits"):
         if (recipe.overrides if name == "overrides" else recipe.bits_budget) is not None:
             raise UserError(

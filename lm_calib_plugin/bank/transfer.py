@@ -129,8 +129,8 @@ class Transfer:
 
 
 def baseline_of(method: Method) -> Method:
-    """Return the method without data that a method is compared with: magnitude, or rtn."""
-    name = "magnitude" if method.kind == "pruning" else "rtn"
+    """Return the method without data that a method is compared with: magnitude, rtn, or both."""
+    name = {"pruning": "magnitude", "joint": "magnitude+rtn"}.get(method.kind, "rtn")
     entry = registry.find_method(name)
     shared = ("sparsity", "pattern", "compat", "scheme", "bits", "group_size", "symmetric")
     given = {k: v for k, v in method.options().items() if k in entry.options and k in shared}

@@ -138,7 +138,6 @@ def test_labels_and_options_are_complete() -> None:
         ({"method": "rtn", "observer": "minmax"}, "no range of an activation"),
         ({"method": "rtn", "act_dynamic": False}, "no activation is quantized"),
         ({"method": "rtn", "group_size": 7}, "group_size: 7 does not divide"),
-        ({"method": "rtn", "scheme": "NVFP4", "grid": "mse"}, "the format itself"),
         ({"method": "gptq", "true_sequential": True, "propagate": "dense"}, "true_sequential"),
         ({"method": "rtn", "bits": 9}, "bits: got 9"),
     ],
