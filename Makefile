@@ -6,11 +6,13 @@
 # PYTHON=python3.12     the interpreter of the environment
 # TORCH_INDEX=URL       where to take torch from, e.g. PyTorch's own index of CPU wheels
 # MARKS="not slow"      which tests to run; PYTEST="-k cli -x" for more pytest arguments
+# WORKERS=1             how many processes run tests; default: one a core
 
 PYTHON ?= python3
 VENV ?= .venv
 MARKS ?= not gpu
 PYTEST ?=
+WORKERS ?= auto
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -23,10 +25,10 @@ COPIED := pyproject.toml constraints.txt $(wildcard startup/* tasks/calib_demo/*
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
-# One thread: the models of the tests are too small to share out.
+# One thread each: the models of the tests are too small to share out.
 test: $(VENV)/.dev lint
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
-		$(BIN)/python -m pytest -m "$(MARKS)" $(PYTEST)
+		$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "$(MARKS)" $(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
