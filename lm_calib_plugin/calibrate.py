@@ -19,7 +19,7 @@ from lm_calib_plugin.calibration import (
     model_needed,
 )
 from lm_calib_plugin.calibration.set_folder import licences, may_replace, read_record
-from lm_calib_plugin.compression import check_calibration, sequence_length
+from lm_calib_plugin.checks import check_calibration, sequence_length
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.guard import left_as_found, random_state_untouched
 from lm_calib_plugin.recipe import Recipe

@@ -28,16 +28,21 @@ from lm_calib_plugin.accounting import (
     versions,
 )
 from lm_calib_plugin.allocation import allocate, check_allocation, strength_found
-from lm_calib_plugin.bank.mixtures import Task, check_mixture, draw
+from lm_calib_plugin.bank.mixtures import Task, draw
 from lm_calib_plugin.bit_allocation import allocate_bits, check_budget
-from lm_calib_plugin.calibration import (
-    CalibrationSet,
-    stored_sets,
-    tokenizer_digest,
-    validate_calibration,
+from lm_calib_plugin.calibration import CalibrationSet
+from lm_calib_plugin.checks import (
+    check_calibration,
+    check_heldout,
+    check_layers,
+    check_tokenizer,
+    in_force_by_layer,
+    overridden,
+    sequence_length,
+    vocab_size,
 )
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
-from lm_calib_plugin.errors import UserError, listed, nearest
+from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.joint import pruning_of, quantizer_of, with_part
 from lm_calib_plugin.method import Method
@@ -48,7 +53,6 @@ from lm_calib_plugin.report import LayerRow, Report
 from lm_calib_plugin.resolved import Facts, ResolvedRecipe
 from lm_calib_plugin.runtime import Runtime
 
-DEFAULT_SEQLEN = 2048
 # Random tokens on which packed and simulated logits are compared.
 PROBE = 64
 
@@ -109,8 +113,8 @@ def compress(
         layers, left = engine.select_layers(
             model, blocks, recipe.targets, recipe.ignore, recipe.untie
         )
-    treated = _overridden(method, layers, recipe)
-    _check_layers(method, treated, layers)
+    treated = overridden(method, layers, recipe)
+    check_layers(method, treated, layers)
     if recipe.bits_budget is not None:
         check_budget(layers, method, treated, recipe.bits_budget)
     engine.check_reach(model, blocks, layers, method)
@@ -128,7 +132,7 @@ def compress(
             "give the model's tokenizer, or a calibration set made before",
         )
     if calibration is not None and tokenizer is not None:
-        _check_tokenizer(calibration, tokenizer)
+        check_tokenizer(calibration, tokenizer)
     layers = engine.untied(model, layers)
     seconds: dict[str, float] = {}
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -149,7 +153,7 @@ def compress(
                 method,
                 seqlen,
                 dense_digest,
-                _vocab_size(model),
+                vocab_size(model),
                 runtime,
             )
             found = draw(task)
@@ -167,13 +171,13 @@ def compress(
         if structural:
             done = _on_model(model, blocks, method, recipe, runtime, fresh())
         else:
-            _check_heldout(method, recipe, calibration)
+            check_heldout(method, recipe, calibration)
             done = _on_layers(model, blocks, layers, method, treated, recipe, runtime, fresh)
         final_digest = engine.weights_digest(model)
         if recipe.execution == "packed":
             _run_packed(model, layers, recipe, runtime, done)
     held = len(engine.heldout_indices(calibration.nsamples, recipe.heldout)) if calibration else 0
-    in_force = _in_force(method, treated, recipe)
+    in_force = in_force_by_layer(method, treated, recipe)
     resolved = _resolve(recipe, done, in_force, dense_digest, calibration, held)
     report = Report(
         key=resolved.key(),
@@ -307,7 +311,7 @@ def _run_packed(
     start = time.perf_counter()
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(_vocab_size(model), (1, PROBE), generator=generator).to(device)
+    probe = torch.randint(vocab_size(model), (1, PROBE), generator=generator).to(device)
     before = model(probe, use_cache=False).logits.float()
     found = pack_layers(
         model, layers, recipe, done.method, done.methods, done.grids, runtime.eval_tokens
@@ -321,31 +325,6 @@ def _run_packed(
     table = found.table()
     for row in done.rows:
         row.execution = table.get(row.name)
-
-
-def _overridden(
-    method: Method, layers: Sequence[engine.TargetLayer], recipe: Recipe
-) -> dict[str, Method]:
-    """Return the method of every layer that a pattern of ``overrides`` names."""
-    overrides = recipe.overrides or {}
-    names = [layer.name for layer in layers]
-    for pattern in overrides:
-        if not any(engine.matches(name, pattern) for name in names):
-            tails = dict.fromkeys(name.rsplit(".", 1)[-1] for name in names)
-            raise UserError(
-                "overrides",
-                f"pattern `{pattern}` matched 0 of {len(names)} layers",
-                nearest(pattern.strip("*."), tails),
-                f"names: {listed(tails)}",
-            )
-    found: dict[str, Method] = {}
-    for name in names:
-        own = next((o for p, o in overrides.items() if engine.matches(name, p)), None)
-        if own is not None:
-            quantizer = quantizer_of(method)
-            assert quantizer is not None
-            found[name] = with_part(method, dataclasses.replace(quantizer, **own))
-    return found
 
 
 def _on_model(
@@ -374,100 +353,10 @@ def _on_model(
     )
 
 
-def check_calibration(recipe: Recipe) -> None:
-    """Check the calibration of a recipe, mixtures too, without network, data or model.
-
-    Raises
-    ------
-    UserError
-        For an option, file, folder, task or number of sources that cannot be used.
-    """
-    validate_calibration(recipe)
-    check_mixture(recipe)
-
-
 def is_main_process() -> bool:
     """Tell whether this process speaks for all: the only one, or rank 0."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return not distributed or torch.distributed.get_rank() == 0
-
-
-def sequence_length(recipe: Recipe, config: Any) -> int:
-    """Return the most tokens of a calibration sequence.
-
-    As asked, else that of ``set:DIR``, else 2048; without being asked never beyond what the model
-    accepts.
-
-    Raises
-    ------
-    UserError
-        When more is asked, or stored in a set, than the model has positions for, or less is
-        asked than a set holds.
-    """
-    limit = getattr(engine.text_config(config), "max_position_embeddings", None)
-    sets = stored_sets(recipe)
-    for stored in sets:
-        if recipe.seqlen is not None:
-            stored.check_length(recipe.seqlen, "seqlen")
-        elif limit:
-            stored.check_length(limit, "what the model accepts")
-    if recipe.seqlen is None:
-        wanted = max((s.stored.seqlen for s in sets), default=DEFAULT_SEQLEN)
-        return min(wanted, limit or wanted)
-    if limit and recipe.seqlen > limit:
-        raise UserError(
-            "seqlen",
-            f"got {recipe.seqlen}",
-            f"the model accepts {limit} positions",
-            f"use seqlen<={limit}",
-        )
-    return recipe.seqlen
-
-
-def _check_layers(
-    method: Method, treated: dict[str, Method], layers: Sequence[engine.TargetLayer]
-) -> None:
-    for layer in layers:
-        treated.get(layer.name, method).check_layer(layer.name, layer.shape)
-        if method.needs_bias and layer.bias is None:
-            raise UserError(
-                "update",
-                f"{layer.name} has no bias to correct",
-                "models whose layers have biases (OPT, GPT-2, Phi)",
-                f"leave it out (ignore={layer.name.rsplit('.', 1)[-1]}), or use another update",
-            )
-
-
-def _check_heldout(method: Method, recipe: Recipe, calibration: CalibrationSet | None) -> None:
-    """Refuse to choose by sequences held out when there are none, before any work."""
-    quantizer = quantizer_of(method)
-    chooses = quantizer is not None and quantizer.uses_heldout
-    if not chooses and recipe.bits_budget is None:
-        return
-    count = calibration.nsamples if calibration is not None else 0
-    if engine.heldout_indices(count, recipe.heldout):
-        return
-    raise UserError(
-        "heldout",
-        f"{recipe.heldout:g} of {count} sequences is less than one",
-        f"`{recipe.method}` with these options chooses by the error on sequences held out",
-        f"for instance nsamples={2 * max(count, 10)}, or heldout=0.5",
-    )
-
-
-def _check_tokenizer(calibration: CalibrationSet, tokenizer: Any) -> None:
-    mine = tokenizer_digest(tokenizer)
-    if calibration.tokenizer and calibration.tokenizer != mine:
-        raise UserError(
-            "calibration",
-            f"the set was made with tokenizer {calibration.tokenizer}, this model has {mine}",
-            "token ids mean something else to another tokenizer",
-            "build it again with this model's tokenizer",
-        )
-
-
-def _vocab_size(model: nn.Module) -> int:
-    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 def _chunks(
@@ -481,17 +370,17 @@ def _chunks(
     if calibration is None:
         return []
     highest = max(int(s.max()) for s in calibration.sequences)
-    if highest >= _vocab_size(model):
+    if highest >= vocab_size(model):
         raise UserError(
             "calibration",
-            f"token id {highest} >= {_vocab_size(model)} rows of the embeddings",
+            f"token id {highest} >= {vocab_size(model)} rows of the embeddings",
             fix="wrong tokenizer for this model?",
         )
     size = runtime.calib_batch_size
     if size == "auto":
         size = token_budget(device, max(len(s) for s in calibration.sequences))
     pad = getattr(tokenizer, "pad_token_id", None)
-    pad_id = pad if isinstance(pad, int) and pad < _vocab_size(model) else 0
+    pad_id = pad if isinstance(pad, int) and pad < vocab_size(model) else 0
     held = engine.heldout_indices(len(calibration.sequences), recipe.heldout)
     return make_chunks(
         calibration.sequences,
@@ -501,16 +390,6 @@ def _chunks(
         weights=calibration.weights,
         skip_first=recipe.exclude_first_token,
     )
-
-
-def _in_force(method: Method, treated: dict[str, Method], recipe: Recipe) -> dict[str, Any]:
-    """Return what the key says of layers with options of their own that differ from the others'.
-
-    Patterns may overlap, so their order matters, and they may say what holds anyway: layers tell.
-    """
-    everywhere = None if recipe.bits_budget is not None else method.identity()
-    own = {name: [m.revision, m.identity()] for name, m in treated.items()}
-    return {name: found for name, found in own.items() if found[1] != everywhere}
 
 
 def _resolve(

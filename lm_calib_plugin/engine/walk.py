@@ -12,23 +12,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lm_calib_plugin.engine import notes
 from lm_calib_plugin.engine.activations import install
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.correction import input_shift
 from lm_calib_plugin.engine.discovery import Blocks
-from lm_calib_plugin.engine.experts import ENOUGH, fill_up
+from lm_calib_plugin.engine.experts import fill_up
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.observe import InputGroups
 from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.rows import rows
-from lm_calib_plugin.engine.smoothing import ScaledInput, scale_inputs
+from lm_calib_plugin.engine.smoothing import scale_inputs
 from lm_calib_plugin.engine.static_ranges import count, input_ranges, limits_of
 from lm_calib_plugin.engine.tuning import BlockTuning
 from lm_calib_plugin.engine.watched import Watched, listen, pair
 from lm_calib_plugin.engine.wiring import Wiring, wiring_of
 from lm_calib_plugin.errors import CalibError, NumericalError, named
 from lm_calib_plugin.method import LayerResult, Method
-from lm_calib_plugin.report import WIDENED, LayerRow, from_first_token
+from lm_calib_plugin.report import LayerRow
 from lm_calib_plugin.statistics import STATISTICS, LayerStats, Ranges, TokenSample, statistic_of
 from lm_calib_plugin.statistics.sample import relative_error
 
@@ -163,8 +164,8 @@ class _Walk(BlockPass):
                 self._block(index, layers, more=index < last)
         if HEAD in by_block:
             self.timed("compress", lambda: self._head(by_block[HEAD][0]))
-        self._tell_of_experts()
-        self._tell_of_fallbacks()
+        self.warnings += notes.of_experts(self.unseen, self.borrowed)
+        self.warnings += notes.of_rows(self.result.rows)
         return self.result
 
     def _without_data(self, layers: Sequence[TargetLayer]) -> None:
@@ -177,50 +178,6 @@ class _Walk(BlockPass):
         """Whether layers make up for the error of earlier blocks."""
         plan = self.plan
         return plan.method.correction > 0 and plan.propagate == "compressed" and bool(self.chunks)
-
-    def _tell_of_experts(self) -> None:
-        for names, what in (
-            (
-                self.unseen,
-                "no calibration token: treated as if all their inputs were equally large",
-            ),
-            (
-                list(self.borrowed),
-                f"fewer tokens than {ENOUGH} for each input: filled up with the shared statistics "
-                "of all experts of the layer",
-            ),
-        ):
-            if names:
-                self.result.warnings.append(f"{len(names)} layers ({names[0]}, ...) saw {what}")
-
-    def _tell_of_unscaled(self, wiring: Wiring) -> None:
-        """Say which layers keep their inputs as they are, and why."""
-        targets = {layer.name for layer in self.plan.layers}
-        reasons: dict[str, list[str]] = {}
-        for name, why in wiring.left:
-            # Experts have names of their own below that of the module.
-            if name in targets or any(t.startswith(f"{name}.") for t in targets):
-                reasons.setdefault(why, []).append(name)
-        for why, names in reasons.items():
-            self.result.warnings.append(
-                f"inputs of {len(names)} modules ({names[0]}, ...) are not scaled: {why}"
-            )
-
-    def _tell_of_fallbacks(self) -> None:
-        """Say how many layers were not treated as asked, and which ranges rest on one token."""
-        rows, warnings = self.result.rows, self.result.warnings
-        for how in sorted({row.fallback for row in rows if row.fallback}):
-            names = [row.name for row in rows if row.fallback == how]
-            warnings.append(
-                f"{len(names)} of {len(rows)} layers ({names[0]}, ...) fell back to {how}"
-            )
-        first = [row.name for row in rows if from_first_token(row)]
-        if first:
-            warnings.append(
-                f"{len(first)} of {len(rows)} calibrated ranges ({first[0]}, ...) are at least "
-                f"{WIDENED:g} times as wide as without the first token of every sequence; "
-                "observer=minmax?first=false leaves it out"
-            )
 
     # --- stages --------------------------------------------------------------------------
 
@@ -280,7 +237,7 @@ class _Walk(BlockPass):
         """Scale inputs and weights of a block against each other; statistics follow."""
         if self.wiring is None:
             self.wiring = wiring_of(self.model, self.blocks)
-            self._tell_of_unscaled(self.wiring)
+            self.warnings += notes.of_unscaled(self.wiring, self.plan.layers)
         spec = self.plan.method.activations
 
         def stats_of(layer: TargetLayer) -> LayerStats:
@@ -305,7 +262,7 @@ class _Walk(BlockPass):
         ):
             for seen in {id(watched[id(x)]): watched[id(x)] for x in done.layers}.values():
                 seen.divide(done.factors)
-            self.result.transforms.append(_record(done))
+            self.result.transforms.append(notes.scaling_facts(done))
 
     def _round_inputs(self, index: int, layers: Sequence[TargetLayer]) -> None:
         """Let the layers round what comes in from now on; later blocks see the difference."""
@@ -489,7 +446,7 @@ class _Walk(BlockPass):
             borrowed=self.borrowed.get(layer.name),
             fallback=result.fallback,
             details=result.details,
-            **({} if grid is None else _described(grid, before, layer)),
+            **({} if grid is None else notes.grid_facts(grid, before, layer)),
         )
 
     def _asked(self, layer: TargetLayer) -> str | float | None:
@@ -526,27 +483,3 @@ def _check_seen(layer: TargetLayer, seen: Watched) -> None:
             "NaN or Inf in the activations",
             "try dtype=float32 or bfloat16",
         )
-
-
-def _described(grid: Any, before: Tensor, layer: TargetLayer) -> dict[str, float]:
-    """Return what a report says of a grid, for the weight ``[out, in]`` that was rounded to it."""
-    ordered = grid.scale.flatten().sort().values
-    return {
-        "stored_bits": grid.stored_bits(layer.shape) / before.numel(),
-        "scale_min": float(ordered[0]),
-        "scale_median": float(ordered[len(ordered) // 2]),
-        "scale_max": float(ordered[-1]),
-        "clipped": grid.clipped(before),
-    }
-
-
-def _record(done: ScaledInput) -> dict[str, Any]:
-    """Return what a report says of the inputs that were scaled."""
-    return {
-        "source": done.source,
-        "readers": list(done.readers),
-        "factors": [float(done.factors.min()), float(done.factors.max())],
-        **done.chosen,
-        "error_before": done.before,
-        "error_after": done.after,
-    }

@@ -10,12 +10,8 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_calib_plugin import engine
 from lm_calib_plugin.builtin_models import resolve_pretrained
-from lm_calib_plugin.compression import (
-    check_calibration,
-    compress,
-    is_main_process,
-    sequence_length,
-)
+from lm_calib_plugin.checks import check_calibration, sequence_length
+from lm_calib_plugin.compression import compress, is_main_process
 from lm_calib_plugin.errors import CalibError, UserError, install_short_excepthook, listed
 from lm_calib_plugin.harness.arguments import (
     merge_harness,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lm_calib_plugin.bank.errors import check_banked
 from lm_calib_plugin.bank.mixtures import checked_mixture, mixture_of, stored_inside
 from lm_calib_plugin.bank.transfer import refuse_nothing
-from lm_calib_plugin.compression import check_calibration
+from lm_calib_plugin.checks import check_calibration
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.expression import expression_text
 from lm_calib_plugin.method import Method

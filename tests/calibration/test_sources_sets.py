@@ -6,7 +6,8 @@ from conftest import draw, numbered, tiny_model, word_tokenizer, write_jsonl
 from transformers import LlamaConfig
 
 from lm_calib_plugin.calibration import CalibrationSet, build_calibration, validate_calibration
-from lm_calib_plugin.compression import compress, sequence_length
+from lm_calib_plugin.checks import sequence_length
+from lm_calib_plugin.compression import compress
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime

@@ -82,7 +82,7 @@ def mixture(expression: str, **given: Any) -> Callable[[], Any]:
 
     def do() -> Any:
         from lm_calib_plugin.calibration import CalibrationSet
-        from lm_calib_plugin.compression import check_calibration
+        from lm_calib_plugin.checks import check_calibration
 
         CalibrationSet.of([[1, 2, 3]] * 3, seqlen=3).save("my-set")
         fields = {"method": "wanda", "sparsity": 0.5, **given}
