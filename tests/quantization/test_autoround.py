@@ -228,9 +228,8 @@ def test_rounding_to_nearest_is_kept_where_learning_makes_it_worse() -> None:
         assert torch.equal(result.weight, grids[name].round(problem.weights[name]))
         assert result.grid is grids[name]
         assert result.fallback == "rtn"
-    notes = [note for result in results.values() for note in result.notes]
-    assert len(notes) == 1
-    assert "kept rounding to nearest" in notes[0]
+        told = result.details
+        assert told["block_error_learned"] >= told["block_error_nearest"]
 
 
 def test_errors_that_are_no_numbers_lead_back_to_nearest() -> None:
@@ -246,16 +245,21 @@ def test_errors_that_are_no_numbers_lead_back_to_nearest() -> None:
         assert torch.equal(found[name], grid.round(problem.weights[name]))
 
 
-def test_the_note_tells_both_errors_of_both_roundings() -> None:
+def test_every_result_tells_both_errors_of_both_roundings() -> None:
     problem = TwoLayers(heldout=3)
     grids = grids_of(problem)
     results = AutoRound(iters=20).round_block(problem, grids, progress=False)
     found = {name: result.weight for name, result in results.items()}
     nearest = {name: grid.round(problem.weights[name]) for name, grid in grids.items()}
-    (note,) = [note for result in results.values() for note in result.notes]
-    for weights in (found, nearest):
-        assert f"{error(problem, weights):.3g}" in note
-        assert f"held out {error(problem, weights, heldout=True):.3g}" in note
+    for result in results.values():
+        assert result.details == pytest.approx(
+            {
+                "block_error_learned": error(problem, found),
+                "block_error_learned_heldout": error(problem, found, heldout=True),
+                "block_error_nearest": error(problem, nearest),
+                "block_error_nearest_heldout": error(problem, nearest, heldout=True),
+            }
+        )
 
 
 def test_works_where_gradients_are_off() -> None:
