@@ -6,13 +6,13 @@
 # PYTHON=python3.12     the interpreter of the environment
 # TORCH_INDEX=URL       where to take torch from, e.g. PyTorch's own index of CPU wheels
 # MARKS="not slow"      which tests to run; PYTEST="-k cli -x" for more pytest arguments
-# WORKERS=1             how many processes run tests; default: one a core
+# WORKERS=2             how many processes run tests
 
 PYTHON ?= python3
 VENV ?= .venv
 MARKS ?= not gpu
 PYTEST ?=
-WORKERS ?= auto
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
