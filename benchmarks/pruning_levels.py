@@ -21,7 +21,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,29 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4g}{more}"
 
 
+def run_missing(
+    given: argparse.Namespace,
+    wanted: Iterator[tuple[str, str, int]],
+    names: tuple[str, str, str],
+    measure: Callable[..., dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Measure the cells that are not in ``given.out`` yet, each written at once; return all rows.
+
+    ``names`` are the keys of a row that tell its cell.
+    """
+    lines = given.out.read_text().splitlines() if given.out.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = {tuple(row[name] for name in names) for row in rows}
+    for cell in wanted:
+        if cell in done:
+            continue
+        rows.append(measure(*cell, given))
+        with given.out.open("a") as out:
+            out.write(json.dumps(rows[-1]) + "\n")
+        print(*cell, rows[-1]["perplexity"], rows[-1].get("seconds"), flush=True)
+    return rows
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -203,16 +226,7 @@ def main() -> None:
     parser.add_argument("--common", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
-    lines = given.out.read_text().splitlines() if given.out.exists() else []
-    rows = [json.loads(line) for line in lines]
-    done = {(row["run"], row["level"], row["draw"]) for row in rows}
-    for cell in cells(given):
-        if cell in done:
-            continue
-        rows.append(measured(*cell, given))
-        with given.out.open("a") as out:
-            out.write(json.dumps(rows[-1]) + "\n")
-        print(*cell, rows[-1]["perplexity"], rows[-1].get("seconds"), flush=True)
+    rows = run_missing(given, cells(given), ("run", "level", "draw"), measured)
     if given.table:
         print(table(rows))
 

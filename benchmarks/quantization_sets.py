@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import transformers
 from calibration_sets import window_losses
-from pruning_levels import mean, spread
+from pruning_levels import mean, run_missing, spread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress
@@ -225,16 +225,7 @@ def main() -> None:
     parser.add_argument("--common", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
-    lines = given.out.read_text().splitlines() if given.out.exists() else []
-    rows = [json.loads(line) for line in lines]
-    done = {(row["run"], row["source"], row["draw"]) for row in rows}
-    for cell in cells(given):
-        if cell in done:
-            continue
-        rows.append(measured(*cell, given))
-        with given.out.open("a") as out:
-            out.write(json.dumps(rows[-1]) + "\n")
-        print(*cell, rows[-1]["perplexity"], rows[-1].get("seconds"), flush=True)
+    rows = run_missing(given, cells(given), ("run", "source", "draw"), measured)
     if given.table:
         print(table(rows))
 

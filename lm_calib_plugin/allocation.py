@@ -42,7 +42,7 @@ class _Energies:
         self, state: list[Moments], chunk: Chunk, number: int, rows: Tensor, owners: Tensor
     ) -> None:
         if not chunk.heldout:
-            weights = None if chunk.weights is None else chunk.weights[owners]
+            weights = chunk.weights_of(owners)
             state[number].update(rows, weights)
 
     def finish(

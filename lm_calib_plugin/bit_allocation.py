@@ -21,8 +21,9 @@ from lm_calib_plugin.engine.rows import rows as rows_of
 from lm_calib_plugin.errors import CalibError, NumericalError, UserError, named
 from lm_calib_plugin.joint import quantizer_of
 from lm_calib_plugin.method import Method
-from lm_calib_plugin.quantization.pipeline import DENSE, Quantizer
+from lm_calib_plugin.quantization.pipeline import Quantizer
 from lm_calib_plugin.statistics import STATISTICS, LayerStats
+from lm_calib_plugin.values import DENSE_BITS
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 # The largest error, as the solver sees it.
@@ -146,7 +147,7 @@ def _stored(layer: TargetLayer, quantizer: Quantizer | None, bits: int | None = 
     assert quantizer is not None
     width = 8 * layer.parameter.element_size()
     bits = quantizer.bits if bits is None else bits
-    if bits == DENSE:
+    if bits == DENSE_BITS:
         return float(_size(layer) * width)
     group = layer.shape[1] if quantizer.group_size == -1 else quantizer.group_size
     rounding = quantizer.rounding
@@ -224,7 +225,7 @@ class _Trials(BlockPass):
         def listen(state: Any, chunk: Chunk, number: int, rows: Tensor, owners: Tensor) -> None:
             stats = state[number].heldout if chunk.heldout else state[number]
             if stats is not None:
-                weights = None if chunk.weights is None else chunk.weights[owners]
+                weights = chunk.weights_of(owners)
                 stats.update(rows, weights, owners)
 
         state = self.observe(index, groups, start, listen, keep=False)

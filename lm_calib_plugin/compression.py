@@ -43,7 +43,7 @@ from lm_calib_plugin.checks import (
 )
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
 from lm_calib_plugin.errors import UserError
-from lm_calib_plugin.guard import left_as_found
+from lm_calib_plugin.guard import left_as_found, several_processes
 from lm_calib_plugin.joint import pruning_of, quantizer_of, with_part
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.packed import check_packed, pack_layers
@@ -355,8 +355,7 @@ def _on_model(
 
 def is_main_process() -> bool:
     """Tell whether this process speaks for all: the only one, or rank 0."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
+    return not several_processes() or torch.distributed.get_rank() == 0
 
 
 def _chunks(

@@ -11,6 +11,11 @@ import torch
 from torch import nn
 
 
+def several_processes() -> bool:
+    """Tell whether torch's process group is up: other processes do the same work."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 @contextlib.contextmanager
 def random_state_untouched() -> Iterator[None]:
     """Put the global generators of Python, NumPy and torch back, also after an exception.

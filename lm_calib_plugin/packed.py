@@ -19,10 +19,12 @@ from lm_calib_plugin.execution import (
     pack,
 )
 from lm_calib_plugin.execution.choose import race
+from lm_calib_plugin.guard import several_processes
 from lm_calib_plugin.joint import quantizer_of
 from lm_calib_plugin.method import Method
-from lm_calib_plugin.quantization.grids import Grid
+from lm_calib_plugin.quantization.grids import Grid, GridSpec
 from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.values import DENSE_BITS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,20 +42,20 @@ def check_packed(
     UserError
         With what runs packed on this device.
     """
-    quantizer = quantizer_of(method)
-    spec = None if quantizer is None else quantizer.activations
+    quantizer, spec = quantizer_of(method), method.activations
     activation = None
     if spec is not None:
         activation = Activation(spec.number, spec.bits, spec.dynamic, None if spec.dynamic else 1.0)
-    rounds = quantizer is not None and not quantizer.keeps_weights
+    levels = GridSpec(bits=DENSE_BITS, group_size=-1) if quantizer is None else quantizer.spec
+    rounds = levels.bits != DENSE_BITS
     refusals = []
     for dtype in dtypes:
         try:
             check_execution(
-                quantizer.number if quantizer is not None and rounds else None,
-                quantizer.bits if quantizer is not None else 16,
-                quantizer.group_size if quantizer is not None else -1,
-                quantizer.symmetric if quantizer is not None else True,
+                levels.number if rounds else None,
+                levels.bits,
+                levels.group_size,
+                levels.symmetric,
                 activation,
                 device,
                 dtype,
@@ -103,11 +105,7 @@ def pack_layers(
                 quantize=rounded,
             )
         )
-    return pack(model, asked, tokens, racer=_one_verdict if _several() else None)
-
-
-def _several() -> bool:
-    return bool(torch.distributed.is_available() and torch.distributed.is_initialized())
+    return pack(model, asked, tokens, racer=_one_verdict if several_processes() else None)
 
 
 def _one_verdict(

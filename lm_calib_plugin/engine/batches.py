@@ -76,6 +76,10 @@ class Chunk:
         counted = self.counted()
         return rows if counted is None else rows[counted]
 
+    def weights_of(self, owners: Tensor) -> Tensor | None:
+        """Return how many times rows of these sequences count, ``[tokens]``; None: all once."""
+        return None if self.weights is None else self.weights[owners]
+
     def halves(self) -> list[Chunk]:
         """Split in two (hidden states too); the calls have to be captured again."""
         middle = self.rows // 2

@@ -40,7 +40,7 @@ def count(
 ) -> None:
     """Add input rows ``[tokens, in]`` of a chunk to input ``number``, unless it is held out."""
     if not chunk.heldout:
-        weights = None if chunk.weights is None else chunk.weights[owners]
+        weights = chunk.weights_of(owners)
         ranges[number].update(received, weights, owners)
 
 

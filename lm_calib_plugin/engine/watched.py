@@ -44,7 +44,7 @@ def listen(
     seen = watched[number]
     if chunk.heldout or seen.stats is None:
         seen.finite = seen.finite and bool(received.isfinite().all())
-    weights = None if chunk.weights is None else chunk.weights[owners]
+    weights = chunk.weights_of(owners)
     if chunk.heldout:
         seen.heldout.update(received)
         if seen.stats is not None and seen.stats.heldout is not None:

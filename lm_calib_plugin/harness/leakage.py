@@ -20,6 +20,7 @@ from lm_calib_plugin.calibration.contamination import (
 )
 from lm_calib_plugin.calibration.set_folder import decoded, owners
 from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.guard import several_processes
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class LeakCheck:
 
     def gather(self) -> None:
         """Add up what every process of a data-parallel run has seen; all have to call it."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not several_processes():
             return
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, self._plain())

@@ -13,6 +13,7 @@ from lm_calib_plugin.builtin_models import resolve_pretrained
 from lm_calib_plugin.checks import check_calibration, sequence_length
 from lm_calib_plugin.compression import compress, is_main_process
 from lm_calib_plugin.errors import CalibError, UserError, install_short_excepthook, listed
+from lm_calib_plugin.guard import several_processes
 from lm_calib_plugin.harness.arguments import (
     merge_harness,
     parse_argument_text,
@@ -188,7 +189,7 @@ class Calib(HFLM):
 
     def _agree_across_ranks(self) -> None:
         """Every process must hold the same weights, else their answers can not be pooled."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not several_processes():
             return
         mine = self.report.weights_digest
         everyone: list[Any] = [None] * torch.distributed.get_world_size()

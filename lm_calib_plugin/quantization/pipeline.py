@@ -27,8 +27,8 @@ from lm_calib_plugin.registry import QUANTIZATION_STAGES
 from lm_calib_plugin.schemes import SCHEMES, Scheme
 from lm_calib_plugin.stages import DEFAULTS, NONE
 from lm_calib_plugin.statistics import LayerStats, statistic_of
+from lm_calib_plugin.values import DENSE_BITS
 
-DENSE = 16
 AUTO = "auto"
 
 
@@ -115,7 +115,7 @@ class Quantizer(Method):
             # Whoever knows all layers chooses; until then the default stands for it.
             given["bits"] = base.bits
         for option in ("act_bits", "kv_bits"):
-            given[option] = None if given.get(option) == DENSE else given.get(option)
+            given[option] = None if given.get(option) == DENSE_BITS else given.get(option)
         stages = {k: make_part(k, v) for k, v in given.items() if k in QUANTIZATION_STAGES}
         return cls(**{**given, **stages}, scheme=name if base.number != "int" else None)
 
@@ -146,7 +146,7 @@ class Quantizer(Method):
     @property
     def keeps_weights(self) -> bool:
         """Whether every weight stays what it is (16 bits)."""
-        return self.bits == DENSE
+        return self.bits == DENSE_BITS
 
     @property
     def does_nothing(self) -> bool:
