@@ -196,6 +196,7 @@ def compress(
         weights_digest=final_digest,
         model_digest=dense_digest,
         calibration_set=calibration,
+        grids=done.grids,
     )
     if is_main_process():
         folder = runtime.report_dir

@@ -77,7 +77,8 @@ class Report:
     relative squared error of what the output head receives; ``layers`` is empty then.
     ``transforms`` tells how the model was changed before its weights were rounded, ``execution``
     which kernels a packed model runs on (None: simulated).
-    ``calibration_set`` is the set that was used, None without data; it is not written anywhere.
+    ``calibration_set`` is the set that was used, None without data, and ``grids`` the levels of each
+    quantized layer, by name, for whoever stores the model; neither is written anywhere.
     """
 
     key: str
@@ -98,6 +99,7 @@ class Report:
     transforms: list[dict[str, Any]] = field(default_factory=list)
     execution: dict[str, Any] | None = None
     calibration_set: Any = field(default=None, repr=False, compare=False)
+    grids: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def error(self) -> dict[str, Any]:
         """Return median and worst relative output error, on calibration and held-out tokens.

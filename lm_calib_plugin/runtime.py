@@ -9,6 +9,7 @@ from lm_calib_plugin.errors import UserError, listed, nearest
 from lm_calib_plugin.values import flag, whole
 
 ON_LEAK = ("warn", "error", "ignore")
+EXPORT_FORMATS = ("auto", "dense", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class Runtime:
         Folder of the per-layer report; default: ``reports`` in our cache.
     progress
         Show progress bars.
+    export_dir
+        Folder to keep the compressed model in, as an ordinary Hugging Face folder; made before the
+        evaluation begins.
+    export_format
+        How weights are stored there: ``dense`` (ordinary numbers), ``compressed-tensors`` (packed
+        levels), or ``auto``: packed where levels are, else dense.
     on_leak
         What to do when evaluated items stand in the calibration text: ``warn``, ``error`` (refuse
         to evaluate them) or ``ignore`` (do not look).
@@ -40,6 +47,8 @@ class Runtime:
     eval_tokens: int = 512
     report_dir: str | None = None
     progress: bool = True
+    export_dir: str | None = None
+    export_format: str = "auto"
     on_leak: str = "warn"
 
     def __post_init__(self) -> None:
@@ -49,22 +58,26 @@ class Runtime:
         tokens = whole("eval_tokens", self.eval_tokens, lowest=1)
         object.__setattr__(self, "eval_tokens", tokens)
         object.__setattr__(self, "progress", flag("progress", self.progress))
-        if self.on_leak not in ON_LEAK:
-            raise UserError(
-                "on_leak",
-                f"got {self.on_leak!r}",
-                nearest(str(self.on_leak), ON_LEAK),
-                f"allowed: {listed(ON_LEAK)}",
-            )
-        if self.report_dir is not None:
-            object.__setattr__(self, "report_dir", str(self.report_dir))
-            taken = [
-                p
-                for p in (Path(self.report_dir), *Path(self.report_dir).parents)
-                if p.exists() and not p.is_dir()
-            ]
-            if taken:
-                raise UserError("report_dir", f"{taken[0]} is a file", "name a folder")
+        for name, allowed in (("on_leak", ON_LEAK), ("export_format", EXPORT_FORMATS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(
+                    name,
+                    f"got {value!r}",
+                    nearest(str(value), allowed),
+                    f"allowed: {listed(allowed)}",
+                )
+        for name in ("report_dir", "export_dir"):
+            self._check_folder(name)
+
+    def _check_folder(self, name: str) -> None:
+        if getattr(self, name) is None:
+            return
+        path = Path(str(getattr(self, name)))
+        object.__setattr__(self, name, str(path))
+        taken = [p for p in (path, *path.parents) if p.exists() and not p.is_dir()]
+        if taken:
+            raise UserError(name, f"{taken[0]} is a file", "name a folder")
 
 
 RUNTIME_ARGUMENTS = {field.name: field for field in fields(Runtime)}.keys()

@@ -63,7 +63,8 @@ class TargetLayer:
 
     def write(self, weight: Tensor) -> None:
         """Cast ``weight`` (``[out, in]``, float32) once to the model's dtype and store it."""
-        value = weight.to(self.parameter.dtype)
+        # No -0.0: an exported folder, whose levels are integers, holds the very same numbers.
+        value = weight.to(self.parameter.dtype) + 0
         self.stored.copy_(value.t() if self.transposed else value)
 
     @property

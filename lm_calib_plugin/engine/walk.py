@@ -388,7 +388,8 @@ class _Walk(BlockPass):
         """Write a result into the model, and its row into the report."""
         if result.weight is not before:
             self._check(layer, result)
-            layer.write(result.weight)
+            if not torch.equal(result.weight, before):
+                layer.write(result.weight)
             if result.bias is not None:
                 layer.add_to_bias(result.bias)
         self.result.warnings += [f"{layer.name}: {note}" for note in result.notes]
