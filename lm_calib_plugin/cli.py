@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
-from lm_calib_plugin.errors import CalibError, UserError, nearest
+from lm_calib_plugin import cli_cache, cli_export
+from lm_calib_plugin.cli_arguments import (
+    WithMethod,
+    WithSet,
+    flag_of,
+    given_fields,
+    named_texts,
+    recipe_arguments,
+)
+from lm_calib_plugin.errors import CalibError, UserError
 
 # Plain help texts: drawing boxes would triple the time that `--help` takes.
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -59,46 +67,7 @@ def evaluate(ctx: typer.Context) -> None:
     cli_evaluate()
 
 
-class _WithFields(TyperCommand):
-    """A command that also takes fields of a recipe, under a title of their own in its help."""
-
-    title = ""
-
-    def fields(self) -> list[str]:
-        raise NotImplementedError
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        from lm_calib_plugin.listing import documented
-        from lm_calib_plugin.recipe import Recipe
-
-        super().format_options(ctx, formatter)
-        meanings = documented(Recipe)
-        with formatter.section(self.title):
-            formatter.write_dl([(f"{_flag(f)} VALUE", meanings.get(f, "")) for f in self.fields()])
-
-
-class _WithRecipe(_WithFields):
-    """A command that also takes every field of a recipe that decides the calibration set."""
-
-    title = "Options of the calibration set"
-
-    def fields(self) -> list[str]:
-        return _set_fields()
-
-
-class _WithMethod(_WithFields):
-    """A command that also takes every option of a method."""
-
-    title = "Options of the method"
-
-    def fields(self) -> list[str]:
-        return _method_fields()
-
-
-_EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
-
-
-@app.command("calibrate", cls=_WithRecipe, context_settings=_EXTRA)
+@app.command("calibrate", cls=WithSet)
 def make_set(
     ctx: typer.Context,
     expression: str = typer.Argument(metavar="EXPR", help="Sources, such as self or c4*0.5+self."),
@@ -129,14 +98,14 @@ def make_set(
         raise UserError("calibration", "got none", "a source", "for instance self or file:my.jsonl")
     # Any method that uses data will do, unless a mixture is found for one.
     plain = {"method": "wanda", "sparsity": 0}
-    method = plain if purpose is None else _recipe_arguments([purpose])
+    method = plain if purpose is None else recipe_arguments([purpose])
     for name in Recipe.calibration_fields():
         if name in method:
-            own = "EXPR" if name == "calibration" else _flag(name)
+            own = "EXPR" if name == "calibration" else flag_of(name)
             raise UserError(
                 "for", f"got {name}={method[name]}", "the method to serve and its options", own
             )
-    recipe = Recipe(**{**method, "calibration": expression, **_extra_options(ctx, _set_fields())})
+    recipe = Recipe(**{**method, "calibration": expression, **given_fields(ctx)})
     check_purpose(recipe, purpose is not None)
 
     from lm_calib_plugin.calibrate import Loading, calibrate
@@ -176,8 +145,8 @@ def judge_sets(
     from lm_calib_plugin.recipe import Recipe
     from lm_calib_plugin.runtime import Runtime
 
-    asked = Recipe.from_model_args(_recipe_arguments(recipe))
-    named_sets, named_domains = _named("set", sets), _named("domain", domains)
+    asked = Recipe.from_model_args(recipe_arguments(recipe))
+    named_sets, named_domains = named_texts("set", sets), named_texts("domain", domains)
 
     from lm_calib_plugin.calibrate import Loading
     from lm_calib_plugin.preflight import Question, preflight
@@ -192,7 +161,12 @@ def judge_sets(
     typer.echo(answer.table())
 
 
-@app.command("bank", cls=_WithRecipe, context_settings=_EXTRA)
+class _WithFolds(WithSet):
+    def fields(self) -> list[str]:
+        return [name for name in super().fields() if name != "fold"]
+
+
+@app.command("bank", cls=_WithFolds)
 def make_bank(
     ctx: typer.Context,
     pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
@@ -215,7 +189,7 @@ def make_bank(
     """Keep what the dense model sees of candidate sources, for draws and mixes without passes."""
     from pathlib import Path
 
-    options: dict[str, Any] = dict(_extra_options(ctx, [f for f in _set_fields() if f != "fold"]))
+    options: dict[str, Any] = given_fields(ctx)
     given = {"targets": targets, "ignore": ignore, "block_path": block_path}
     options |= {name: value for name, value in given.items() if value is not None}
     options["exclude_first_token"] = exclude_first_token
@@ -226,7 +200,7 @@ def make_bank(
 
     typer.echo(
         fill(
-            _named("source", source),
+            named_texts("source", source),
             options,
             Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code),
             Path(out).expanduser(),
@@ -238,7 +212,7 @@ def make_bank(
     )
 
 
-@app.command("draws", cls=_WithMethod, context_settings=_EXTRA)
+@app.command("draws", cls=WithMethod)
 def compare_draws(
     ctx: typer.Context,
     bank: str = typer.Argument(metavar="BANK", help="Folder made by lm-calib bank."),
@@ -265,7 +239,7 @@ def compare_draws(
     from lm_calib_plugin.recipe import Recipe
     from lm_calib_plugin.runtime import Runtime
 
-    options: dict[str, Any] = dict(_extra_options(ctx, _method_fields()))
+    options: dict[str, Any] = given_fields(ctx)
     recipe = Recipe(method=method, **options)
 
     from lm_calib_plugin.bank_commands import study_draws
@@ -305,7 +279,7 @@ def show(arguments: list[str]) -> None:
 
     from lm_calib_plugin.recipe import Recipe
 
-    given = _recipe_arguments(arguments)
+    given = recipe_arguments(arguments)
     metadata = Recipe.from_model_args(given).to_metadata()
     typer.echo(yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True), nl=False)
 
@@ -324,6 +298,10 @@ def doctor(
     raise typer.Exit(worst)
 
 
+cli_export.add_to(app)
+cli_cache.add_to(app)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; what the user can mend ends in one line and exit code 2."""
     try:
@@ -331,91 +309,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CalibError as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(error.exit_code) from None
-
-
-# --- arguments of a recipe -------------------------------------------------------------------
-
-# A comma inside a list or a quoted text is not followed by NAME=.
-_SEPARATING_COMMA = re.compile(r",(?=\w+=|$)")
-
-
-def _recipe_arguments(texts: Iterable[str]) -> dict[str, Any]:
-    """Return the recipe part of ``KEY=VALUE,...`` texts; a bare file name is ``recipe=FILE``."""
-    from lm_calib_plugin.recipe import Recipe, unknown_argument
-    from lm_calib_plugin.recipe_file import FILE_ARGUMENT
-    from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
-
-    given: dict[str, Any] = {}
-    for pair in (pair for text in texts for pair in _SEPARATING_COMMA.split(text) if pair):
-        name, equals, value = pair.partition("=")
-        if not equals and pair.endswith((".yaml", ".yml")):
-            name, value = FILE_ARGUMENT, pair
-        elif not equals:
-            raise UserError("recipe", f"got {pair!r}", "KEY=VALUE,... or a .yaml file")
-        if given.setdefault(name, value) != value:
-            raise UserError(name, f"got {given[name]!r} and {value!r}", fix="choose one")
-    Runtime(**{name: given.pop(name) for name in RUNTIME_ARGUMENTS if name in given})
-    # A whole --model_args line may be pasted here. What is no recipe argument nor looks like one
-    # is the model loader's, whose arguments can not be known without importing it.
-    known = {*Recipe.model_fields, FILE_ARGUMENT}
-    foreign = [name for name in given if name not in known]
-    for name in foreign:
-        if "pretrained" not in given or (name != "pretrained" and nearest(name, known)):
-            raise unknown_argument(name, {*known, *RUNTIME_ARGUMENTS})
-    if foreign:
-        typer.echo(f"left to the model loader, not checked: {', '.join(foreign)}", err=True)
-    return {name: value for name, value in given.items() if name in known}
-
-
-def _named(what: str, texts: Iterable[str]) -> dict[str, str]:
-    """Return NAME=EXPR texts as a mapping."""
-    found: dict[str, str] = {}
-    for text in texts:
-        name, equals, expression = text.partition("=")
-        if not (name and equals and expression):
-            raise UserError(what, f"got {text!r}", "NAME=EXPR", f"for instance --{what} web=c4")
-        if name in found:
-            raise UserError(what, f"`{name}` is given twice", "one name for each")
-        found[name] = expression
-    return found
-
-
-def _set_fields() -> list[str]:
-    """Return the recipe fields that ``calibrate`` takes beside its expression."""
-    from lm_calib_plugin.recipe import Recipe
-
-    return [name for name in Recipe.calibration_fields() if name != "calibration"]
-
-
-def _method_fields() -> list[str]:
-    """Return the recipe fields that are options of a method."""
-    from lm_calib_plugin import registry
-
-    rows = [*registry.table("pruning").values(), *registry.table("quantization").values()]
-    return list(dict.fromkeys(name for row in rows for name in row.options))
-
-
-def _flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
-
-
-def _extra_options(ctx: Any, names: Iterable[str]) -> dict[str, str]:
-    """Read ``--field VALUE`` and ``--field=VALUE`` of recipe fields that a command also takes."""
-    fields = {_flag(name): name for name in names}
-    own = [flag for p in ctx.command.params for flag in p.opts if flag.startswith("--")]
-    found: dict[str, str] = {}
-    rest = list(ctx.args)
-    while rest:
-        flag, equals, value = rest.pop(0).partition("=")
-        flag = flag.replace("_", "-")
-        if flag not in fields:
-            raise UserError(
-                flag,
-                "unknown option",
-                nearest(flag, [*fields, *own]),
-                f"all options: lm-calib {ctx.command.name} --help",
-            )
-        if not equals and not rest:
-            raise UserError(flag, "has no value", f"for instance {flag} VALUE")
-        found[fields[flag]] = value if equals else rest.pop(0)
-    return found

@@ -77,8 +77,8 @@ class Report:
     relative squared error of what the output head receives; ``layers`` is empty then.
     ``transforms`` tells how the model was changed before its weights were rounded, ``execution``
     which kernels a packed model runs on (None: simulated).
-    ``calibration_set`` is the set that was used, None without data, and ``grids`` the levels of each
-    quantized layer, by name, for whoever stores the model; neither is written anywhere.
+    ``calibration_set`` is the set that was used, None without data, and ``grids`` the levels of
+    each quantized layer, by name, for whoever stores the model; neither is written anywhere.
     """
 
     key: str

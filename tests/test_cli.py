@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lm_calib_plugin import cli, listing, registry
+from lm_calib_plugin import cli, cli_arguments, listing, registry
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
@@ -216,18 +216,21 @@ def test_show_prints_a_recipe_that_is_read_back(tmp_path: Path):
     file.write_text(first.stdout)
     for again in ([str(file)], [f"recipe={file}"], [f"recipe={file}", "sparsity=0.5"]):
         assert lm_calib("show", *again).stdout == first.stdout
-    assert Recipe.from_yaml(file) == Recipe(**cli._recipe_arguments([given]))
+    assert Recipe.from_yaml(file) == Recipe(**cli_arguments.recipe_arguments([given]))
 
 
 def test_show_takes_pairs_in_every_shape():
     expected = {"method": "wanda", "sparsity": "0.5", "targets": "[a,b]"}
-    assert cli._recipe_arguments(["method=wanda,sparsity=0.5,targets=[a,b]"]) == expected
-    assert cli._recipe_arguments(["method=wanda", "sparsity=0.5,", "targets=[a,b]"]) == expected
+    assert cli_arguments.recipe_arguments(["method=wanda,sparsity=0.5,targets=[a,b]"]) == expected
+    assert (
+        cli_arguments.recipe_arguments(["method=wanda", "sparsity=0.5,", "targets=[a,b]"])
+        == expected
+    )
 
 
 def test_show_takes_a_whole_model_args_line(capsys: pytest.CaptureFixture[str]):
     given = "pretrained=org/model,dtype=float16,method=wanda,sparsity=0.5,progress=false"
-    assert cli._recipe_arguments([given]) == {"method": "wanda", "sparsity": "0.5"}
+    assert cli_arguments.recipe_arguments([given]) == {"method": "wanda", "sparsity": "0.5"}
     assert "not checked: pretrained, dtype" in capsys.readouterr().err
 
 
@@ -268,7 +271,7 @@ def test_main_raises_other_errors_as_they_are(monkeypatch: pytest.MonkeyPatch):
     def fail(*args: object) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(cli, "_recipe_arguments", fail)
+    monkeypatch.setattr(cli, "recipe_arguments", fail)
     with pytest.raises(RuntimeError, match="ours"):
         cli.main(["show", "method=wanda"])
     assert issubclass(UserError, ValueError)

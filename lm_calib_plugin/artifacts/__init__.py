@@ -1,0 +1,1 @@
+"""Compressed models that are kept by the key of their recipe, so that nothing is done twice."""

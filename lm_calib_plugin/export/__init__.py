@@ -1,0 +1,1 @@
+"""Compressed models as ordinary Hugging Face folders: written, described, checked, read."""

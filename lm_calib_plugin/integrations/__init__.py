@@ -1,0 +1,1 @@
+"""The habits of other libraries: Optimum classes and commands, quantizers of transformers."""
