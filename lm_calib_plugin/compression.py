@@ -125,7 +125,8 @@ def _checked(
     if calibration is None:
         check_calibration(recipe)
     blocks = engine.find_blocks(model, recipe.block_path)
-    layers, left = [], []
+    layers: list[engine.TargetLayer] = []
+    left: list[tuple[str, str]] = []
     if method.scope != "model":
         layers, left = engine.select_layers(
             model, blocks, recipe.targets, recipe.ignore, recipe.untie

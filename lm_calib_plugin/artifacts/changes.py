@@ -281,7 +281,8 @@ def is_tied(model: nn.Module) -> bool:
 
 def _head_name(model: nn.Module) -> str:
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return next(name for name, module in model.named_modules() if module is head)
+    names: list[str] = [name for name, module in model.named_modules() if module is head]
+    return names[0]
 
 
 def _owner(model: nn.Module, name: str) -> Any:

@@ -13,9 +13,8 @@ from lm_calib_plugin.artifacts.changes import NotKeptError
 from lm_calib_plugin.quantization.float_grids import FLOAT_GRIDS
 from lm_calib_plugin.quantization.grids import Grid, IntegerGrid, RealZeroGrid
 
-_KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (IntegerGrid, RealZeroGrid, *FLOAT_GRIDS.values())
-}
+_ALL: tuple[type[Grid], ...] = (IntegerGrid, RealZeroGrid, *FLOAT_GRIDS.values())
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in _ALL}
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 

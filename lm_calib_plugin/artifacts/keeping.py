@@ -40,7 +40,8 @@ def most_bytes(job: Job) -> int:
     layers = {id(layer.parameter): layer.parameter for layer in job.layers}
     small = sum(_size(p) for p in job.blocks.modules.parameters() if p.dim() < 2)
     if job.structural:
-        needed = whole + sum(m.out_features * 8 for m in model.modules() if _is_linear(m))
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        needed = whole + sum(8 * m.out_features for m in linear)
     elif method.transform is not None:
         needed = whole
     else:
@@ -57,10 +58,6 @@ def most_bytes(job: Job) -> int:
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
 
 
 def keep(
