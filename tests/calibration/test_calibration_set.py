@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save
 
 from lm_calib_plugin.calibration import CalibrationSet, set_folder, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
+from lm_calib_plugin.storage import record_text
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def forged(folder, **changes):
     file = folder / "calibration.json"
     content = json.loads(file.read_text()) | changes
     content.pop("digest")
-    file.write_text(set_folder._rendered(content))
+    file.write_text(record_text(content))
 
 
 def test_a_forged_record_leads_nowhere(drawn, tmp_path):
