@@ -227,7 +227,7 @@ def test_nothing_else_is_overwritten(drawn, tmp_path):
 
 
 def test_a_failed_write_leaves_nothing(drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(set_folder, "_rendered", lambda content: 1 / 0)
+    monkeypatch.setattr(set_folder, "record_text", lambda content: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         drawn.save(tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
