@@ -90,13 +90,17 @@ def load_tokenizer(name: Any, **options: Any) -> Any:
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, UserError):
                 raise
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 "tokenizer",
-                f"none was found for `{name}` ({first[:200]})",
+                f"none was found for `{name}` ({first_line(error)})",
                 "a tokenizer, or the name or folder of one",
                 "give tokenizer=",
             ) from None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a message of another library, cut to be quoted in ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
 
 
 def tell(report: Report) -> None:
