@@ -26,6 +26,7 @@ from lm_calib_plugin.integrations.arguments import (
 )
 from lm_calib_plugin.integrations.calib_config import CalibConfig
 from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.recipe_file import FILE_ARGUMENT
 from lm_calib_plugin.report import Report
 from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
 
@@ -119,7 +120,7 @@ class _Compressor(OptimumQuantizer):  # type: ignore[misc]
         ready = calibration if isinstance(calibration, CalibrationSet) else None
         if ready is None and calibration is not None:
             given = {**given, "calibration": calibration}
-        recipe, runtime = _recipe(given, config, ready)
+        recipe, runtime = _recipe(given, config)
         check_kind(recipe, self.kinds, self.other)
         if ready is None:
             check_calibration(recipe)
@@ -188,9 +189,10 @@ class CalibPruner(_Compressor):
             The folder to make.
         calibration
             An expression, its list form, or a
-            :class:`~lm_calib_plugin.calibration.CalibrationSet` made before.
+            :class:`~lm_calib_plugin.calibration.CalibrationSet` made before; used instead of the
+            sources that ``config`` names.
         config
-            A recipe and a format; fields given beside it have to agree with it.
+            A recipe and a format; other fields given beside it have to agree with it.
         recipe
             Fields of :class:`~lm_calib_plugin.recipe.Recipe` and of
             :class:`~lm_calib_plugin.runtime.Runtime`, and beside ``save_dir`` those of
@@ -240,26 +242,18 @@ class CalibQuantizer(_Compressor):
         )
 
 
-def _recipe(
-    given: dict[str, Any], config: CalibConfig | None, ready: CalibrationSet | None
-) -> tuple[Recipe, Runtime]:
+def _recipe(given: dict[str, Any], config: CalibConfig | None) -> tuple[Recipe, Runtime]:
     """Return recipe and runtime of a call; what stands in two places has to agree."""
     fields = {name: value for name, value in given.items() if value is not None}
     if config is not None:
         if not isinstance(config, CalibConfig):
             raise UserError("config", f"got a {type(config).__name__}", "a CalibConfig")
-        if "recipe" in fields:
-            raise UserError("recipe", "given beside config", "one of the two", "choose one")
-        fields["recipe"] = config.recipe
-    recipe, runtime = read_fields(fields, _RUNTIME, _OPTIONS)
-    if ready is not None and recipe.calibration is not None:
-        raise UserError(
-            "calibration",
-            "a set is given, and the recipe names sources",
-            "one of the two",
-            "leave `calibration` out of the recipe",
-        )
-    return recipe, runtime
+        if FILE_ARGUMENT in fields:
+            raise UserError(FILE_ARGUMENT, "given beside config", fix="choose one")
+        fields[FILE_ARGUMENT] = config.to_dict()[FILE_ARGUMENT]
+        if "calibration" in fields:
+            del fields[FILE_ARGUMENT]["calibration"]
+    return read_fields(fields, _RUNTIME, _OPTIONS)
 
 
 def _export_options(
