@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from optimum.quantization_base import OptimumQuantizer
 
+from lm_calib_plugin.builtin_models import resolve_pretrained
 from lm_calib_plugin.calibrate import Loading, cannot_load
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.checks import check_calibration
 from lm_calib_plugin.compression import compress, is_main_process
 from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.export.card import base_license
 from lm_calib_plugin.export.folder import ExportResult, check_out, export_model
-from lm_calib_plugin.export.formats import check_export
+from lm_calib_plugin.export.formats import check_export, check_model
 from lm_calib_plugin.export.options import ExportOptions, Provenance
 from lm_calib_plugin.guard import random_state_untouched
 from lm_calib_plugin.integrations.arguments import (
@@ -126,11 +129,13 @@ class _Compressor(OptimumQuantizer):  # type: ignore[misc]
             check_calibration(recipe)
         if out is not None:
             check_export(recipe, options.format)
-            check_out(out, options.overwrite)
+            check_out(out, recipe, options.overwrite, name="save_dir")
         if self._compressed:
             self._start_again()
         tokenizer = self.tokenizer if out is not None or (recipe.terms and ready is None) else None
         model = self.model
+        if out is not None:
+            check_model(model, recipe, options.format)
         self._compressed = True
         try:
             report = compress(model, tokenizer, recipe, runtime, calibration=ready)
@@ -145,6 +150,7 @@ class _Compressor(OptimumQuantizer):  # type: ignore[misc]
                 self.exported = export_model(
                     model, tokenizer, recipe, report, out, options, self._provenance()
                 )
+                sys.stderr.write(f"lm-calib: {self.exported.line()}\n")
         return report
 
     def _start_again(self) -> None:
@@ -164,7 +170,10 @@ class _Compressor(OptimumQuantizer):  # type: ignore[misc]
         found = self._loading
         revision = None if found.revision == "main" else found.revision
         return Provenance(
-            found.pretrained, revision=revision, trust_remote_code=found.trust_remote_code
+            found.pretrained,
+            revision,
+            base_license(resolve_pretrained(found.pretrained)),
+            trust_remote_code=found.trust_remote_code,
         )
 
 
@@ -281,8 +290,6 @@ def _export_options(
 
 def _load(loading: Loading) -> Any:
     from transformers import AutoModelForCausalLM
-
-    from lm_calib_plugin.builtin_models import resolve_pretrained
 
     folder = resolve_pretrained(loading.pretrained)
     with random_state_untouched():

@@ -73,7 +73,9 @@ class CalibModelForCausalLM:
             raise CalibError(f"{folder}: holds no configuration or no report; export it again.")
         config = CalibConfig.from_dict(summary.config)
         found = _load(folder, kwargs)
-        checked = compare_with_record(found, config, summary.record.facts, summary.report)
+        checked = compare_with_record(
+            found, config.recipe, summary.record.facts, summary.report, _stored_dtype(folder)
+        )
         found.calib_config, found.calib_report = config, summary.report
         told = f"{_described(summary)}; {checked}"
         log.info("%s: %s", folder, told)
@@ -136,7 +138,7 @@ def _described(summary: Summary) -> str:
     )
 
 
-def stored_dtype(folder: Path) -> str | None:
+def _stored_dtype(folder: Path) -> str | None:
     """Return the dtype that ``config.json`` names."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found = content.get("dtype", content.get("torch_dtype"))

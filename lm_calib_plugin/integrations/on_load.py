@@ -26,6 +26,7 @@ from lm_calib_plugin.engine.activations import quantizers
 from lm_calib_plugin.engine.kv_cache import kv_bits
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.execution import PackedLinear
+from lm_calib_plugin.export.architecture import described
 from lm_calib_plugin.guard import random_state_untouched
 from lm_calib_plugin.integrations.arguments import (
     PRUNING,
@@ -161,13 +162,16 @@ class CalibOnLoad(HfQuantizer):
         tokenizer = config.tokenizer
         if config.recipe.terms:
             tokenizer = load_tokenizer(model.name_or_path if tokenizer is None else tokenizer)
+        before = _shapes(model)
         with random_state_untouched():
             report = compress(model, tokenizer, config.recipe, config.runtime)
         model.calib_report = report
-        self.held_by = _rounded_while_running(model)
+        rounded = _rounded_while_running(model)
+        self.held_by = rounded or ("" if _shapes(model) == before else _not_built(model))
         if self.held_by:
             model.hf_quantizer = self
-            model.is_quantized = True
+        if rounded:
+            model.is_quantized = True  # no casts, and no training, which would have no gradient
         if is_main_process():
             tell(report)
         return model
@@ -188,13 +192,14 @@ class CalibOnLoad(HfQuantizer):
             When it would lose what is rounded while the model runs, with what to use instead.
         """
         if self.held_by:
+            verb = "CalibPruner.from_pretrained(M).prune"
+            if self.quantization_config.quant_method == CalibQuantConfig.quant_method:
+                verb = "CalibQuantizer.from_pretrained(M).quantize"
             raise UserError(
                 "save_pretrained",
-                f"{self.held_by}, which the plain weights do not say",
-                "pruned models, and models with quantized weights alone, are saved this way",
-                "for a folder that says it: "
-                f"CalibQuantizer.from_pretrained(M).quantize(save_dir=OUT, ...) or "
-                "lm-calib export",
+                f"{self.held_by}, which plain weights and configuration do not say",
+                "models that are nothing but their weights are saved this way",
+                f"for a folder that says it: {verb}(save_dir=OUT, ...) or lm-calib export",
             )
         return True
 
@@ -212,6 +217,19 @@ def _rounded_while_running(model: nn.Module) -> str:
         return "inputs of layers are rounded while the model runs"
     if kv_bits(model) is not None:
         return "keys and values are rounded while the model runs"
+    return ""
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _not_built(model: Any) -> str:
+    """Say why the configuration does not build the model, or return an empty text."""
+    try:
+        described(model, copy.deepcopy(model.config), {})
+    except UserError as error:
+        return str(error).removeprefix("export: ").partition("; ")[0].rstrip(".")
     return ""
 
 

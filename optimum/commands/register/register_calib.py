@@ -62,9 +62,13 @@ def _commands() -> list[object]:
 
         def run(self):  # type: ignore[no-untyped-def]
             """Run ``lm-calib export``, which ends the process with its own exit code."""
+            import sys
+
             from lm_calib_plugin.cli import main
 
-            main(["export", *translated(self.args.calib_words)])
+            words = ["export", *translated(self.args.calib_words)]
+            sys.argv = ["lm-calib", *words]  # the command that the model card shows
+            main(words)
 
     return [(CalibExportCommand, ExportCommand)]
 
