@@ -20,6 +20,8 @@ from tests.tiny import ARCHITECTURES, make_model, make_tokenizer
 DATA = {"calibration": "random", "nsamples": 10, "seqlen": 16}
 WANDA = {"method": "wanda", "sparsity": 0.5}
 # name -> (architecture, recipe, format)
+ASYMMETRIC = {"method": "rtn", "bits": 3, "symmetric": False, "group_size": 16}
+JOINT = {"method": "sparsegpt+gptq", "sparsity": 0.5, "bits": 4, "group_size": 16}
 DENSE: dict[str, tuple[str, dict[str, Any], str]] = {
     "magnitude": ("llama", {"method": "magnitude", "pattern": "2:4"}, "auto"),
     "wanda": ("llama_tied", WANDA, "auto"),
@@ -30,14 +32,14 @@ DENSE: dict[str, tuple[str, dict[str, Any], str]] = {
     "head": ("llama_tied", {**WANDA, "targets": "lm_head+mlp.*", "untie": True}, "auto"),
     "flap": ("llama", {"method": "flap", "sparsity": 0.3}, "auto"),
     "flap_biased": ("opt", {"method": "flap", "sparsity": 0.3}, "auto"),
-    "asymmetric": ("llama", {"method": "rtn", "bits": 3, "symmetric": False, "group_size": 16}, "dense"),
+    "asymmetric": ("llama", ASYMMETRIC, "dense"),
     "hqq": ("llama", {"method": "hqq", "bits": 3, "group_size": 16}, "dense"),
     "gptq": ("gpt2", {"method": "gptq", "bits": 4, "group_size": 16}, "dense"),
     "experts": ("mixtral", {"method": "gptq", "bits": 4, "group_size": 8}, "dense"),
     "rotation": ("llama_tied", {"method": "rotation", "bits": 16}, "auto"),
-    "joint": ("llama", {"method": "sparsegpt+gptq", "sparsity": 0.5, "bits": 4, "group_size": 16}, "dense"),
+    "joint": ("llama", JOINT, "dense"),
     "bfloat16": ("llama", WANDA, "auto"),
-}  # fmt: skip
+}
 DENSE |= {f"wanda_{name}": (name, WANDA, "auto") for name in ARCHITECTURES}
 DENSE |= {
     f"shortgpt_{name}": (name, {"method": "shortgpt", "blocks": 1}, "auto")
