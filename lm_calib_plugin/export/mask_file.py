@@ -16,7 +16,7 @@ from lm_calib_plugin.errors import CalibError
 from lm_calib_plugin.export.headers import ITEM_BYTES, Header, Stored, parse_header, read_header
 
 FORMAT, FORMAT_VERSION = "lm-calib-plugin bit mask", "1"
-PIECE = 1 << 20  # elements held at once; a multiple of 8
+PIECE = 1 << 18  # elements held at once; a multiple of 8
 _FLOATS = ("F16", "BF16", "F32", "F64")
 # Elements are looked at as bits: -0.0 and every NaN come back as they were.
 _BITS: dict[int, Any] = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
