@@ -150,9 +150,8 @@ def _stored(layer: TargetLayer, quantizer: Quantizer | None, bits: int | None = 
     if bits == DENSE_BITS:
         return float(_size(layer) * width)
     group = layer.shape[1] if quantizer.group_size == -1 else quantizer.group_size
-    rounding = quantizer.rounding
-    real_zero = rounding is not None and not rounding.keeps_zeros and rounding.level == "layer"
-    zero = 0 if quantizer.symmetric else width if real_zero else bits
+    assert quantizer.rounding is not None
+    zero = 0 if quantizer.symmetric else width if quantizer.rounding.real_zeros else bits
     return float(_size(layer) * bits + _size(layer) // group * (width + zero))
 
 

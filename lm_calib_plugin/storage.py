@@ -9,6 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,84 @@ def canonical_json(value: Any) -> str:
 def digest(value: Any) -> str:
     """Return the sha256 (hex) of the canonical JSON of a value."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def own_version() -> str:
+    """Return the version of this package, for records."""
+    try:
+        return version("lm-calib-plugin")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def record_text(content: dict[str, Any]) -> str:
+    """Return the one text of a record that is signed with its own digest.
+
+    It is readable: sorted, a name a line, long lists of numbers on one line.
+    """
+    whole = {**content, "digest": digest(content)}
+    lines = [f"{json.dumps(name)}: {_value(whole[name])}" for name in sorted(whole)]
+    return "{\n " + ",\n ".join(lines) + "\n}\n"
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises
+    ------
+    ValueError
+        When it is none; the message says what was expected and found.
+    """
+    try:
+        content = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise ValueError("expected one JSON object, found none") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, found a {type(content).__name__}")
+    return content
+
+
+def check_record(content: dict[str, Any], data: bytes) -> dict[str, Any]:
+    """Return a record without its digest, after checking both digest and layout.
+
+    Parameters
+    ----------
+    content
+        What :func:`json_object` made of ``data``.
+
+    Raises
+    ------
+    ValueError
+        When a byte was changed; the message says what was expected and found.
+    """
+    rest = {name: value for name, value in content.items() if name != "digest"}
+    expected = content.get("digest")
+    try:
+        sha256 = digest(rest)
+        same = record_text(rest).encode() == data
+    except (ValueError, RecursionError):
+        raise ValueError("expected plain JSON values, found NaN or too many levels") from None
+    if sha256 != expected:
+        raise ValueError(f"expected digest {expected}, found {sha256}")
+    if not same:
+        raise ValueError("expected the layout that lm-calib writes, found other spacing")
+    return rest
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        parts = [
+            "{\n   "
+            + ",\n   ".join(f"{json.dumps(k)}: {_line(part[k])}" for k in sorted(part))
+            + "\n  }"
+            for part in value
+        ]
+        return "[\n  " + ",\n  ".join(parts) + "\n ]"
+    return _line(value)
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
 def file_digest(path: Path) -> str:

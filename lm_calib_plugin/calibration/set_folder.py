@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import shutil
 import uuid
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +22,14 @@ from torch import Tensor
 
 from lm_calib_plugin.calibration.options import ARGUMENT
 from lm_calib_plugin.errors import CalibError, UserError, listed
-from lm_calib_plugin.storage import digest, new_folder, require_space
+from lm_calib_plugin.storage import (
+    check_record,
+    json_object,
+    new_folder,
+    own_version,
+    record_text,
+    require_space,
+)
 
 if TYPE_CHECKING:
     from lm_calib_plugin.calibration.calibration_set import CalibrationSet
@@ -70,33 +75,44 @@ def write_set(
     tokens = _packed(drawn, vocab_size)
     require_space(folder.parent, len(tokens) + 4096 * len(drawn.sequences) + 65536, folder.name)
     with new_folder(folder) as temporary:
-        sources = [_without_costs(source) for source in drawn.sources]
         contents = {
             TOKENS: tokens,
             PREVIEW: _preview(drawn, tokenizer).encode(),
             CARD: _card(drawn).encode(),
         }
-        content: dict[str, Any] = {
+        content = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "lm_calib_plugin": _own_version(),
-            "calib_id": drawn.calib_id,
-            "tokenizer": drawn.tokenizer,
-            "vocab_size": vocab_size,
-            "seqlen": drawn.seqlen,
-            "seed": drawn.seed,
-            "nsamples": drawn.nsamples,
-            "tokens": drawn.tokens,
-            "factors": dict(factors or {}),
-            "sources": sources,
-            "licences": licences(drawn.sources),
+            **describe(drawn, vocab_size=vocab_size, factors=factors),
             "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
         }
         for name, data in contents.items():
             (temporary / name).write_bytes(data)
-        (temporary / RECORD).write_bytes(_rendered(content).encode())
+        (temporary / RECORD).write_bytes(record_text(content).encode())
         if folder.exists():
             _set_aside(folder)
+
+
+def describe(
+    drawn: CalibrationSet,
+    *,
+    vocab_size: int | None = None,
+    factors: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return all that is recorded of a set but its tokens, as plain values."""
+    return {
+        "lm_calib_plugin": own_version(),
+        "calib_id": drawn.calib_id,
+        "tokenizer": drawn.tokenizer,
+        "vocab_size": vocab_size,
+        "seqlen": drawn.seqlen,
+        "seed": drawn.seed,
+        "nsamples": drawn.nsamples,
+        "tokens": drawn.tokens,
+        "factors": dict(factors or {}),
+        "sources": [_without_costs(source) for source in drawn.sources],
+        "licences": licences(drawn.sources),
+    }
 
 
 def read_set(folder: Path) -> tuple[dict[str, Any], list[Tensor], list[float] | None]:
@@ -146,11 +162,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         )
     text = _bytes(file)
     try:
-        content = json.loads(text)
-    except ValueError:
-        raise _damaged(file, "expected one JSON object, found none") from None
-    if not isinstance(content, dict):
-        raise _damaged(file, f"expected a JSON object, found a {type(content).__name__}")
+        content = json_object(text)
+    except ValueError as error:
+        raise _damaged(file, str(error)) from None
     number = content.get("format_version")
     if content.get("format") != FORMAT or type(number) is not int:
         raise UserError(ARGUMENT, f"{file} is not the record of a calibration set")
@@ -161,13 +175,10 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"this build reads up to {FORMAT_VERSION}",
             "pip install --upgrade lm-calib-plugin",
         )
-    expected = content.pop("digest", None)
-    sha256 = digest(content)
-    if sha256 != expected:
-        raise _damaged(file, f"expected digest {expected}, found {sha256}")
-    if _rendered(content).encode() != text:
-        raise _damaged(file, "expected the layout that lm-calib writes, found other spacing")
-    return content
+    try:
+        return check_record(content, text)
+    except ValueError as error:
+        raise _damaged(file, str(error)) from None
 
 
 def damaged_identity(folder: Path, expected: str, found: str) -> CalibError:
@@ -206,29 +217,6 @@ def _unpacked(data: bytes) -> tuple[list[Tensor], list[float] | None]:
     whole = ids.to(torch.int64)
     parts = [whole[a:b].clone() for a, b in itertools.pairwise(offsets)]
     return parts, None if weights is None else weights.tolist()
-
-
-def _rendered(content: dict[str, Any]) -> str:
-    """Return the one text of a record: readable, sorted, long lists of numbers on one line."""
-    whole = {**content, "digest": digest(content)}
-    lines = [f"{json.dumps(name)}: {_value(whole[name])}" for name in sorted(whole)]
-    return "{\n " + ",\n ".join(lines) + "\n}\n"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        parts = [
-            "{\n   "
-            + ",\n   ".join(f"{json.dumps(k)}: {_line(part[k])}" for k in sorted(part))
-            + "\n  }"
-            for part in value
-        ]
-        return "[\n  " + ",\n  ".join(parts) + "\n ]"
-    return _line(value)
-
-
-def _line(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
 def _preview(drawn: CalibrationSet, tokenizer: Any) -> str:
@@ -321,10 +309,3 @@ def _bytes(file: Path) -> bytes:
 
 def _damaged(file: Path, what: str) -> CalibError:
     return CalibError(f"{file}: damaged: {what}; {_AGAIN}.")
-
-
-def _own_version() -> str:
-    try:
-        return version("lm-calib-plugin")
-    except PackageNotFoundError:
-        return "not installed"

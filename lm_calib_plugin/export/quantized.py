@@ -56,3 +56,8 @@ def quantization_config(layers: Sequence[QuantizedLayer], others: Sequence[str])
     ``others`` are the names of linear layers that are not quantized.
     """
     raise NotImplementedError
+
+
+def module_refusal(module: torch.nn.Module) -> str | None:
+    """Return why the format can not hold a layer of such a module, None if it can."""
+    raise NotImplementedError

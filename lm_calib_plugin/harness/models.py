@@ -20,6 +20,7 @@ from lm_calib_plugin.harness.arguments import (
     split_arguments,
 )
 from lm_calib_plugin.harness.cache_guard import guard_response_cache
+from lm_calib_plugin.harness.keeping import Keeping
 from lm_calib_plugin.harness.leakage import LeakCheck
 from lm_calib_plugin.harness.speed import Speed
 from lm_calib_plugin.packed import check_packed
@@ -50,12 +51,14 @@ class Calib(HFLM):
         if self.recipe.execution == "packed":
             check_packed(self.recipe, method, _expected_device(theirs))
         check_calibration(self.recipe)
+        keeping = Keeping(self.recipe, runtime, pretrained, theirs)
         if isinstance(pretrained, str):
             pretrained = resolve_pretrained(pretrained)
         super().__init__(pretrained=pretrained, **theirs)
         if theirs.get("peft"):
             # Adapters become part of the weights before these are compressed.
             self._model = self._model.merge_and_unload()
+        keeping.check(self.model)
         self.report = compress(self.model, self.tokenizer, self.recipe, runtime)
         if theirs.get("trust_remote_code"):
             self.report.warnings.append(
@@ -64,10 +67,14 @@ class Calib(HFLM):
         self.leak_check = LeakCheck(self.report.calibration_set, self.tokenizer, runtime.on_leak)
         self.speed = Speed()
         self._agree_across_ranks()
+        self.exported = None
         if is_main_process():
             sys.stderr.write(f"lm-calib: {self.report.line()}\n")
             for note in self.report.warnings[:SHOWN_WARNINGS]:
                 sys.stderr.write(f"lm-calib: warning: {note}\n")
+            self.exported = keeping.export(self.model, self.tokenizer, self.report)
+        # Scales are only of use to whoever stores the model.
+        self.report.grids = {}
 
     @classmethod
     def create_from_arg_obj(
@@ -104,6 +111,8 @@ class Calib(HFLM):
             )
         summary = self.report.summary()
         summary["evaluation"] = self.speed.summary()
+        if self.exported is not None:
+            summary["exported"] = self.exported.summary()
         summary["leakage"] = self.leak_check.report()
         summary["warnings"] += self.leak_check.warnings()
         return {**super().get_model_info(), "compression": summary}

@@ -77,6 +77,8 @@ class Rounding(Part):
     corrects: ClassVar[bool] = False
     # Whether a weight of zero stays zero.
     keeps_zeros: ClassVar[bool] = True
+    # Whether zero points are any numbers, so that 0 need not be a level.
+    real_zeros: ClassVar[bool] = False
     permutation_safe: ClassVar[bool] = False
 
     def check(self, spec: GridSpec) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save
 
 from lm_calib_plugin.calibration import CalibrationSet, set_folder, tokenizer_digest
 from lm_calib_plugin.errors import CalibError, UserError
+from lm_calib_plugin.storage import record_text
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def forged(folder, **changes):
     file = folder / "calibration.json"
     content = json.loads(file.read_text()) | changes
     content.pop("digest")
-    file.write_text(set_folder._rendered(content))
+    file.write_text(record_text(content))
 
 
 def test_a_forged_record_leads_nowhere(drawn, tmp_path):
@@ -226,7 +227,7 @@ def test_nothing_else_is_overwritten(drawn, tmp_path):
 
 
 def test_a_failed_write_leaves_nothing(drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(set_folder, "_rendered", lambda content: 1 / 0)
+    monkeypatch.setattr(set_folder, "record_text", lambda content: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         drawn.save(tmp_path / "set")
     assert list(tmp_path.iterdir()) == []

@@ -51,6 +51,7 @@ class HQQ(Rounding):
     steps: int = 20
 
     keeps_zeros: ClassVar[bool] = False
+    real_zeros: ClassVar[bool] = True
     permutation_safe: ClassVar[bool] = True
     rows_independent: ClassVar[bool] = True
     paper: ClassVar[str] = "https://mobiusml.github.io/hqq_blog/"

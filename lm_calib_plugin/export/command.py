@@ -1,0 +1,106 @@
+"""``lm-calib export``: load, compress, and write a folder that plain transformers loads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lm_calib_plugin import engine
+from lm_calib_plugin.builtin_models import resolve_pretrained
+from lm_calib_plugin.calibrate import Loading, load_model
+from lm_calib_plugin.checks import check_calibration
+from lm_calib_plugin.compression import compress
+from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.export.card import base_license
+from lm_calib_plugin.export.folder import check_out, export_model
+from lm_calib_plugin.export.formats import check_export, check_model
+from lm_calib_plugin.export.options import ExportOptions, Provenance
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.runtime import Runtime
+
+
+def export(
+    recipe: Recipe,
+    loading: Loading,
+    out: Path,
+    *,
+    options: ExportOptions | None = None,
+    runtime: Runtime | None = None,
+    results: Path | None = None,
+    license: str | None = None,
+    command: str | None = None,
+) -> str:
+    """Compress a model by a recipe, and write it to a new folder.
+
+    Parameters
+    ----------
+    results
+        A results file of lm_eval, for the table in the model card.
+    license
+        Of the base model; default: what its card says.
+    command
+        The line that was typed, for the card.
+
+    Returns
+    -------
+    str
+        A summary to show.
+
+    Raises
+    ------
+    UserError
+        When anything given can not be used; before the model is loaded wherever that can be told.
+    """
+    options, runtime = options or ExportOptions(), runtime or Runtime()
+    recipe.make_method()
+    check_export(recipe, options.format)
+    check_out(out, recipe, options.overwrite)
+    check_calibration(recipe)
+    found = None if results is None else read_results(results)
+    model, tokenizer = load_model(loading)
+    engine.check_supported(model)
+    check_model(model, recipe, options.format)
+    report = compress(model, tokenizer, recipe, runtime)
+    provenance = Provenance(
+        loading.pretrained,
+        None if loading.revision == "main" else loading.revision,
+        license or base_license(resolve_pretrained(loading.pretrained)),
+        command,
+        found,
+        loading.trust_remote_code,
+    )
+    done = export_model(model, tokenizer, recipe, report, out, options, provenance)
+    return "\n".join(
+        [
+            report.line(),
+            *(f"warning: {note}" for note in report.warnings),
+            done.line(),
+            "next:",
+            f"  lm_eval --model hf --model_args pretrained={out} --tasks TASK",
+            f"  lm-calib inspect {out}",
+        ]
+    )
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return a results file of lm_eval.
+
+    Raises
+    ------
+    UserError
+        When it is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError("results", f"{path} can not be read ({error.strerror})") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
+        raise UserError(
+            "results",
+            f"{path} is no results file of lm_eval",
+            "the JSON file that `lm_eval --output_path DIR` writes",
+        )
+    return content

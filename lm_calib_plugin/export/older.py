@@ -1,0 +1,57 @@
+"""Settings in the places where readers older than transformers 5 look for them.
+
+transformers 5 keeps the rotary settings in one place, ``rope_parameters``. Version 4 does not know
+it, takes its own default base of 10,000 and computes something else without a word: ONNX and
+OpenVINO exporters still load with version 4 and early 5.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# What transformers 5 calls a tokenizer that is all in tokenizer.json, and what version 4 does.
+TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+
+
+def for_older_readers(folder: Path) -> None:
+    """Add the older spelling of settings to the files of a folder; nothing is taken away."""
+    _edit(folder / "config.json", _with_rotary)
+    _edit(folder / "tokenizer_config.json", _with_tokenizer)
+
+
+def _edit(path: Path, change: Any) -> None:
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        changed = change(content)
+        if changed != content:
+            path.write_text(json.dumps(changed, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _with_rotary(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration, and those inside it, with ``rope_theta`` and ``rope_scaling``."""
+    found = {k: _with_rotary(v) if isinstance(v, dict) else v for k, v in config.items()}
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return found
+    local = rope.get("sliding_attention")
+    if isinstance(rope.get("full_attention"), dict):
+        # Gemma 3: one base for blocks that see everything, one for those that see a window.
+        rope = rope["full_attention"]
+        if isinstance(local, dict) and "rope_theta" in local:
+            found.setdefault("rope_local_base_freq", local["rope_theta"])
+    if "rope_theta" in rope:
+        found.setdefault("rope_theta", rope["rope_theta"])
+    partial = rope.get("partial_rotary_factor")
+    if partial is not None:
+        found.setdefault("partial_rotary_factor", partial)
+    if rope.get("rope_type", "default") != "default":
+        own = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        found.setdefault("rope_scaling", own)
+    return found
+
+
+def _with_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    kind = config.get("tokenizer_class")
+    return config | {"tokenizer_class": TOKENIZERS.get(kind, kind)} if kind else config

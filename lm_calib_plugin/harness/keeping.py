@@ -1,0 +1,99 @@
+"""``export_dir=``: keep the model that an evaluation has just built."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lm_calib_plugin.builtin_models import resolve_pretrained
+from lm_calib_plugin.export.card import base_license
+from lm_calib_plugin.export.folder import ExportResult, check_out, export_model
+from lm_calib_plugin.export.formats import check_export, check_model
+from lm_calib_plugin.export.options import ExportOptions, Provenance
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.report import Report
+from lm_calib_plugin.runtime import Runtime
+
+
+class Keeping:
+    """The folder that an evaluation is asked to keep its model in, if any.
+
+    Parameters
+    ----------
+    recipe, runtime
+        What is done to the model, and ``export_dir`` and ``export_format``.
+    pretrained, arguments
+        The model as it was named, and the arguments it is loaded with.
+
+    Raises
+    ------
+    UserError
+        When the folder can not be written, or no format holds what the recipe makes; before
+        anything is loaded.
+    """
+
+    def __init__(
+        self, recipe: Recipe, runtime: Runtime, pretrained: Any, arguments: Mapping[str, Any]
+    ) -> None:
+        self.recipe, self.pretrained, self.arguments = recipe, pretrained, arguments
+        self.out = Path(runtime.export_dir).expanduser() if runtime.export_dir else None
+        self.options = ExportOptions(format=runtime.export_format)
+        if self.out is not None:
+            check_export(recipe, self.options.format)
+            check_out(self.out, recipe, name="export_dir")
+
+    def check(self, model: Any) -> None:
+        """Refuse a model whose layers the format can not hold, before it is compressed."""
+        if self.out is not None:
+            check_model(model, self.recipe, self.options.format)
+
+    def export(self, model: Any, tokenizer: Any, report: Report) -> ExportResult | None:
+        """Write the folder, and say so; None where none was asked for."""
+        if self.out is None:
+            return None
+        done = export_model(
+            model,
+            self._tokenizer(tokenizer),
+            self.recipe,
+            report,
+            self.out,
+            self.options,
+            self._provenance(),
+        )
+        sys.stderr.write(f"lm-calib: {done.line()}\n")
+        return done
+
+    def _tokenizer(self, loaded: Any) -> Any:
+        """Return the tokenizer as it came: the harness gives its own a padding token."""
+        if not isinstance(self.pretrained, str):
+            return loaded
+        from transformers import AutoTokenizer
+
+        named = self.arguments.get("tokenizer") or resolve_pretrained(self.pretrained)
+        if not isinstance(named, str):
+            return named
+        return AutoTokenizer.from_pretrained(
+            named,
+            revision=self.arguments.get("revision") or "main",
+            subfolder=self.arguments.get("subfolder") or "",
+            trust_remote_code=bool(self.arguments.get("trust_remote_code")),
+            use_fast=self.arguments.get("use_fast_tokenizer") is not False,
+        )
+
+    def _provenance(self) -> Provenance:
+        name = self.pretrained
+        if not isinstance(name, str):
+            name = str(getattr(name, "name_or_path", "")) or "a model in memory"
+        license = (
+            base_license(resolve_pretrained(name)) if isinstance(self.pretrained, str) else None
+        )
+        return Provenance(
+            name,
+            self.arguments.get("revision"),
+            license,
+            shlex.join(["lm_eval", *sys.argv[1:]]),
+            trust_remote_code=bool(self.arguments.get("trust_remote_code")),
+        )
