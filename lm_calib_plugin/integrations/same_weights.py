@@ -73,9 +73,7 @@ def compare_with_record(
 def _digests(weights: dict[str, Tensor], inputs: dict[str, ActivationQuantizer]) -> Iterator[str]:
     """Yield the digest of all weights, and that without biases that an export has filled up."""
     yield engine.weights_digest(_Described(weights, inputs))
-    filled = {
-        name for name, w in weights.items() if name.endswith(".bias") and not bool(w.any())
-    }
+    filled = {name for name, w in weights.items() if name.endswith(".bias") and not bool(w.any())}
     if filled:
         kept = {name: w for name, w in weights.items() if name not in filled}
         yield engine.weights_digest(_Described(kept, inputs))
