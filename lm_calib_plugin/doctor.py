@@ -16,6 +16,7 @@ from enum import Enum
 from pathlib import Path
 
 from lm_calib_plugin import __version__, _autoload, builtin_models, storage
+from lm_calib_plugin.artifacts.shelf import entries, shelf_of
 
 PACKAGES = ("lm-eval", "transformers", "torch", "datasets", "accelerate", "optimum")
 _LEFTOVER = re.compile(r"^\.(?P<target>.+)\.[0-9a-f]{8}\.tmp$")
@@ -44,6 +45,7 @@ def examine(*, clean: bool = False) -> Iterator[Finding]:
     yield from _versions()
     yield from _bridge()
     yield from _cache(clean)
+    yield from _artifacts()
     yield from _builtin()
     yield from _devices()
 
@@ -140,6 +142,20 @@ def _cache(clean: bool) -> Iterator[Finding]:
         else:
             detail = f"{path} of an interrupted write; harmless, --clean deletes it"
             yield Finding(State.NOTE, "leftover", detail)
+
+
+def _artifacts() -> Iterator[Finding]:
+    shelf = shelf_of(True)
+    found = entries(shelf) if shelf is not None else []
+    if not found:
+        return
+    size = sum(entry.bytes for entry in found) / 2**30
+    detail = f"{len(found)} in {shelf}, {size:.2f} GiB; lm-calib cache ls, rm, verify"
+    yield Finding(State.OK, "compressed models", detail)
+    for entry in found:
+        if entry.problem:
+            detail = f"{entry.problem} lm-calib cache rm {entry.key[:12]} deletes it"
+            yield Finding(State.NOTE, "compressed models", detail)
 
 
 def _builtin() -> Iterator[Finding]:

@@ -66,7 +66,7 @@ def install(
         The levels.
     limits
         By name, the largest absolute value that the input of each layer represents; for static
-        specs only.
+        specs only. Moved to the nearest that the dtype of the layer can store.
 
     Raises
     ------
@@ -79,7 +79,8 @@ def install(
     shared: dict[tuple[int, float | None], ActivationQuantizer] = {}
     quantizers = []
     for layer in layers:
-        limit = None if limits is None else limits[layer.name]
+        # What is evaluated is what an exported folder holds.
+        limit = limits and spec.storable(limits[layer.name], layer.parameter.dtype)
         key = (layer.block, limit)
         if key not in shared:
             shared[key] = ActivationQuantizer(spec, limit).to(layer.parameter.device)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin.execution.facts import Activation
-from lm_calib_plugin.quantization.activations import OUTWARD
 from lm_calib_plugin.quantization.grids import Grid
 from lm_calib_plugin.quantization.numbers import FP8_MAX
 
@@ -108,7 +107,7 @@ def integer_rows(
     tensors, so that it is compiled once for all layers and not for each scale.
     """
     scale = _row_scale(rows, bound - 0.5) if static is None else static.expand(rows.shape[0], 1)
-    place = (rows.float() / (scale * OUTWARD)).round_()
+    place = (rows.float() / scale).round_()
     return place.clamp_(min=-bound, max=bound - 1).to(torch.int8), scale.contiguous()
 
 

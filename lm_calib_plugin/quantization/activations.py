@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.quantization.numbers import (
+    E2M1_MAX,
     FP8_MAX,
     MXFP4_GROUP,
     NVFP4_GROUP,
@@ -23,9 +24,11 @@ from lm_calib_plugin.quantization.numbers import (
 WIDTHS = {"int": tuple(range(2, 9)), "fp8": (8,), "nvfp4": (4,), "mxfp4": (4,)}
 GROUPS = {"nvfp4": NVFP4_GROUP, "mxfp4": MXFP4_GROUP}
 ANY_BITS = 8
-# The largest value of a token lies half way between two levels, where the last bit of a division
-# would decide; multiplied by this, it always goes outward, as it does in exact arithmetic.
+# Divided by a scale times this, the largest value, half way between two levels, goes outward, as it
+# does in exact arithmetic.
 OUTWARD = 1 - 2.0**-21
+# The largest value over the scale.
+SPANS = {"fp8": FP8_MAX, "nvfp4": FP8_MAX * E2M1_MAX}
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,10 @@ class ActivationSpec:
 
     The levels are symmetric around zero. Integers follow the convention of compressed-tensors:
     the scale is ``amax / ((2^bits - 1) / 2)`` (``amax / 127.5`` for 8 bits) and the levels are
-    ``-2^(bits-1) .. 2^(bits-1) - 1``, so that ``-amax`` becomes the lowest and ``amax``, half a
-    step beyond the highest, is clipped to that. For ``fp8`` (e4m3) the scale is ``amax / 448``.
+    ``-2^(bits-1) .. 2^(bits-1) - 1``: ``amax``, half a step beyond the highest, is clipped to that,
+    and ``-amax``, half way between the lowest two, becomes one of these, as the last bit of the
+    division has it. For ``fp8`` (e4m3) the scale is ``amax / 448``. Everything is computed in
+    float32, step by step what the loader of compressed-tensors computes for a float32 model.
 
     Parameters
     ----------
@@ -110,13 +115,30 @@ class ActivationSpec:
                 f"leave the layer as it is with ignore={name.rsplit('.', 1)[-1]}",
             )
 
+    @property
+    def span(self) -> float:
+        """The largest value over the scale."""
+        return (2**self.bits - 1) / 2 if self.number == "int" else SPANS.get(self.number, 1.0)
+
+    def storable(self, limit: float, dtype: torch.dtype) -> float:
+        """Return the limit nearest to ``limit`` whose scale ``dtype`` holds exactly.
+
+        A stored model keeps its scales in its own dtype, the factor of ``nvfp4`` in float32.
+        """
+        if self.number not in ("int", "fp8") or dtype.itemsize >= torch.float32.itemsize:
+            return limit
+        info = torch.finfo(dtype)
+        least = info.smallest_normal * info.eps
+        scale = self.scale(torch.tensor(limit)).clamp(least, info.max).to(dtype)
+        # Exact: the span has eight bits, a scale of 16 bits at most eleven.
+        return float(scale) * self.span
+
     def scale(self, amax: Tensor) -> Tensor:
         """Return the scale, float32, with which the levels span ``amax``; 1 where that is 0.
 
         For ``nvfp4`` this is the reciprocal of the global factor, as far as float32 tells.
         """
-        span = {"int": (2**self.bits - 1) / 2, "fp8": FP8_MAX, "nvfp4": FP8_MAX * 6}
-        scale = amax.float() / span.get(self.number, 1.0)
+        scale = amax.float() / self.span
         # Below the normal numbers a scale can become zero, or lose what it has to say.
         scale = scale.clamp(min=torch.finfo(torch.float32).smallest_normal)
         return torch.where(amax > 0, scale, torch.ones_like(scale))
@@ -127,11 +149,11 @@ class ActivationSpec:
         ``limit`` is the largest absolute value that is represented, broadcastable to
         ``[..., 1]``; what lies beyond is clipped. None: that of each token.
         """
-        values = x.float()
         if self.number == "mxfp4":
-            return mxfp4_round(values)
+            return mxfp4_round(x)
         if self.number == "nvfp4":
-            return nvfp4_round(values, limit)
+            return nvfp4_round(x, limit)
+        values = x.float()
         if limit is None:
             limit = values.abs().amax(dim=-1, keepdim=True)
         scale = self.scale(limit)
@@ -141,15 +163,18 @@ class ActivationSpec:
 
     def levels(self, values: Tensor, scale: Tensor) -> Tensor:
         """Return the numbers of the integer levels nearest to ``values / scale``; float32."""
-        return (values / (scale * OUTWARD)).round_().clamp_(self.lowest, self.highest)
+        return (values / scale).round_().clamp_(self.lowest, self.highest)
 
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:
     """Round to integers with one scale for every last dimension of ``x``; the dtype of ``x``.
 
-    See :class:`ActivationSpec` for the levels.
+    See :class:`ActivationSpec` for the levels; here ``-amax`` always becomes the lowest. No format
+    stores keys and values, and what a cache holds must not hang on the last bit of a division.
     """
-    return ActivationSpec("int", bits).round(x).to(x.dtype)
+    spec, values = ActivationSpec("int", bits), x.float()
+    scale = spec.scale(values.abs().amax(dim=-1, keepdim=True))
+    return spec.levels(values, scale * OUTWARD).mul_(scale).to(x.dtype)
 
 
 class ActivationQuantizer(nn.Module):

@@ -13,6 +13,8 @@ from torch import Tensor
 # The largest values of e4m3 ("fn": no infinity) and e2m1, and the smallest positive e4m3.
 FP8_MAX, E2M1_MAX = 448.0, 6.0
 FP8_TINY = 2.0**-9
+# The scale that compressed-tensors gives to a group whose own would be 0.
+FP8_EMPTY = 0.125
 # Inputs that share a scale.
 NVFP4_GROUP, MXFP4_GROUP = 16, 32
 
@@ -89,6 +91,10 @@ def mxfp4_scale(amax: Tensor) -> Tensor:
 def nvfp4_round(x: Tensor, largest: Tensor | None = None) -> Tensor:
     """Round the last dimension of ``x`` (``[..., in]``) to nvfp4; float32.
 
+    As the loader of compressed-tensors rounds activations: a sixth of the largest value of a group
+    is taken in the dtype of ``x``, and a group far smaller than the largest, whose scale would be
+    0, gets ``1 / 8`` over the factor, by which all of it becomes 0.
+
     Parameters
     ----------
     x
@@ -97,15 +103,24 @@ def nvfp4_round(x: Tensor, largest: Tensor | None = None) -> Tensor:
         What the global factor is made from, broadcastable to ``[..., 1]``. None: the largest
         absolute value of each last dimension, so that what else is in the batch does not matter.
     """
-    groups = x.float().unflatten(-1, (-1, NVFP4_GROUP))
+    groups = x.unflatten(-1, (-1, NVFP4_GROUP))
     amax = groups.abs().amax(dim=-1)
-    largest = amax.amax(dim=-1, keepdim=True) if largest is None else largest
-    scale = nvfp4_scale(amax, largest)[..., None]
-    return round_e2m1(groups / scale).mul_(scale).flatten(-2)
+    factor = nvfp4_factor(amax.amax(dim=-1, keepdim=True) if largest is None else largest)
+    stored = to_fp8((amax / E2M1_MAX).float() * factor)
+    scale = (torch.where(stored > 0, stored, FP8_EMPTY) / factor)[..., None]
+    return round_e2m1(groups.float() / scale).mul_(scale).flatten(-2)
 
 
 def mxfp4_round(x: Tensor) -> Tensor:
-    """Round the last dimension of ``x`` (``[..., in]``, a multiple of 32) to mxfp4; float32."""
+    """Round the last dimension of ``x`` (``[..., in]``, a multiple of 32) to mxfp4; float32.
+
+    As the loader of compressed-tensors rounds activations: the largest value of a group falls
+    between 3.5 and 7, so that hardly anything beyond 6 is cut.
+    """
     groups = x.float().unflatten(-1, (-1, MXFP4_GROUP))
-    scale = mxfp4_scale(groups.abs().amax(dim=-1))[..., None]
+    amax = groups.abs().amax(dim=-1)
+    scale, power = mxfp4_scale(amax), power_of_two_below(amax)
+    # Twice the scale from 7/4 of a power of two on, unless its levels would leave float32.
+    more = (amax >= 1.75 * power) & (power < 2.0**127)
+    scale = torch.where(more, 2 * scale, scale)[..., None]
     return round_e2m1(groups / scale).mul_(scale).flatten(-2)

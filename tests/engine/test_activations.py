@@ -39,13 +39,14 @@ def limits_of(layers: list[TargetLayer]) -> dict[str, float]:
 
 
 def naive_round(x: Tensor, bits: int, limit: float | None) -> Tensor:
-    flat, half = x.double().reshape(-1, x.shape[-1]), (2**bits - 1) / 2
+    flat, half = x.reshape(-1, x.shape[-1]), (2**bits - 1) / 2
     out = torch.zeros_like(flat)
     for i, row in enumerate(flat):
-        amax = row.abs().max() if limit is None else torch.tensor(limit).double()
+        amax = row.abs().max() if limit is None else torch.tensor(limit)
         if amax > 0:
-            levels = torch.round(row * half / amax).clamp(-half - 0.5, half - 0.5)
-            out[i] = levels * amax / half
+            # In float32: the last bit decides about the largest value.
+            levels = torch.round(row / (amax / half)).clamp(-half - 0.5, half - 0.5)
+            out[i] = levels * (amax / half)
     return out.reshape(x.shape).to(x.dtype)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import struct
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -24,6 +24,11 @@ from lm_calib_plugin.quantization.grids import GridSpec, IntegerGrid
 
 OUT, WIDTH = 64, 256
 BF16 = torch.bfloat16
+
+
+def single(value: float) -> float:
+    """Round to the nearest float32; a quotient of two of these, in float64 before, stays right."""
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -95,13 +100,13 @@ def slow_integer(rows: Tensor, weight: Tensor, grid: IntegerGrid, activation: Ac
         for row, scale in zip(weight, grid.scale, strict=True)
     ]
     for t, row in enumerate(rows.float()):
-        scale = Fraction(float(row.abs().max())) / (highest - Fraction(1, 2)) or Fraction(1)
+        scale = Fraction(single(float(row.abs().max()) / (highest - 0.5))) or Fraction(1)
         if activation.scale is not None:
-            scale = Fraction(activation.scale)
-        # The largest value, on the middle of two levels, goes outward.
-        sizes = [math.floor(abs(Fraction(x)) / scale + Fraction(1, 2)) for x in row.tolist()]
-        signed = [s if x > 0 else -s for s, x in zip(sizes, row.tolist(), strict=True)]
-        given = [min(max(level, -highest), highest - 1) for level in signed]
+            scale = Fraction(single(activation.scale))
+        # The largest value is near the middle of two levels, where the last bit decides; Python
+        # rounds to the even one, too.
+        places = [single(x / float(scale)) for x in row.tolist()]
+        given = [min(max(round(place), -highest), highest - 1) for place in places]
         for o, line in enumerate(levels):
             total = sum(a * b for a, b in zip(given, line, strict=True))
             out[t, o] = total * float(scale) * float(grid.scale[o, 0])

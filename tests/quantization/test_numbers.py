@@ -111,7 +111,8 @@ def test_power_of_two_is_exact_also_beside_a_power() -> None:
 
 
 def slow_mxfp4(group: list[float]) -> list[float]:
-    amax = max(Fraction(abs(x)) for x in group)
+    # The largest value counts as the next power of two from 7/4 on: times 8/7 it is beyond it.
+    amax = max(Fraction(abs(x)) for x in group) * Fraction(8, 7)
     if amax == 0:
         return [0.0] * len(group)
     exponent = 0
@@ -146,7 +147,7 @@ def slow_nvfp4(line: list[float], largest: float) -> list[float]:
     for start in range(0, len(line), 16):
         group = line[start : start + 16]
         stored = nearest(E4M3, max(abs(x) for x in group) * factor / 6)
-        scale = max(stored, 2**-9) / factor
+        scale = (stored or 1 / 8) / factor
         found += [scale * nearest(E2M1, x / scale) for x in group]
     return found
 
