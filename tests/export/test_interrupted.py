@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import lm_calib_plugin as lm_calib
+from lm_calib_plugin.doctor import examine
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.export.folder import check_out, export_model
 from lm_calib_plugin.export.records import verify_folder
@@ -78,6 +79,11 @@ def test_leftovers_of_a_killed_process_go_with_the_next_export(tmp_path: Path) -
     hours_ago = time.time() - 7200
     os.utime(old / "model.safetensors", (hours_ago, hours_ago))
     os.utime(old, (hours_ago, hours_ago))
+    told = {f.detail for f in examine(folders=[tmp_path]) if f.what == "leftover"}
+    assert told == {
+        f"{old} of an interrupted write; harmless, --clean deletes it",
+        f"{new} is being written",
+    }
     export_model(*compressed(), tmp_path / "out")
     # The other one may belong to a process that is at work.
     assert {p.name for p in tmp_path.iterdir()} == {"out", new.name}
