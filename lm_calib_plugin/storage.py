@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-
 # Seconds without a change after which a temporary folder belongs to no living process.
 ABANDONED = 3600.0
 

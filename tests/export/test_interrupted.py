@@ -23,7 +23,7 @@ from lm_calib_plugin.export.records import verify_folder
 from tests.tiny import make_model, make_tokenizer
 
 RECIPE = {"method": "magnitude", "sparsity": 0.5}
-# Says when the model is ready, then writes it again and again.
+# Says when the folder is there, then writes it again and again.
 WRITER = """
 import sys, itertools
 from pathlib import Path
@@ -35,9 +35,10 @@ model, tokenizer = make_model("llama"), make_tokenizer()
 recipe = lm_calib.Recipe(method="magnitude", sparsity=0.5)
 report = lm_calib.compress(model, tokenizer, recipe, lm_calib.Runtime(progress=False))
 options = ExportOptions(overwrite=True, check=False, max_shard_size="20KB")
-print("ready", flush=True)
-for _ in itertools.count():
+for number in itertools.count():
     export_model(model, tokenizer, recipe, report, Path(sys.argv[1]), options)
+    if not number:
+        print("ready", flush=True)
 """
 
 
