@@ -77,6 +77,8 @@ class Runtime:
         self._check_cache()
 
     def _check_cache(self) -> None:
+        if self.cache is None:
+            object.__setattr__(self, "cache", False)
         if not isinstance(self.cache, Path):
             with contextlib.suppress(UserError):
                 object.__setattr__(self, "cache", flag("cache", self.cache))

@@ -16,7 +16,7 @@ from lm_calib_plugin import engine, storage
 from lm_calib_plugin.accounting import versions
 from lm_calib_plugin.artifacts.changes import Dense, find_changes
 from lm_calib_plugin.artifacts.grids import plain_grid
-from lm_calib_plugin.artifacts.record import TENSORS, write_record
+from lm_calib_plugin.artifacts.record import RECORD, TENSORS, write_record
 from lm_calib_plugin.artifacts.shelf import check_room, set_aside
 from lm_calib_plugin.engine.activations import quantizers
 from lm_calib_plugin.engine.kv_cache import kv_bits
@@ -100,6 +100,8 @@ def keep(
         content["bytes"] = file.stat().st_size
         content["sha256"] = storage.file_digest(file)
         write_record(temporary, content)
+        # The library writes it for its owner alone, whatever the user's mask says.
+        file.chmod((temporary / RECORD).stat().st_mode)
         return sum(path.stat().st_size for path in temporary.iterdir())
 
 

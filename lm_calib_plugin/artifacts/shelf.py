@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -194,22 +195,19 @@ def mark_used(place: Path) -> None:
 
 
 def check_writable(shelf: Path) -> None:
-    """Make the folder, and a file in it that is deleted again.
+    """Make the folder, and a file in it that has no name and is gone at once.
 
     Raises
     ------
     UserError
         When that is not possible.
     """
-    probe = shelf / f".probe.{uuid.uuid4().hex[:8]}.tmp"
     try:
         shelf.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"-")
+        with tempfile.TemporaryFile(dir=shelf) as file:
+            file.write(b"-")
     except OSError as error:
         raise unusable(shelf, error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
 
 
 def check_room(shelf: Path, needed: int) -> None:

@@ -1,21 +1,21 @@
-"""A model that is loaded is the model that was compressed: every bit, and every word of the report."""
+"""A model that is loaded is the one that was compressed: every bit, every word of the report."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress, engine
+from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress, compression, engine, packed
 from lm_calib_plugin.artifacts import cache
 from lm_calib_plugin.artifacts.changes import Dense, NotKeptError, find_changes
-from lm_calib_plugin.artifacts.keeping import most_bytes
-from lm_calib_plugin.artifacts.record import read_record
 from lm_calib_plugin.artifacts.shelf import entries
-from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.execution import available
 from lm_calib_plugin.storage import canonical_json
 from tests.tiny import make_model, random_ids
 
@@ -84,7 +84,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "smoothquant": ({"method": "smoothquant", "scheme": "W8A8_static"}, "opt"),
     "rotation": ({"method": "rotation", "bits": 4, **GROUPS}, "llama_tied"),
     "fp8": ({"method": "rtn", "scheme": "FP8"}, "llama"),
-    "nvfp4": ({"method": "rtn", "scheme": "NVFP4A16"}, "llama"),
+    "nvfp4": ({"method": "rtn", "scheme": "NVFP4"}, "llama"),
     "hqq": ({"method": "hqq", "bits": 3, "symmetric": False, **GROUPS}, "llama"),
     "auto": ({"method": "gptq", "bits": "auto:4", **GROUPS, "heldout": 0.25}, "llama"),
     "kv": ({"method": "rtn", "bits": 16, "kv_bits": 4}, "llama"),
@@ -115,18 +115,129 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_hit_is_a_miss_bit_for_bit(family: str, tmp_path: Path) -> None:
     given, name = FAMILIES[family]
-    plain = run(False, given, name)
-    first = run(tmp_path, given, name)
+    estimates = []
+
+    def estimated(shelf: Path, needed: int) -> None:
+        estimates.append(needed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "check_room", estimated)
+        plain = run(False, given, name)
+        assert not estimates
+        first = run(tmp_path, given, name)
     second = run(tmp_path, given, name)
     assert plain[1].cache is None
     assert first[1].cache["hit"] is False, first[1].warnings
-    assert first[1].warnings == plain[1].warnings
     assert second[1].cache["hit"] is True, second[1].warnings
     alike(first, plain)
     alike(second, plain)
     (entry,) = entries(tmp_path)
     assert first[1].cache["artifact"] == second[1].cache["artifact"] == str(entry.folder)
-    assert first[1].cache["bytes"] == entry.bytes
+    assert first[1].cache["bytes"] == entry.bytes <= min(estimates)
     assert "loaded; compressing took" in second[1].line()
+    assert second[1].summary()["cache"]["seconds_saved"] > 0
     assert entry.record is not None
     assert entry.record["key"] == plain[1].key
+    assert entry.record["weights_digest"] == plain[1].weights_digest
+
+
+def test_only_what_changed_is_kept(tmp_path: Path) -> None:
+    """A tied weight once, embeddings and norms not at all."""
+    run(tmp_path, FAMILIES["wanda"][0])
+    (entry,) = entries(tmp_path)
+    assert entry.record is not None
+    changed = entry.record["changes"]["changed"]
+    assert len(changed) == 21
+    assert all(name.endswith("proj.weight") for name in changed)
+
+
+def test_weights_of_16_bits_and_a_second_device_dtype(tmp_path: Path) -> None:
+    def half() -> Any:
+        model = make_model().to(torch.bfloat16)
+        runtime = Runtime(progress=False, cache=str(tmp_path))
+        recipe = Recipe(method="gptq", bits=4, group_size=16)
+        return model, compress(model, None, recipe, runtime, calibration())
+
+    first, second = half(), half()
+    assert second[1].cache["hit"]
+    alike(second, first)
+
+
+def test_how_the_work_is_done_is_no_part_of_the_request(tmp_path: Path) -> None:
+    given = FAMILIES["gptq"][0]
+    first = run(tmp_path, given)
+    runtime = Runtime(
+        progress=False,
+        calib_batch_size=1,
+        eval_tokens=64,
+        report_dir=str(tmp_path / "reports"),
+        cache=str(tmp_path),
+    )
+    model = make_model()
+    report = compress(model, None, Recipe(**given), runtime, calibration())
+    assert report.cache is not None
+    assert report.cache["hit"]
+    alike((model, report), first)
+
+
+@pytest.mark.skipif(
+    "scheme=W8A8" not in available("cpu", torch.float32), reason="no int8 kernel on this CPU"
+)
+def test_kernels_are_made_from_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "pack", functools.partial(packed.pack, force=True))
+    given = {"method": "rtn", "scheme": "W8A8"}
+    _, simulated = run(tmp_path, given)
+    model, found = run(tmp_path, {**given, "execution": "packed"})
+    twin, expected = run(False, {**given, "execution": "packed"})
+    assert found.cache["hit"]
+    assert found.execution["layers_packed"] == expected.execution["layers_packed"] == 21
+    assert found.key == expected.key != simulated.key
+    assert found.weights_digest == expected.weights_digest == simulated.weights_digest
+    assert torch.equal(logits(model), logits(twin))
+    assert len(entries(tmp_path)) == 1
+
+
+def test_another_model_is_another_request(tmp_path: Path) -> None:
+    given = FAMILIES["wanda"][0]
+    run(tmp_path, given)
+    _, other = run(tmp_path, given, seed=1)
+    assert other.cache["hit"] is False
+    assert len(entries(tmp_path)) == 2
+
+
+def test_what_can_not_be_told_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method of another package may do anything; the run is not lost, and says why."""
+    original = compression.work_on
+
+    def more(job: Any) -> Any:
+        done = original(job)
+        job.model.model.layers[0].extra = nn.Linear(2, 2)
+        return done
+
+    monkeypatch.setattr(compression, "work_on", more)
+    for _ in range(2):
+        _, report = run(tmp_path, FAMILIES["wanda"][0])
+        assert report.cache == {"hit": False, "artifact": None}
+        (note,) = [w for w in report.warnings if w.startswith("cache")]
+        assert note == "cache: not kept, because model.layers.0.extra (Linear) is new"
+    assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("change", ["shape", "gone", "new", "block"])
+def test_changes_without_words_are_named(change: str) -> None:
+    model = make_model()
+    blocks = engine.find_blocks(model)
+    dense = Dense.of(model, blocks, engine.parameter_hashes(model))
+    attention = model.model.layers[0].self_attn
+    if change == "shape":
+        attention.q_proj.weight = nn.Parameter(torch.zeros(4, 32))
+    elif change == "gone":
+        del attention.q_proj.weight
+    elif change == "new":
+        attention.gain = nn.Parameter(torch.zeros(4))
+    else:
+        model.model.layers[0] = make_model(seed=1).model.layers[0]
+    with pytest.raises(NotKeptError, match=r"model\.layers\.0|block was replaced"):
+        find_changes(dense, model, blocks, engine.parameter_hashes(model))

@@ -1418,6 +1418,12 @@ CASES = [
     ),
     # --- run time
     Case(
+        "cache_number",
+        lambda: Runtime(cache=3),  # type: ignore[arg-type]
+        "cache",
+        ("got 3", "true, false or a folder", "cache=true"),
+    ),
+    Case(
         "on_leak_typo",
         lambda: Runtime(on_leak="erorr"),
         "on_leak",
