@@ -139,6 +139,15 @@ def test_twice_in_one_process(llama: str) -> None:
     assert weights_digest(third) == weights_digest(first)
 
 
+def test_the_cache_is_used(llama: str, tmp_path: Path) -> None:
+    config = CalibPruneConfig(**CASES[0][2], cache=str(tmp_path / "kept"))
+    first, second = loaded(llama, config), loaded(llama, config)
+    assert weights_digest(first) == weights_digest(second)
+    assert first.calib_report.key == second.calib_report.key
+    assert (tmp_path / "kept").is_dir()
+    assert "loaded" in second.calib_report.line()
+
+
 def test_a_pipeline_generates(llama: str) -> None:
     model = pruned(llama)
     made = pipeline("text-generation", model=model, tokenizer=make_tokenizer())
