@@ -46,8 +46,6 @@ from lm_calib_plugin.report import Report
 
 # Configuration, tokenizer, records and the card.
 OTHER_FILES = 64 << 20
-# Seconds without a change after which a temporary folder belongs to no living process.
-ABANDONED = 3600
 
 
 @dataclass(frozen=True)
@@ -361,7 +359,7 @@ def _sweep(out: Path, own: Path) -> None:
     """Delete what killed exports to the same folder left long ago."""
     for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
         newest = max((p.lstat().st_mtime for p in (path, *path.rglob("*"))), default=0)
-        if path != own and path.is_dir() and time.time() - newest > ABANDONED:
+        if path != own and path.is_dir() and time.time() - newest > storage.ABANDONED:
             shutil.rmtree(path, ignore_errors=True)
 
 

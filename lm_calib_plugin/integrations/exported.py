@@ -1,4 +1,4 @@
-"""``CalibModelForCausalLM``: load an exported folder, and make sure that it is what was evaluated."""
+"""``CalibModelForCausalLM``: an exported folder, found to be what was evaluated."""
 
 from __future__ import annotations
 

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 
 import lm_calib_plugin as lm_calib
+from lm_calib_plugin.doctor import examine
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.export.folder import check_out, export_model
 from lm_calib_plugin.export.records import verify_folder
 from tests.tiny import make_model, make_tokenizer
 
 RECIPE = {"method": "magnitude", "sparsity": 0.5}
-# Says when the model is ready, then writes it again and again.
+# Says when the folder is there, then writes it again and again.
 WRITER = """
 import sys, itertools
 from pathlib import Path
@@ -34,9 +35,10 @@ model, tokenizer = make_model("llama"), make_tokenizer()
 recipe = lm_calib.Recipe(method="magnitude", sparsity=0.5)
 report = lm_calib.compress(model, tokenizer, recipe, lm_calib.Runtime(progress=False))
 options = ExportOptions(overwrite=True, check=False, max_shard_size="20KB")
-print("ready", flush=True)
-for _ in itertools.count():
+for number in itertools.count():
     export_model(model, tokenizer, recipe, report, Path(sys.argv[1]), options)
+    if not number:
+        print("ready", flush=True)
 """
 
 
@@ -78,6 +80,11 @@ def test_leftovers_of_a_killed_process_go_with_the_next_export(tmp_path: Path) -
     hours_ago = time.time() - 7200
     os.utime(old / "model.safetensors", (hours_ago, hours_ago))
     os.utime(old, (hours_ago, hours_ago))
+    told = {f.detail for f in examine(folders=[tmp_path]) if f.what == "leftover"}
+    assert told == {
+        f"{old} of an interrupted write; harmless, --clean deletes it",
+        f"{new} is being written",
+    }
     export_model(*compressed(), tmp_path / "out")
     # The other one may belong to a process that is at work.
     assert {p.name for p in tmp_path.iterdir()} == {"out", new.name}

@@ -1,4 +1,4 @@
-"""``from_pretrained(M, quantization_config=...)``: compressed as always, and ordinary afterwards."""
+"""``from_pretrained(M, quantization_config=...)``: compressed, and ordinary afterwards."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_checkpoints_that_name_a_quantization_are_refused(tmp_path: Path, named:
     path.write_text(
         json.dumps(content | {"quantization_config": {"quant_method": named, **recipe}})
     )
-    with pytest.raises(ValueError, match="config.json of the model names|CompressedTensorsConfig"):
+    with pytest.raises(ValueError, match="config.json of the model|CompressedTensorsConfig"):
         pruned(folder)
 
 

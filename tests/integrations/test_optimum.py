@@ -98,11 +98,20 @@ def test_keywords_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"recipe": {"method": "wanda", "sparsity": 0.5}, "sparcity": 1}, "did you mean `sparsity`"),
+        (
+            {"recipe": {"method": "wanda", "sparsity": 0.5}, "sparcity": 1},
+            "did you mean `sparsity`",
+        ),
         ({"recipe": {"method": "wanda", "sparsity": 0.5, "x": 1}}, "unknown argument `x`"),
-        ({"recipe": {"method": "wanda", "sparsity": 0.5}, "configuration_files": ["/x"]}, "unknown"),
+        (
+            {"recipe": {"method": "wanda", "sparsity": 0.5}, "configuration_files": ["/x"]},
+            "unknown",
+        ),
         ({"recipe": {"method": "wanda", "sparsity": 0.5}, "auto_map": {}}, "unknown"),
-        ({"recipe": {"method": "wanda", "sparsity": 0.5}, "export_format": "gguf"}, "allowed: auto"),
+        (
+            {"recipe": {"method": "wanda", "sparsity": 0.5}, "export_format": "gguf"},
+            "allowed: auto",
+        ),
         ([], "holds no mapping"),
         ("{", "no calib_config.json in"),
     ],
@@ -331,7 +340,9 @@ def test_a_record_of_another_model_is_noticed(exported: Path, tmp_path: Path) ->
 
 
 def test_other_folders_say_what_to_type(llama: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no exported folder.*AutoModelForCausalLM.from_pretrained"):
+    with pytest.raises(
+        UserError, match=r"no exported folder.*AutoModelForCausalLM.from_pretrained"
+    ):
         CalibModelForCausalLM.from_pretrained(llama)
     with pytest.raises(UserError, match="no folder"):
         CalibModelForCausalLM.from_pretrained(tmp_path / "nothing")
