@@ -17,13 +17,13 @@ from tests.tiny import make_tokenizer
 def exported(made: Any, given: dict[str, Any], out: Path) -> dict[str, str]:
     """Return the digests of weights and configuration of an exported folder."""
     model, report = made
-    options = ExportOptions(format="dense", check=False)
+    options = ExportOptions(check=False)
     export_model(model, make_tokenizer(), Recipe(**given), report, out, options)
     files = [*out.glob("*.safetensors"), out / "config.json"]
     return {file.name: storage.file_digest(file) for file in files}
 
 
-@pytest.mark.parametrize("family", ["wanda", "gptq", "rotation", "depth", "flap"])
+@pytest.mark.parametrize("family", ["wanda", "gptq", "smoothquant", "rotation", "depth", "flap"])
 def test_exports_of_a_hit_and_a_miss_are_the_same(family: str, tmp_path: Path) -> None:
     given, name = FAMILIES[family]
     found = []
