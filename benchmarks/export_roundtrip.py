@@ -56,7 +56,10 @@ def run(python: str, words: list[str], out: Path) -> tuple[dict[str, Any], dict[
     start = time.perf_counter()
     code = "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
     command = [python, "-c", code, *words, "--output_path", str(out), "--log_samples"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = dict(os.environ)
+    if python != sys.executable:
+        env.pop("PYTHONPATH", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     (file,) = out.rglob("results_*.json")

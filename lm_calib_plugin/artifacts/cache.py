@@ -21,7 +21,7 @@ from lm_calib_plugin.artifacts.shelf import (
     at_rest,
     check_room,
     check_writable,
-    entries,
+    is_empty,
     mark_used,
     shelf_of,
 )
@@ -52,7 +52,7 @@ def check_early(job: Job) -> None:
         When the folder can not be written, or its disk has too little space.
     """
     shelf = shelf_of(job.runtime.cache)
-    if shelf is not None and not entries(shelf):
+    if shelf is not None and is_empty(shelf):
         check_writable(shelf)
         check_room(shelf, most_bytes(job))
 

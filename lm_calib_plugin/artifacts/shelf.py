@@ -62,6 +62,14 @@ def entries(shelf: Path) -> list[Entry]:
     return sorted(found, key=lambda entry: (-entry.used, entry.key))
 
 
+def is_empty(shelf: Path) -> bool:
+    """Tell whether a folder holds no artifact, whole or damaged."""
+    try:
+        return not any(_KEY.fullmatch(path.name) for path in shelf.iterdir())
+    except OSError:
+        return True
+
+
 def _entry(place: Path) -> Entry | None:
     record, problem = None, ""
     try:

@@ -87,6 +87,7 @@ class ExportResult:
             "bytes": self.bytes,
             "seconds": round(self.seconds, 3),
             "check": self.check,
+            "was_there": self.was_there,
         }
 
 
