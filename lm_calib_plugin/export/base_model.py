@@ -72,7 +72,7 @@ def _license_of(card: Path) -> str | None:
     """Return ``license`` of the front matter; ``other (NAME)`` for one that only has a name."""
     try:
         with card.open("rb") as stream:
-            text = stream.read(_LARGEST_CARD).decode("utf-8")
+            text = stream.read(_LARGEST_CARD).decode("utf-8").replace("\r\n", "\n")
         head, begin, rest = text.partition("---\n")
         if head.strip() or not begin:
             return None

@@ -111,10 +111,15 @@ def test_a_cut_list_is_noticed(folder: Path, cut: int):
 
 
 def test_a_file_that_can_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    (folder / "config.json").chmod(0)
-    if os.access(folder / "config.json", os.R_OK):  # root reads everything
-        pytest.skip("this user reads every file")
-    refused(folder, "config.json", "cannot be read")
+    real = Path.open
+
+    def broken(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "config.json":
+            raise OSError(5, "Input/output error")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", broken)
+    refused(folder, "config.json", "cannot be read (Input/output error)")
 
 
 # --- more than there should be -----------------------------------------------------------------
