@@ -36,6 +36,7 @@ def export_folder(
     dtype: str = typer.Option("auto", help="Of the model."),
     device: str = typer.Option(None, help="Of the model."),
     calib_batch_size: str = typer.Option("auto", help="Sequences per forward pass."),
+    cache: str = typer.Option("false", help="true or a folder: keep the weights for later runs."),
     report_dir: str = typer.Option(None, help="Folder of the per-layer report."),
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code"),
     quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
@@ -49,7 +50,9 @@ def export_folder(
 
     recipe, _ = read_arguments(given_fields(ctx))
     options = ExportOptions(format, max_shard_size, overwrite, keep_calibration, check)
-    runtime = Runtime(calib_batch_size=calib_batch_size, report_dir=report_dir, progress=not quiet)
+    runtime = Runtime(
+        calib_batch_size=calib_batch_size, cache=cache, report_dir=report_dir, progress=not quiet
+    )
 
     from lm_calib_plugin.calibrate import Loading
     from lm_calib_plugin.export.command import export

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lm_calib_plugin.execution.facts import Activation
 from lm_calib_plugin.quantization.grids import Grid
-from lm_calib_plugin.quantization.numbers import FP8_MAX
+from lm_calib_plugin.quantization.numbers import FP8_MAX, round_e2m1
 
 TINY = torch.finfo(torch.float32).smallest_normal
 
@@ -43,6 +43,20 @@ def fp8_levels(weight: Tensor, grid: Grid) -> Tensor:
     scale, _, groups = _grouped(weight, grid)
     level = (groups / scale).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     _check(weight, level.float() * scale)
+    return level.reshape(weight.shape)
+
+
+def fp4_levels(weight: Tensor, grid: Grid) -> Tensor:
+    """Return the e2m1 values ``[out, in]`` (float32) of weights on a grid ``scale * e2m1``.
+
+    Raises
+    ------
+    UnpackableError
+        If a weight is not a level.
+    """
+    scale, _, groups = _grouped(weight, grid)
+    level = round_e2m1(groups / scale)
+    _check(weight, level * scale)
     return level.reshape(weight.shape)
 
 

@@ -119,6 +119,6 @@ def _missing(place: Any, why: str) -> UserError:
     return UserError(
         "calib_config",
         f"no {CALIB_CONFIG} in `{place}` ({why})",
-        "a folder or hub name with one",
-        "CalibConfig(...).save_pretrained(FOLDER) and every export write it",
+        "a folder or hub name that has one",
+        "CalibConfig.save_pretrained and every export write one",
     )

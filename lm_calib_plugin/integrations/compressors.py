@@ -181,7 +181,7 @@ class CalibPruner(_Compressor):
     """Prune a causal language model, and keep it as an ordinary Hugging Face folder."""
 
     kinds = PRUNING
-    other = "CalibQuantizer.from_pretrained(MODEL).quantize(...)"
+    other = "CalibQuantizer.from_pretrained(MODEL).quantize"
 
     def prune(
         self,
@@ -229,7 +229,7 @@ class CalibQuantizer(_Compressor):
     """Quantize a causal language model, and keep it as an ordinary Hugging Face folder."""
 
     kinds = QUANTIZATION
-    other = "CalibPruner.from_pretrained(MODEL).prune(...)"
+    other = "CalibPruner.from_pretrained(MODEL).prune"
 
     def quantize(
         self,

@@ -1,4 +1,4 @@
-"""``CalibModelForCausalLM``: load an exported folder, and make sure that it is what was evaluated."""
+"""``CalibModelForCausalLM``: an exported folder, found to be what was evaluated."""
 
 from __future__ import annotations
 
@@ -119,16 +119,17 @@ def _load(folder: Path, kwargs: dict[str, Any]) -> Any:
 def _described(summary: Summary) -> str:
     """Return method, strength, calibration, base and format in a line."""
     report, facts = summary.report or {}, summary.record.facts
-    achieved = report.get("achieved") or {}
+    achieved, recipe = report.get("achieved") or {}, report.get("recipe") or {}
     parts = []
     if achieved.get("bits") is not None:
         parts.append(f"{achieved['bits']:.3g} bits")
-    if achieved.get("sparsity"):
-        parts.append(f"{achieved['sparsity']:.2%} removed")
+    if achieved.get("bits") is None or recipe.get("sparsity") is not None:
+        # Zeros among the levels of a quantized model were not removed.
+        parts.append(f"{achieved.get('sparsity', 0):.2%} removed")
     data = (report.get("calibration") or {}).get("calib_id")
     return ", ".join(
         [
-            str((report.get("recipe") or {}).get("method")),
+            str(recipe.get("method")),
             *parts,
             f"calibrated on {data[:12]}" if data else "no calibration data",
             f"base {facts.get('base_model')}",

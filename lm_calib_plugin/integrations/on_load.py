@@ -199,7 +199,7 @@ class CalibOnLoad(HfQuantizer):
                 "save_pretrained",
                 f"{self.held_by}, which plain weights and configuration do not say",
                 "models that are nothing but their weights are saved this way",
-                f"for a folder that says it: {verb}(save_dir=OUT, ...) or lm-calib export",
+                f"for a folder that says it: {verb}(save_dir=OUT) or lm-calib export",
             )
         return True
 

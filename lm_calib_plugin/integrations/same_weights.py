@@ -63,7 +63,7 @@ def compare_with_record(
     zeros = _count_zeros(weights, report, exactly=not cast)
     if cast:
         return f"cast to {model.dtype}, so only zeros were compared ({zeros})"
-    inputs = {} if facts.get("format") == DENSE else _inputs(recipe, report)
+    inputs = {} if facts.get("format") == DENSE else _inputs(recipe, report, weights)
     expected = facts.get("weights_digest")
     if expected not in _digests(weights, inputs):
         raise _other(f"their digest is not {str(expected)[:12]}")
@@ -73,9 +73,7 @@ def compare_with_record(
 def _digests(weights: dict[str, Tensor], inputs: dict[str, ActivationQuantizer]) -> Iterator[str]:
     """Yield the digest of all weights, and that without biases that an export has filled up."""
     yield engine.weights_digest(_Described(weights, inputs))
-    filled = {
-        name for name, w in weights.items() if name.endswith(".bias") and not bool(w.any())
-    }
+    filled = {name for name, w in weights.items() if name.endswith(".bias") and not bool(w.any())}
     if filled:
         kept = {name: w for name, w in weights.items() if name not in filled}
         yield engine.weights_digest(_Described(kept, inputs))
@@ -119,13 +117,18 @@ def _weights(model: Any) -> dict[str, Tensor] | None:
     return {name: state[name].detach() for name in names}
 
 
-def _inputs(recipe: Recipe, report: Mapping[str, Any]) -> dict[str, ActivationQuantizer]:
+def _inputs(
+    recipe: Recipe, report: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> dict[str, ActivationQuantizer]:
     """Return what rounded the inputs of the evaluated model, by layer."""
     spec = recipe.make_method().activations
-    if spec is None:
-        return {}
-    rows = _rows(report)
-    return {row["name"]: ActivationQuantizer(spec, row.get("input_limit")) for row in rows}
+    found: dict[str, ActivationQuantizer] = {}
+    for row in [] if spec is None else _rows(report):
+        name, limit = row["name"], row.get("input_limit")
+        if limit is not None:
+            limit = spec.storable(limit, weights[f"{name}.weight"].dtype)
+        found[name] = ActivationQuantizer(spec, limit)
+    return found
 
 
 def _count_zeros(weights: dict[str, Tensor], report: Mapping[str, Any], exactly: bool) -> int:

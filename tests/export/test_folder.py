@@ -17,9 +17,11 @@ from lm_calib_plugin.export.options import ExportOptions
 from tests.export.strangers import logits_elsewhere, probe
 from tests.tiny import ARCHITECTURES, make_model, make_tokenizer
 
-DATA = {"calibration": "random", "nsamples": 10, "seqlen": 16}
+DATA = {"calibration": "random", "nsamples": 20, "seqlen": 16}
 WANDA = {"method": "wanda", "sparsity": 0.5}
 # name -> (architecture, recipe, format)
+ASYMMETRIC = {"method": "rtn", "bits": 3, "symmetric": False, "group_size": 16}
+JOINT = {"method": "sparsegpt+gptq", "sparsity": 0.5, "bits": 4, "group_size": 16}
 DENSE: dict[str, tuple[str, dict[str, Any], str]] = {
     "magnitude": ("llama", {"method": "magnitude", "pattern": "2:4"}, "auto"),
     "wanda": ("llama_tied", WANDA, "auto"),
@@ -30,14 +32,43 @@ DENSE: dict[str, tuple[str, dict[str, Any], str]] = {
     "head": ("llama_tied", {**WANDA, "targets": "lm_head+mlp.*", "untie": True}, "auto"),
     "flap": ("llama", {"method": "flap", "sparsity": 0.3}, "auto"),
     "flap_biased": ("opt", {"method": "flap", "sparsity": 0.3}, "auto"),
-    "asymmetric": ("llama", {"method": "rtn", "bits": 3, "symmetric": False, "group_size": 16}, "dense"),
+    "asymmetric": ("llama", ASYMMETRIC, "dense"),
     "hqq": ("llama", {"method": "hqq", "bits": 3, "group_size": 16}, "dense"),
     "gptq": ("gpt2", {"method": "gptq", "bits": 4, "group_size": 16}, "dense"),
     "experts": ("mixtral", {"method": "gptq", "bits": 4, "group_size": 8}, "dense"),
     "rotation": ("llama_tied", {"method": "rotation", "bits": 16}, "auto"),
-    "joint": ("llama", {"method": "sparsegpt+gptq", "sparsity": 0.5, "bits": 4, "group_size": 16}, "dense"),
+    "joint": ("llama", JOINT, "dense"),
     "bfloat16": ("llama", WANDA, "auto"),
-}  # fmt: skip
+}
+GROUPS = {"bits": 4, "group_size": 16}
+AUTO = {"method": "gptq", "bits": "auto:4.5", "group_size": 16}
+MIXED = {
+    "method": "rtn",
+    **GROUPS,
+    "overrides": {"*down_proj": {"bits": 8}, "*o_proj": {"bits": 16}},
+}
+PACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("llama", {"method": "rtn", **GROUPS}),
+    "gptq_w3": ("llama_tied", {"method": "gptq", "bits": 3, "group_size": 16}),
+    "gptq_w2": ("llama", {"method": "gptq", "bits": 2, "group_size": -1}),
+    "autoround": ("llama", {"method": "autoround", "bits": 3, "group_size": 16}),
+    "awq": ("qwen2", {"method": "awq", **GROUPS}),
+    "rotation": ("llama_tied", {"method": "rotation", **GROUPS}),
+    "auto": ("llama", AUTO),
+    "mixed": ("llama", MIXED),
+    "head": ("llama_tied", {"method": "rtn", **GROUPS, "targets": "lm_head+mlp.*", "untie": True}),
+    "joint": ("llama", JOINT),
+    "W8A8": ("qwen3", {"method": "rtn", "scheme": "W8A8"}),
+    "W8A8_static": ("gemma3", {"method": "rtn", "scheme": "W8A8_static"}),
+    "W8A8_static_opt": ("opt", {"method": "rtn", "scheme": "W8A8_static"}),
+    "smoothquant": ("llama", {"method": "smoothquant", "scheme": "W8A8"}),
+    "W4A8": ("llama", {"method": "rtn", "scheme": "W4A8", "group_size": 16}),
+    "W4A4": ("llama", {"method": "gptq", "scheme": "W4A4"}),
+    "FP8": ("phi3", {"method": "rtn", "scheme": "FP8"}),
+    "FP8_static": ("llama_tied", {"method": "rtn", "scheme": "FP8_static"}),
+    "neox": ("gpt_neox", {"method": "gptq", **GROUPS}),
+    "bloom": ("bloom", {"method": "rtn", "scheme": "W8A8"}),
+}
 DENSE |= {f"wanda_{name}": (name, WANDA, "auto") for name in ARCHITECTURES}
 DENSE |= {
     f"shortgpt_{name}": (name, {"method": "shortgpt", "blocks": 1}, "auto")
@@ -72,19 +103,32 @@ def test_a_model_that_was_cast_in_memory_is_not_what_a_folder_gives(tmp_path: Pa
         export_model(model, tokenizer, recipe, report, tmp_path / "out")
 
 
-def test_every_family_is_loaded_elsewhere_as_it_was_evaluated(tmp_path: Path) -> None:
+def written(
+    folder: Path, name: str, architecture: str, recipe: dict[str, Any], stored: str = "auto"
+) -> tuple[Any, ExportResult]:
+    """Compress and export one of the families above."""
+    model = make_model(architecture)
+    if name == "bfloat16":
+        model = loaded(folder.with_name("base"), torch.bfloat16)
+    made = lm_calib.Recipe(**{**DATA, **recipe})
+    report = lm_calib.compress(model, make_tokenizer(), made, lm_calib.Runtime(progress=False))
+    options = ExportOptions(format=stored)
+    return model, export_model(model, make_tokenizer(), made, report, folder, options)
+
+
+@pytest.mark.parametrize(
+    ("families", "stored"),
+    [(DENSE, "dense"), (PACKED, "compressed-tensors")],
+    ids=["dense", "packed"],
+)
+def test_every_family_is_loaded_elsewhere_as_it_was_evaluated(
+    families: dict[str, Any], stored: str, tmp_path: Path
+) -> None:
     expected, folders = {}, {}
-    for name, (architecture, recipe, stored) in DENSE.items():
+    for name, family in families.items():
         folders[name] = tmp_path / name
-        model = make_model(architecture)
-        if name == "bfloat16":
-            model = loaded(tmp_path / "base", torch.bfloat16)
-        made = lm_calib.Recipe(**{**DATA, **recipe})
-        runtime = lm_calib.Runtime(progress=False)
-        report = lm_calib.compress(model, make_tokenizer(), made, runtime)
-        options = ExportOptions(format=stored)
-        done = export_model(model, make_tokenizer(), made, report, folders[name], options)
-        assert done.format == "dense"
+        model, done = written(folders[name], name, *family)
+        assert done.format == stored
         assert done.check is not None
         assert done.check["exact"], name
         with torch.no_grad():
@@ -92,6 +136,12 @@ def test_every_family_is_loaded_elsewhere_as_it_was_evaluated(tmp_path: Path) ->
     found = logits_elsewhere(folders, probe(), tmp_path / "logits.safetensors")
     for name, logits in expected.items():
         assert torch.equal(found[name], logits), name
+
+
+def test_flat_inputs_are_refused_before_the_work() -> None:
+    recipe = lm_calib.Recipe(method="rtn", scheme="W8A8")
+    with pytest.raises(UserError, match=r"fc1 receives \[tokens, inputs\].*act_dynamic=false"):
+        check_model(make_model("opt"), recipe)
 
 
 def test_zeros_are_in_the_files_and_are_positive(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``from_pretrained(M, quantization_config=...)``: compressed as always, and ordinary afterwards."""
+"""``from_pretrained(M, quantization_config=...)``: compressed, and ordinary afterwards."""
 
 from __future__ import annotations
 
@@ -139,6 +139,15 @@ def test_twice_in_one_process(llama: str) -> None:
     assert weights_digest(third) == weights_digest(first)
 
 
+def test_the_cache_is_used(llama: str, tmp_path: Path) -> None:
+    config = CalibPruneConfig(**CASES[0][2], cache=str(tmp_path / "kept"))
+    first, second = loaded(llama, config), loaded(llama, config)
+    assert weights_digest(first) == weights_digest(second)
+    assert first.calib_report.key == second.calib_report.key
+    assert (tmp_path / "kept").is_dir()
+    assert "loaded" in second.calib_report.line()
+
+
 def test_a_pipeline_generates(llama: str) -> None:
     model = pruned(llama)
     made = pipeline("text-generation", model=model, tokenizer=make_tokenizer())
@@ -221,8 +230,10 @@ def test_checkpoints_that_name_a_quantization_are_refused(tmp_path: Path, named:
     path = tmp_path / "config.json"
     recipe = {"method": "magnitude", "sparsity": 0.5} if named == "calib_prune" else {}
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"quantization_config": {"quant_method": named, **recipe}}))
-    with pytest.raises(ValueError, match="config.json of the model names|CompressedTensorsConfig"):
+    path.write_text(
+        json.dumps(content | {"quantization_config": {"quant_method": named, **recipe}})
+    )
+    with pytest.raises(ValueError, match="config.json of the model|CompressedTensorsConfig"):
         pruned(folder)
 
 

@@ -1,4 +1,4 @@
-"""``optimum-cli export calib``: found by Optimum in this namespace folder, wherever it is installed.
+"""``optimum-cli export calib``: found by Optimum in this namespace folder.
 
 Optimum reads this file whenever any of its commands starts, so it imports nothing heavy and never
 raises: where Optimum is not as expected, it just registers nothing. The words of the command go
