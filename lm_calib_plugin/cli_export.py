@@ -30,6 +30,7 @@ def export_folder(
     ),
     max_shard_size: str = typer.Option("5GB", help="Largest size of a weights file."),
     results: str = typer.Option(None, metavar="FILE", help="lm_eval results for the model card."),
+    dense_results: str = typer.Option(None, metavar="FILE", help="Those of the base model."),
     license: str = typer.Option(None, help="Of the base model. Default: what its card says."),
     tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
     revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
@@ -65,6 +66,7 @@ def export_folder(
             options=options,
             runtime=runtime,
             results=Path(results).expanduser() if results else None,
+            dense_results=Path(dense_results).expanduser() if dense_results else None,
             license=license,
             command=shlex.join(["lm-calib", *sys.argv[1:]]),
         )

@@ -15,7 +15,8 @@ from lm_calib_plugin.export.published import last_part
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
 _BUILTIN = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
-_LARGEST_CARD = 2**20
+_LARGEST_CARD, _LARGEST_FRONT = 2**20, 2**18
+_MOST_BRACKETS = 512  # YAML is slow on many
 
 
 def hub_name(pretrained: str) -> str | None:
@@ -71,11 +72,14 @@ def _license_of(card: Path) -> str | None:
     """Return ``license`` of the front matter; ``other (NAME)`` for one that only has a name."""
     try:
         with card.open("rb") as stream:
-            text = stream.read(_LARGEST_CARD).decode("utf-8")
+            text = stream.read(_LARGEST_CARD).decode("utf-8").replace("\r\n", "\n")
         head, begin, rest = text.partition("---\n")
         if head.strip() or not begin:
             return None
-        content: Any = yaml.safe_load(rest.partition("\n---")[0])
+        front = rest.partition("\n---")[0]
+        if len(front) > _LARGEST_FRONT or front.count("[") + front.count("{") > _MOST_BRACKETS:
+            return None
+        content: Any = yaml.safe_load(front)
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return None
     if not isinstance(content, dict):

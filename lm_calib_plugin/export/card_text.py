@@ -17,8 +17,7 @@ _URL = re.compile(r"https://[\w.-]+(?:/[\w./%~:?=&#+-]*)?")
 
 def one_line(value: Any) -> str:
     """Return a text without line ends and other characters that steer a screen."""
-    text = str(value).encode("utf-8", "replace").decode("utf-8")
-    return " ".join(_CONTROL.sub(" ", text).split())
+    return " ".join(_CONTROL.sub(" ", _writable(str(value))).split())
 
 
 def plain(value: Any) -> str:
@@ -41,7 +40,7 @@ def cell(value: Any) -> str:
 
 def block(text: str, language: str = "") -> str:
     """Return lines as a block of code."""
-    lines = [_CONTROL.sub(" ", line) for line in text.splitlines()]
+    lines = [_CONTROL.sub(" ", line) for line in _writable(text).splitlines()]
     longest = max((len(run) for run in _TICKS.findall(text)), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([fence + language, *lines, fence])
@@ -70,3 +69,8 @@ def _lines(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_lines(part) for part in value]
     return one_line(value) if isinstance(value, str) else value
+
+
+def _writable(text: str) -> str:
+    """Replace halves of characters, which no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")

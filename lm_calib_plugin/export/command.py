@@ -13,6 +13,7 @@ from lm_calib_plugin.checks import check_calibration
 from lm_calib_plugin.compression import compress
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.export.card import base_license
+from lm_calib_plugin.export.card_results import scores
 from lm_calib_plugin.export.folder import check_out, export_model
 from lm_calib_plugin.export.formats import check_export, check_model
 from lm_calib_plugin.export.options import ExportOptions, Provenance
@@ -28,6 +29,7 @@ def export(
     options: ExportOptions | None = None,
     runtime: Runtime | None = None,
     results: Path | None = None,
+    dense_results: Path | None = None,
     license: str | None = None,
     command: str | None = None,
 ) -> str:
@@ -35,8 +37,9 @@ def export(
 
     Parameters
     ----------
-    results
-        A results file of lm_eval, for the table in the model card.
+    results, dense_results
+        Results files of lm_eval for the table in the model card, of the compressed model and of
+        the base model.
     license
         Of the base model; default: what its card says.
     command
@@ -57,7 +60,10 @@ def export(
     check_export(recipe, options.format)
     check_out(out, recipe, options.overwrite)
     check_calibration(recipe)
-    found = None if results is None else read_results(results)
+    given = {"results": results, "dense_results": dense_results}
+    found = {
+        name: None if path is None else read_results(path, name) for name, path in given.items()
+    }
     model, tokenizer = load_model(loading)
     engine.check_supported(model)
     check_model(model, recipe, options.format)
@@ -67,8 +73,8 @@ def export(
         None if loading.revision == "main" else loading.revision,
         license or base_license(resolve_pretrained(loading.pretrained)),
         command,
-        found,
-        loading.trust_remote_code,
+        trust_remote_code=loading.trust_remote_code,
+        **found,
     )
     done = export_model(model, tokenizer, recipe, report, out, options, provenance)
     return "\n".join(
@@ -83,24 +89,23 @@ def export(
     )
 
 
-def read_results(path: Path) -> dict[str, Any]:
+def read_results(path: Path, name: str = "results") -> dict[str, Any]:
     """Return a results file of lm_eval.
 
     Raises
     ------
     UserError
-        When it is none.
+        When it is none; ``name`` is the argument.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        scores(content)
     except OSError as error:
-        raise UserError("results", f"{path} can not be read ({error.strerror})") from None
+        raise UserError(name, f"{path} can not be read ({error.strerror})") from None
+    except UserError as error:
+        raise error.renamed(name) from None
     except ValueError:
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("results"), dict):
         raise UserError(
-            "results",
-            f"{path} is no results file of lm_eval",
-            "the JSON file that `lm_eval --output_path DIR` writes",
-        )
-    return content
+            name, f"{path} is no JSON", "the file that `lm_eval --output_path DIR` writes"
+        ) from None
+    return dict(content)

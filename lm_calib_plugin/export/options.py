@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,9 @@ class ExportOptions:
                 nearest(self.format, EXPORT_FORMATS),
                 f"allowed: {listed(EXPORT_FORMATS)}",
             )
+        size = self.max_shard_size
+        if not (isinstance(size, int) or re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]i?B", str(size), re.I)):
+            raise UserError("max_shard_size", f"got {size!r}", "a number and a unit, such as 5GB")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class Provenance:
     command
         The exact command that made the folder; None where Python did.
     results
-        ``results`` of an lm_eval results file (task -> metric -> value), for the model card.
+        A results file of lm_eval, or its ``results`` (task -> metric -> value), for the card.
+    dense_results
+        The same of the base model, to stand beside.
     trust_remote_code
         Whether code that came with the base model was allowed to run.
     """
@@ -71,6 +77,7 @@ class Provenance:
     license: str | None = None
     command: str | None = None
     results: dict[str, Any] | None = None
+    dense_results: dict[str, Any] | None = None
     trust_remote_code: bool = False
 
 

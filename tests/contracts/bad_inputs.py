@@ -176,6 +176,17 @@ def packed(number: str, bits: int, group_size: int, name: str) -> Callable[[], A
     return do
 
 
+def command(*arguments: str) -> Callable[[], Any]:
+    """A command line, with its errors as they are raised."""
+
+    def do() -> Any:
+        from lm_calib_plugin.cli import app
+
+        return app(list(arguments), standalone_mode=False)
+
+    return do
+
+
 def observed_by_hand() -> Any:
     """Static ranges of a number that has none, as code may ask for them."""
     from lm_calib_plugin.quantization.activations import ActivationSpec
@@ -1490,5 +1501,23 @@ CASES = [
         lambda: lm_calib_plugin.CalibModelForCausalLM.from_pretrained("."),
         "model",
         ("`.` is no exported folder", "AutoModelForCausalLM.from_pretrained('.')"),
+    ),
+    Case(
+        "inspect_no_export",
+        command("inspect", "."),
+        "folder",
+        ("holds no calib_files.json", "lm-calib export makes one"),
+    ),
+    Case(
+        "unpack_no_archive",
+        command("unpack", ".", "../out-of-unpack"),
+        "folder",
+        ("holds no calib_archive.json", "lm-calib pack makes one"),
+    ),
+    Case(
+        "pack_over_a_folder",
+        command("pack", ".", "."),
+        "archive",
+        ("exists", "name another one"),
     ),
 ]
