@@ -11,21 +11,24 @@ import pytest
 
 from lm_calib_plugin import bank_commands, calibrate, preflight
 from lm_calib_plugin.cli import main
+from lm_calib_plugin.export import bitmask, command, look
+from tests.tiny import saved_model
 
 ROOT = Path(__file__).parents[2]
-WORKS = ("calibrate", "preflight", "bank", "draws")
+WORKS = ("calibrate", "preflight", "bank", "draws", "export", "inspect", "pack", "unpack", "cache")
+GUIDES = ("calibration.md", "export.md")
 
 
 def commands() -> list[str]:
-    """Return every command line of the four that build and judge sets, continuations joined."""
-    found = []
-    for file in (ROOT / "README.md", ROOT / "docs" / "calibration.md"):
+    """Return every command line of ours that does more than show something, each once."""
+    found: list[str] = []
+    for file in (ROOT / "README.md", *(ROOT / "docs" / name for name in GUIDES)):
         for block in re.findall(r"```bash\n(.*?)```", file.read_text(encoding="utf-8"), re.S):
             for line in block.replace("\\\n", " ").splitlines():
-                words = line.split()
+                words = line.partition(" #")[0].split()
                 if words[:1] == ["lm-calib"] and words[1] in WORKS and " ... " not in line:
                     found.append(" ".join(words))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def test_there_are_commands() -> None:
@@ -39,6 +42,8 @@ def test_the_command_is_understood(
     done: list[Any] = []
 
     class Answer:
+        whole, archive, folder, files, bytes = True, 1, 2, (), 3
+
         def table(self) -> str:
             return "table"
 
@@ -50,9 +55,32 @@ def test_the_command_is_understood(
     monkeypatch.setattr(preflight, "preflight", note)
     monkeypatch.setattr(bank_commands, "fill", note)
     monkeypatch.setattr(bank_commands, "study_draws", note)
+    monkeypatch.setattr(command, "export", note)
+    monkeypatch.setattr(look, "look", note)
+    monkeypatch.setattr(bitmask, "pack_folder", note)
+    monkeypatch.setattr(bitmask, "unpack_folder", note)
     monkeypatch.chdir(tmp_path)
+    if line.split()[1] == "cache":
+        note()
     text = line.replace("$D", "texts").replace("$s", "0").replace('"$EXPR"', "self")
     with pytest.raises(SystemExit) as ended:
         main(shlex.split(text)[1:])
     assert ended.value.code in (None, 0)
     assert len(done) == 1
+
+
+def test_python_of_the_guide_to_exports_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = saved_model(tmp_path / "model", max_position_embeddings=512)
+    text = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 2
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        code = block.replace('"builtin:smollm2-135m"', repr(model))
+        code = code.replace('builtin_model("smollm2-135m")', repr(model))
+        exec(compile(code, "export.md", "exec"), {})
+    told = capsys.readouterr().out
+    assert "'sparsity': 0.5" in told
+    assert "magnitude: 21 layers, 50.00% removed" in told
