@@ -17,7 +17,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # An editable install copies these, all else is read from the source tree.
-COPIED := pyproject.toml constraints.txt $(wildcard startup/* tasks/calib_demo/*)
+COPIED := pyproject.toml constraints.txt $(wildcard startup/* tasks/calib_demo/* optimum/commands/register/*)
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

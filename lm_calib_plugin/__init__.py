@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "CalibConfig": "lm_calib_plugin.integrations.calib_config",
     "CalibError": "lm_calib_plugin.errors",
+    "CalibModelForCausalLM": "lm_calib_plugin.integrations.exported",
+    "CalibPruneConfig": "lm_calib_plugin.integrations.on_load",
+    "CalibPruner": "lm_calib_plugin.integrations.compressors",
+    "CalibQuantConfig": "lm_calib_plugin.integrations.on_load",
+    "CalibQuantizer": "lm_calib_plugin.integrations.compressors",
     "CalibrationSet": "lm_calib_plugin.calibration",
     "Recipe": "lm_calib_plugin.recipe",
     "Report": "lm_calib_plugin.report",

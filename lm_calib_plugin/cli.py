@@ -286,13 +286,18 @@ def show(arguments: list[str]) -> None:
 
 @app.command()
 def doctor(
+    folders: list[str] = typer.Argument(  # noqa: B008
+        None, metavar="[FOLDER...]", help="Look for interrupted exports there, too."
+    ),
     clean: bool = typer.Option(False, "--clean", help="Delete what interrupted writes left."),
 ) -> None:
     """Look at this installation: versions, the bridge to lm_eval, the cache, the devices."""
+    from pathlib import Path
+
     from lm_calib_plugin.doctor import State, examine
 
     worst = 0
-    for finding in examine(clean=clean):
+    for finding in examine(clean=clean, folders=[Path(f).expanduser() for f in folders or ()]):
         typer.echo(f"{finding.state.value:<8} {finding.what:<20} {finding.detail}")
         worst = max(worst, int(finding.state is State.PROBLEM))
     raise typer.Exit(worst)

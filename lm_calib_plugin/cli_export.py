@@ -1,4 +1,4 @@
-"""``lm-calib export | unpack | inspect``: folders that leave this program, and come back."""
+"""``lm-calib export | inspect | pack | unpack``: folders that leave this program, and come back."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from lm_calib_plugin.cli_arguments import WithRecipe, given_fields
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("export", cls=WithRecipe)(export_folder)
+    app.command("inspect")(inspect_folder)
+    app.command("pack")(pack)
+    app.command("unpack")(unpack)
 
 
 def export_folder(
@@ -33,6 +36,7 @@ def export_folder(
     dtype: str = typer.Option("auto", help="Of the model."),
     device: str = typer.Option(None, help="Of the model."),
     calib_batch_size: str = typer.Option("auto", help="Sequences per forward pass."),
+    cache: str = typer.Option("false", help="true or a folder: keep the weights for later runs."),
     report_dir: str = typer.Option(None, help="Folder of the per-layer report."),
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code"),
     quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
@@ -46,7 +50,9 @@ def export_folder(
 
     recipe, _ = read_arguments(given_fields(ctx))
     options = ExportOptions(format, max_shard_size, overwrite, keep_calibration, check)
-    runtime = Runtime(calib_batch_size=calib_batch_size, report_dir=report_dir, progress=not quiet)
+    runtime = Runtime(
+        calib_batch_size=calib_batch_size, cache=cache, report_dir=report_dir, progress=not quiet
+    )
 
     from lm_calib_plugin.calibrate import Loading
     from lm_calib_plugin.export.command import export
@@ -63,3 +69,54 @@ def export_folder(
             command=shlex.join(["lm-calib", *sys.argv[1:]]),
         )
     )
+
+
+def inspect_folder(
+    folder: str = typer.Argument(metavar="DIR", help="An exported folder, or an archive."),
+    as_json: bool = typer.Option(False, "--json", help="One JSON object, for programs."),
+    verify: bool = typer.Option(True, help="Read every byte, weights included."),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
+) -> None:
+    """Say what an exported folder is, and whether every file is whole; else exit code 1."""
+    import json
+    from pathlib import Path
+
+    from lm_calib_plugin.export.look import look
+
+    found = look(Path(folder).expanduser(), verify=verify, progress=not quiet)
+    typer.echo(json.dumps(found.plain(), indent=1) if as_json else found.table())
+    raise typer.Exit(int(found.whole is False))
+
+
+def pack(
+    folder: str = typer.Argument(metavar="DIR", help="An exported folder of a pruned model."),
+    archive: str = typer.Argument(metavar="ARCHIVE", help="The folder to make."),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
+) -> None:
+    """Store a pruned folder smaller, zeros as single bits: for disk and transfer, not for speed.
+
+    Nothing loads an archive: lm-calib unpack gives the folder back, byte for byte.
+    """
+    from pathlib import Path
+
+    from lm_calib_plugin.export.bitmask import pack_folder
+
+    sizes = pack_folder(Path(folder).expanduser(), Path(archive).expanduser(), progress=not quiet)
+    typer.echo(
+        f"{archive}: {sizes.archive / 2**20:.1f} MiB, {sizes.archive / sizes.folder:.1%} of "
+        f"{folder}; unpack it before use: lm-calib unpack {archive} OUT"
+    )
+
+
+def unpack(
+    archive: str = typer.Argument(metavar="ARCHIVE", help="A folder made by lm-calib pack."),
+    out: str = typer.Argument(metavar="OUT", help="The folder to make."),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
+) -> None:
+    """Give back the folder that was packed, byte for byte; nothing damaged gets a name."""
+    from pathlib import Path
+
+    from lm_calib_plugin.export.bitmask import unpack_folder
+
+    record = unpack_folder(Path(archive).expanduser(), Path(out).expanduser(), progress=not quiet)
+    typer.echo(f"{out}: {len(record.files) + 1} files, {record.bytes / 2**20:.1f} MiB, verified")

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from lm_calib_plugin import __version__, _autoload, builtin_models, storage
+from lm_calib_plugin.artifacts.shelf import entries, shelf_of
 
 PACKAGES = ("lm-eval", "transformers", "torch", "datasets", "accelerate", "optimum")
 _LEFTOVER = re.compile(r"^\.(?P<target>.+)\.[0-9a-f]{8}\.tmp$")
@@ -39,11 +40,19 @@ class Finding:
     detail: str
 
 
-def examine(*, clean: bool = False) -> Iterator[Finding]:
-    """Yield the findings; ``clean`` deletes what interrupted writes left in our cache."""
+def examine(*, clean: bool = False, folders: Sequence[Path] = ()) -> Iterator[Finding]:
+    """Yield the findings; ``clean`` deletes what interrupted writes left in our cache.
+
+    ``folders`` are places where models were exported to: interrupted writes are looked for there,
+    too.
+    """
     yield from _versions()
     yield from _bridge()
     yield from _cache(clean)
+    for folder in folders:
+        # An export that is being loaded back is not written to for a while.
+        yield from _leftovers(folder, clean, storage.ABANDONED)
+    yield from _artifacts()
     yield from _builtin()
     yield from _devices()
 
@@ -58,7 +67,7 @@ def leftovers(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def is_in_use(leftover: Path) -> bool:
+def is_in_use(leftover: Path, seconds: float = _SECONDS_AT_WORK) -> bool:
     """Return whether a process may still be writing there: it holds the lock, or just wrote."""
     from filelock import FileLock, Timeout
 
@@ -74,7 +83,7 @@ def is_in_use(leftover: Path) -> bool:
         newest = max(path.lstat().st_mtime for path in (leftover, *leftover.rglob("*")))
     except FileNotFoundError:  # it changes while we look
         return True
-    return time.time() - newest < _SECONDS_AT_WORK
+    return time.time() - newest < seconds
 
 
 def _versions() -> Iterator[Finding]:
@@ -131,8 +140,12 @@ def _cache(clean: bool) -> Iterator[Finding]:
         yield Finding(State.OK, "cache", f"{folder}, {free:.1f} GiB free")
     else:
         yield Finding(State.PROBLEM, "cache", f"{folder} can not be written; set LM_CALIB_CACHE")
+    yield from _leftovers(folder, clean, _SECONDS_AT_WORK)
+
+
+def _leftovers(folder: Path, clean: bool, seconds: float) -> Iterator[Finding]:
     for path in leftovers(folder):
-        if is_in_use(path):
+        if is_in_use(path, seconds):
             yield Finding(State.NOTE, "leftover", f"{path} is being written")
         elif clean:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -140,6 +153,20 @@ def _cache(clean: bool) -> Iterator[Finding]:
         else:
             detail = f"{path} of an interrupted write; harmless, --clean deletes it"
             yield Finding(State.NOTE, "leftover", detail)
+
+
+def _artifacts() -> Iterator[Finding]:
+    shelf = shelf_of(True)
+    found = entries(shelf) if shelf is not None else []
+    if not found:
+        return
+    size = sum(entry.bytes for entry in found) / 2**30
+    detail = f"{len(found)} in {shelf}, {size:.2f} GiB; lm-calib cache ls, rm, verify"
+    yield Finding(State.OK, "compressed models", detail)
+    for entry in found:
+        if entry.problem:
+            detail = f"{entry.problem} lm-calib cache rm {entry.key[:12]} deletes it"
+            yield Finding(State.NOTE, "compressed models", detail)
 
 
 def _builtin() -> Iterator[Finding]:

@@ -77,6 +77,8 @@ class Report:
     relative squared error of what the output head receives; ``layers`` is empty then.
     ``transforms`` tells how the model was changed before its weights were rounded, ``execution``
     which kernels a packed model runs on (None: simulated).
+    ``cache`` tells whether the model was loaded instead of compressed, and where it is kept (None:
+    nothing is kept).
     ``calibration_set`` is the set that was used, None without data, and ``grids`` the levels of
     each quantized layer, by name, for whoever stores the model; neither is written anywhere.
     """
@@ -98,6 +100,7 @@ class Report:
     structure: dict[str, Any] | None = None
     transforms: list[dict[str, Any]] = field(default_factory=list)
     execution: dict[str, Any] | None = None
+    cache: dict[str, Any] | None = None
     calibration_set: Any = field(default=None, repr=False, compare=False)
     grids: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -152,6 +155,8 @@ class Report:
             found["transforms"] = len(self.transforms)
         if self.execution is not None:
             found["execution"] = self.execution
+        if self.cache is not None:
+            found["cache"] = self.cache
         return found
 
     def line(self) -> str:
@@ -189,7 +194,10 @@ class Report:
             elif error[kind]:
                 label = label.replace("layer error", "error of the last hidden state")
                 parts.append(f"{label} {error[kind]['last_hidden']:.4f}")
-        parts.append(f"{sum(self.seconds.values()):.1f} s")
+        loaded = ""
+        if self.cache is not None and self.cache["hit"]:
+            loaded = f" (loaded; compressing took {self.cache['seconds_saved']:.1f} s)"
+        parts.append(f"{sum(self.seconds.values()):.1f} s{loaded}")
         parts.append(f"key {self.key[:12]}")
         if self.warnings:
             parts.append(f"{len(self.warnings)} warning(s)")

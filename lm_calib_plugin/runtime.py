@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -33,6 +34,9 @@ class Runtime:
     export_format
         How weights are stored there: ``dense`` (ordinary numbers), ``compressed-tensors`` (packed
         levels), or ``auto``: packed where levels are, else dense.
+    cache
+        Keep the compressed model, and load it when the same is asked for again: ``true`` (in our
+        cache), or the folder to keep it in.
     on_leak
         What to do when evaluated items stand in the calibration text: ``warn``, ``error`` (refuse
         to evaluate them) or ``ignore`` (do not look).
@@ -49,6 +53,7 @@ class Runtime:
     progress: bool = True
     export_dir: str | None = None
     export_format: str = "auto"
+    cache: bool | str = False
     on_leak: str = "warn"
 
     def __post_init__(self) -> None:
@@ -69,6 +74,21 @@ class Runtime:
                 )
         for name in ("report_dir", "export_dir"):
             self._check_folder(name)
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        if self.cache is None:
+            object.__setattr__(self, "cache", False)
+        if not isinstance(self.cache, Path):
+            with contextlib.suppress(UserError):
+                object.__setattr__(self, "cache", flag("cache", self.cache))
+                return
+        if not isinstance(self.cache, (str, Path)) or not str(self.cache).strip():
+            raise UserError(
+                "cache", f"got {self.cache!r}", "true, false or a folder", "for instance cache=true"
+            )
+        object.__setattr__(self, "cache", str(Path(self.cache).expanduser()))
+        self._check_folder("cache")
 
     def _check_folder(self, name: str) -> None:
         if getattr(self, name) is None:

@@ -13,6 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+# Seconds without a change after which a temporary folder belongs to no living process.
+ABANDONED = 3600.0
+
 
 def cache_dir() -> Path:
     """Return our cache folder: ``$LM_CALIB_CACHE``, else ``$XDG_CACHE_HOME/lm_calib_plugin``."""

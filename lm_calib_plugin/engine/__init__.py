@@ -9,7 +9,7 @@ from lm_calib_plugin.engine.discovery import (
     find_blocks,
     text_config,
 )
-from lm_calib_plugin.engine.fingerprint import model_digest, weights_digest
+from lm_calib_plugin.engine.fingerprint import model_digest, parameter_hashes, weights_digest
 from lm_calib_plugin.engine.kv_cache import quantize_kv
 from lm_calib_plugin.engine.layers import (
     CHOSEN,
@@ -44,6 +44,7 @@ __all__ = [
     "heldout_indices",
     "matches",
     "model_digest",
+    "parameter_hashes",
     "quantize_kv",
     "reshape",
     "rotate",

@@ -18,28 +18,40 @@ from lm_calib_plugin.execution import PackedLinear
 from lm_calib_plugin.storage import digest
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Return a sha256 over name, shape, dtype and bytes of every parameter.
+def parameter_hashes(model: nn.Module) -> dict[str, list[Any]]:
+    """Return shape, dtype and sha256 of the bytes of every parameter, by name.
 
-    Where inputs of layers, or keys and values, are rounded, also over how. The same on every
-    device, and for a packed model as for the simulated one: the weights that its levels stand
-    for are hashed. Tensors are hashed in parallel (hashing releases the interpreter lock), at
-    about one gigabyte a second and core.
+    The same on every device, and for a packed model as for the simulated one: the weights that
+    its levels stand for are hashed. Tensors are hashed in parallel (hashing releases the
+    interpreter lock), at about one gigabyte a second and core.
     """
     named: dict[str, Any] = dict(model.named_parameters())
-    packed = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
-    named |= {f"{n}.weight": m for n, m in packed.items()}
+    named |= {f"{n}.weight": m for n, m in _packed(model).items()}
     order = sorted(named)
 
     def described(name: str) -> list[Any]:
         # A packed weight is made when its turn comes, so that not all are in memory.
         owner = named[name]
         tensor = owner.weight if isinstance(owner, PackedLinear) else owner.detach()
-        return [name, list(tensor.shape), str(tensor.dtype), _tensor_hash(tensor)]
+        return [list(tensor.shape), str(tensor.dtype), _tensor_hash(tensor)]
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        weights = list(pool.map(described, order))
-    return digest(weights + _rounded_on_the_way(model, packed))
+        return dict(zip(order, pool.map(described, order), strict=True))
+
+
+def weights_digest(model: nn.Module, hashes: Mapping[str, list[Any]] | None = None) -> str:
+    """Return a sha256 over name, shape, dtype and bytes of every parameter.
+
+    Where inputs of layers, or keys and values, are rounded, also over how. ``hashes`` are those
+    of :func:`parameter_hashes`, where they are known.
+    """
+    known = parameter_hashes(model) if hashes is None else hashes
+    weights = [[name, *known[name]] for name in sorted(known)]
+    return digest(weights + _rounded_on_the_way(model, _packed(model)))
+
+
+def _packed(model: nn.Module) -> dict[str, PackedLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
 
 
 def _rounded_on_the_way(model: nn.Module, packed: Mapping[str, PackedLinear]) -> list[list[Any]]:
@@ -57,12 +69,13 @@ def _rounded_on_the_way(model: nn.Module, packed: Mapping[str, PackedLinear]) ->
     return found if bits is None else [*found, ["", "keys and values", bits]]
 
 
-def model_digest(model: nn.Module) -> str:
+def model_digest(model: nn.Module, hashes: Mapping[str, list[Any]] | None = None) -> str:
     """Return a digest of everything that decides what a model computes.
 
     Weights, persistent buffers (routing biases, for instance) and the configuration as far as it
     differs from the defaults of its class, with the attention implementation. Names, versions and
-    output switches are left out.
+    output switches are left out. ``hashes`` are those of :func:`parameter_hashes`, where they are
+    known.
     """
     buffers = {name: _tensor_hash(tensor) for name, tensor in _persistent_buffers(model)}
     config: Any = getattr(model, "config", None)
@@ -70,7 +83,7 @@ def model_digest(model: nn.Module) -> str:
     settings = {k: v for k, v in settings.items() if k not in _NOT_IDENTITY}
     attention = str(getattr(config, "_attn_implementation", None))
     text = json.dumps(settings, sort_keys=True, default=str)
-    return digest([weights_digest(model), buffers, text, attention])
+    return digest([weights_digest(model, hashes), buffers, text, attention])
 
 
 _NOT_IDENTITY = (

@@ -109,7 +109,7 @@ def rotate(model: nn.Module, blocks: Blocks, seed: int, r2: bool = True) -> dict
     before = _probe(model, plan)
     tied = plan.tied
     if tied:
-        _untie(model, plan.head)
+        untie_head(model, plan.head)
     residual = Hadamard.random(plan.embeddings.embedding_dim, _derive(seed, "residual"))
     _rotate_inputs(plan.embeddings.weight, residual)
     _fold(plan.final, (plan.head.weight,), plan.shift, residual)
@@ -173,7 +173,8 @@ def _rotate_values(part: _Part, plan: _Plan, matrix: Hadamard) -> None:
     output.copy_(matrix.apply(output.reshape(-1, plan.heads, matrix.size)).reshape(output.shape))
 
 
-def _untie(model: Any, head: nn.Linear) -> None:
+def untie_head(model: Any, head: nn.Linear) -> None:
+    """Give a head tied to the embeddings a weight of its own, and say so in the configuration."""
     head.weight = nn.Parameter(
         head.weight.detach().clone(), requires_grad=head.weight.requires_grad
     )

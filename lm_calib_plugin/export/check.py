@@ -59,7 +59,8 @@ def compare_with_folder(
     worst = _compare_layers(again, seen, next(p.dtype for p in model.parameters()))
     gap = float((logits.float() - expected.float()).norm() / expected.float().norm())
     if not rounding and not gap <= LOGITS_TOLERANCE:
-        raise _differs(f"logits differ by {gap:.3g} although every weight is the same")
+        why = _other_buffer(model, again)
+        raise _differs(f"logits differ by {gap:.3g} although every weight is the same{why}")
     return {
         "tensors": tensors,
         "layers": worst,
@@ -131,6 +132,20 @@ def _compare_weights(model: nn.Module, again: nn.Module) -> int:
         if tensor.dtype != other.dtype or not torch.equal(tensor, other.to(tensor.device)):
             raise _differs(f"{name} is not what was evaluated")
     return len(ours)
+
+
+def _other_buffer(model: nn.Module, again: nn.Module) -> str:
+    """Name what differs and is not stored, such as rotary frequencies that were cast."""
+    theirs = dict(again.named_buffers())
+    for name, ours in model.named_buffers():
+        other = theirs.get(name)
+        if (
+            other is None
+            or other.dtype != ours.dtype
+            or not torch.equal(ours, other.to(ours.device))
+        ):
+            return f" ({name} is not that of a loaded model: load it with dtype=, not .to(dtype))"
+    return ""
 
 
 def _compare_layers(

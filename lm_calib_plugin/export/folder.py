@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import json
+import os
+import re
 import shutil
 import tempfile
 import time
@@ -16,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lm_calib_plugin import engine, storage
@@ -83,6 +87,7 @@ class ExportResult:
             "bytes": self.bytes,
             "seconds": round(self.seconds, 3),
             "check": self.check,
+            "was_there": self.was_there,
         }
 
 
@@ -174,6 +179,7 @@ def export_model(
     size = sum(t.numel() * t.element_size() for t in state.values())
     storage.require_space(out.absolute().parent, size + OTHER_FILES, out.name)
     with _told(out), storage.new_folder(out) as folder:
+        _sweep(out, folder)
         _write_model(model, config, state, settings, folder, options)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -329,14 +335,33 @@ def _told(out: Path) -> Iterator[None]:
     try:
         with random_state_untouched(), torch.inference_mode():
             yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CalibError(
-                f"{out}: the disk is full; nothing was kept. Free some space."
-            ) from None
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise CalibError(f"{out}: can not be written ({error.strerror}).") from None
-        raise
+    except (OSError, SafetensorError) as error:
+        code = _errno(error)
+        if code in (errno.ENOSPC, errno.EDQUOT):
+            what = "the disk is full; nothing was kept. Free some space"
+        elif code in (errno.ENOTEMPTY, errno.EEXIST):
+            what = "something else was put there meanwhile; nothing was kept"
+        elif code in (errno.EROFS, errno.EACCES, errno.EPERM):
+            what = f"can not be written ({os.strerror(code)})"
+        else:
+            raise
+        raise CalibError(f"{out}: {what}.") from None
+
+
+def _errno(error: Exception) -> int | None:
+    """Return the number of an error of the system; safetensors has it in its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def _sweep(out: Path, own: Path) -> None:
+    """Delete what killed exports to the same folder left long ago."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        newest = max((p.lstat().st_mtime for p in (path, *path.rglob("*"))), default=0)
+        if path != own and path.is_dir() and time.time() - newest > storage.ABANDONED:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _set_aside(out: Path) -> None:

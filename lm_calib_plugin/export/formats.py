@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lm_calib_plugin import engine
@@ -12,6 +14,7 @@ from lm_calib_plugin.engine.width import find_units
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.export.architecture import check_biases
 from lm_calib_plugin.export.quantized import module_refusal, refusal
+from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.joint import quantizer_of
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.recipe import Recipe
@@ -90,7 +93,34 @@ def check_model(model: nn.Module, recipe: Recipe, asked: str = "auto") -> str:
         reason = reason or refusal(_levels(own), own.activations, layer.parameter.dtype)
         if reason is not None:
             raise _refused(f"{layer.name}: {reason}", own)
+    if method.activations is not None and method.activations.dynamic:
+        _check_inputs(model, layers)
     return found
+
+
+def _check_inputs(model: Any, layers: Sequence[engine.TargetLayer]) -> None:
+    """Refuse layers that receive tokens without sequences: the loader takes one range for all."""
+    flat: list[str] = []
+
+    def look(name: str) -> Any:
+        return lambda _module, args: flat.append(name) if args and args[0].dim() != 3 else None
+
+    hooks = [layer.module.register_forward_pre_hook(look(layer.name)) for layer in layers]
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    try:
+        with left_as_found(model):
+            model(ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if flat:
+        raise UserError(
+            "export_format",
+            f"{PACKED}: {flat[0]} receives [tokens, inputs], for which the loader takes one range "
+            "for all tokens instead of one for each",
+            "layers that receive [sequences, tokens, inputs], or calibrated ranges",
+            f"act_dynamic=false, or ignore=*{flat[0].rpartition('.')[2]}",
+        )
 
 
 def _levels(method: Method) -> Any:

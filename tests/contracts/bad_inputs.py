@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lm_calib_plugin
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
 
@@ -1417,6 +1418,12 @@ CASES = [
     ),
     # --- run time
     Case(
+        "cache_number",
+        lambda: Runtime(cache=3),  # type: ignore[arg-type]
+        "cache",
+        ("got 3", "true, false or a folder", "cache=true"),
+    ),
+    Case(
         "on_leak_typo",
         lambda: Runtime(on_leak="erorr"),
         "on_leak",
@@ -1437,4 +1444,51 @@ CASES = [
     Case(
         "progress_text", lambda: Runtime(progress="fancy"), "progress", ("'fancy'", "true or false")
     ),  # type: ignore[arg-type]
+    # --- classes of Optimum and configurations of transformers
+    Case(
+        "on_load_wrong_kind",
+        lambda: lm_calib_plugin.CalibPruneConfig(method="gptq", bits=4),
+        "method",
+        ("`gptq` quantizes", "use CalibQuantConfig"),
+    ),
+    Case(
+        "on_load_export_dir",
+        lambda: lm_calib_plugin.CalibPruneConfig(method="wanda", sparsity=0.5, export_dir="x"),
+        "export_dir",
+        ("belongs to an evaluation or an export", "drop `export_dir`"),
+    ),
+    Case(
+        "calib_config_format",
+        lambda: lm_calib_plugin.CalibConfig(method="rtn", export_format="densee"),
+        "export_format",
+        ("'densee'", "did you mean `dense`?"),
+    ),
+    Case(
+        "calib_config_missing",
+        lambda: lm_calib_plugin.CalibConfig.from_pretrained("."),
+        "calib_config",
+        ("no calib_config.json in `.`", "every export write one"),
+    ),
+    Case(
+        "quantizer_given_a_pruning_method",
+        lambda: lm_calib_plugin.CalibQuantizer.from_pretrained("m").quantize(
+            method="wanda", sparsity=0.5
+        ),
+        "method",
+        ("`wanda` prunes", "use CalibPruner.from_pretrained(MODEL).prune"),
+    ),
+    Case(
+        "pruner_option_without_folder",
+        lambda: lm_calib_plugin.CalibPruner.from_pretrained("m").prune(
+            method="wanda", sparsity=0.5, overwrite=True
+        ),
+        "overwrite",
+        ("without save_dir", "give save_dir="),
+    ),
+    Case(
+        "not_an_export",
+        lambda: lm_calib_plugin.CalibModelForCausalLM.from_pretrained("."),
+        "model",
+        ("`.` is no exported folder", "AutoModelForCausalLM.from_pretrained('.')"),
+    ),
 ]

@@ -138,7 +138,15 @@ def test_yaml_configuration(model: str, tmp_path: Path) -> None:
     assert "task:calib_demo_cloze" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["python_evaluate.py", "python_compress.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "python_evaluate.py",
+        "python_compress.py",
+        "python_export.py",
+        "transformers_on_load.py",
+    ],
+)
 def test_python_examples(name: str, model: str) -> None:
     done = run(sys.executable, str(EXAMPLES / name), model)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -108,12 +108,17 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     )
     for folder in environment.packages.glob("lm_calib_plugin*"):
         shutil.rmtree(folder)  # emptied by leaving out its files
-    # The script that pip writes for lm-eval's own entry point.
-    for name in ("lm_eval", "lm-eval"):
+    # The scripts that pip writes for entry points of others.
+    scripts = {
+        "lm_eval": ("lm_eval.__main__", "cli_evaluate"),
+        "lm-eval": ("lm_eval.__main__", "cli_evaluate"),
+        "optimum-cli": ("optimum.commands.optimum_cli", "main"),
+    }
+    for name, (module, function) in scripts.items():
         script = environment.folder / "bin" / name
         script.write_text(
-            f"#!{environment.python}\nimport sys\nfrom lm_eval.__main__ import cli_evaluate\n"
-            "sys.exit(cli_evaluate())\n"
+            f"#!{environment.python}\nimport sys\nfrom {module} import {function}\n"
+            f"sys.exit({function}())\n"
         )
         script.chmod(0o755)
     assert not [f for f in environment.files() if "calib" in f and "sklearn" not in f]
@@ -140,6 +145,10 @@ def installed(before: Environment, wheel: Path) -> Iterator[Environment]:
     assert left == []
     done = before.run("python", "-c", "import lm_eval.models")  # the start-up file is gone too
     assert (done.returncode, done.stderr) == (0, "")
+    assert not (before.packages / "optimum" / "commands" / "register").exists()
+    done = before.run("optimum-cli", "export", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "calib" not in done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +186,9 @@ def test_wheel_holds_the_package_and_its_neighbors(wheel: Path):
         text = archive.read(metadata).decode()
     startup = {"lm_calib_plugin_autoload.pth", "lm_calib_plugin_autoload.start"}
     info = metadata.split("/")[0]
-    assert tops == {"lm_calib_plugin", "lm_eval", info, *startup}
+    assert tops == {"lm_calib_plugin", "lm_eval", "optimum", info, *startup}
+    command = "optimum/commands/register/register_calib.py"
+    assert [n for n in names if n.startswith("optimum/")] == [command]  # no __init__.py
     assert all(n.startswith("lm_eval/tasks/calib_demo/") for n in names if n.startswith("lm_eval/"))
     assert not [n for n in names if "__pycache__" in n or "/tests/" in n]
     assert f"{info}/licenses/LICENSE" in names
@@ -281,6 +292,39 @@ def test_entry_points_are_declared_for_the_next_lm_eval(installed: Environment):
     assert done.stdout.strip() == str([f"{name} {value}" for name, value in MODELS.items()])
 
 
+def test_optimum_finds_the_command(installed: Environment, model: str, tmp_path: Path):
+    for words in (["--help"], ["export", "--help"], ["env"]):
+        done = installed.run("optimum-cli", *words)
+        assert done.returncode == 0, done.stderr
+    done = installed.run("optimum-cli", "export", "--help")
+    assert "calib     Prune or quantize" in done.stdout
+    recipe = ["--method", "magnitude", "--sparsity", "0.5"]
+    out = str(tmp_path / "out")
+    done = installed.run("optimum-cli", "export", "calib", "--model", model, *recipe, out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    code = (
+        "import sys; from lm_calib_plugin import CalibModelForCausalLM as M\n"
+        f"print(M.from_pretrained({out!r}).calib_report['achieved']['sparsity'])"
+    )
+    done = installed.run("python", "-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, "0.5"), done.stderr
+    done = installed.run("optimum-cli", "export", "calib", "--model", model, out)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_transformers_compresses_on_load(installed: Environment, model: str):
+    code = (
+        "from transformers import AutoModelForCausalLM as A\n"
+        "from lm_calib_plugin import CalibPruneConfig as C\n"
+        "config = C(method='magnitude', sparsity=0.5)\n"
+        f"m = A.from_pretrained({model!r}, quantization_config=config)\n"
+        "print(m.calib_report.achieved['sparsity'])"
+    )
+    done = installed.run("python", "-c", code)
+    assert (done.returncode, done.stdout.strip()) == (0, "0.5"), done.stderr
+
+
 def test_editable_install_places_the_same_files(installed: Environment):
     """The environment of the tests is an editable install when `make test` made it."""
     try:
@@ -289,6 +333,7 @@ def test_editable_install_places_the_same_files(installed: Environment):
         pytest.skip("not installed in the environment that runs the tests")
     if not any("_editable_impl" in str(file) for file in ours.files or ()):
         pytest.skip("not an editable install")
-    for name in ("lm_calib_plugin_autoload.pth", "lm_calib_plugin_autoload.start"):
+    command = "optimum/commands/register/register_calib.py"
+    for name in ("lm_calib_plugin_autoload.pth", "lm_calib_plugin_autoload.start", command):
         file = Path(str(ours.locate_file(name)))
         assert file.read_text() == (installed.packages / name).read_text()
