@@ -119,8 +119,8 @@ def test_quantized_folders_are_packed_already(tmp_path: Path):
 
 def test_a_damaged_folder_is_not_packed(tmp_path: Path):
     folder = make_folder(tmp_path / "m")
-    (folder / "README.md").write_text("# another\n")
-    with pytest.raises(CalibError, match=r"README.md: damaged"):
+    (folder / "config.json").write_text("{}\n")
+    with pytest.raises(CalibError, match=r"config.json: damaged"):
         pack_folder(folder, tmp_path / "p")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
