@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from lm_calib_plugin import engine
@@ -13,7 +11,12 @@ from lm_calib_plugin.checks import overridden
 from lm_calib_plugin.engine.width import find_units
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.export.architecture import check_biases
-from lm_calib_plugin.export.quantized import module_refusal, refusal
+from lm_calib_plugin.export.quantized import (
+    flattened_inputs,
+    module_refusal,
+    packs_weights,
+    refusal,
+)
 from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.joint import quantizer_of
 from lm_calib_plugin.method import Method
@@ -89,30 +92,20 @@ def check_model(model: nn.Module, recipe: Recipe, asked: str = "auto") -> str:
     treated: dict[str, Any] = overridden(method, layers, recipe)
     for layer in layers:
         own = treated.get(layer.name, method)
-        reason = module_refusal(layer.module)
-        reason = reason or refusal(_levels(own), own.activations, layer.parameter.dtype)
+        levels = _levels(own)
+        reason = module_refusal(layer.module, packs_weights(levels, own.activations))
+        reason = reason or refusal(levels, own.activations, layer.parameter.dtype)
         if reason is not None:
             raise _refused(f"{layer.name}: {reason}", own)
-    if method.activations is not None and method.activations.dynamic:
-        _check_inputs(model, layers)
+    spec = method.activations
+    if spec is not None and spec.dynamic and spec.number in ("int", "fp8"):
+        _check_inputs(model, [layer.name for layer in layers])
     return found
 
 
-def _check_inputs(model: Any, layers: Sequence[engine.TargetLayer]) -> None:
-    """Refuse layers that receive tokens without sequences: the loader takes one range for all."""
-    flat: list[str] = []
-
-    def look(name: str) -> Any:
-        return lambda _module, args: flat.append(name) if args and args[0].dim() != 3 else None
-
-    hooks = [layer.module.register_forward_pre_hook(look(layer.name)) for layer in layers]
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
-    try:
-        with left_as_found(model):
-            model(ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _check_inputs(model: Any, names: list[str]) -> None:
+    with left_as_found(model):
+        flat = flattened_inputs(model, names)
     if flat:
         raise UserError(
             "export_format",
