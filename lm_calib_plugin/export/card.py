@@ -198,8 +198,8 @@ def _notes(report: Report, facts: Mapping[str, Any]) -> str:
         )
     if facts.get("format") == "gptq":
         notes.append(
-            "On a CPU, transformers runs 4-bit levels with a kernel that computes in bfloat16, other "
-            "widths with weights multiplied in float16."
+            "On a CPU, transformers runs 4-bit levels with a kernel that computes in bfloat16; for "
+            "other widths it makes weights in float16."
         )
     notes += [_check(facts.get("check"))]
     notes += [f"Warning: {plain(without_folders(note))}" for note in report.warnings]

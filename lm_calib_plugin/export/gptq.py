@@ -12,7 +12,6 @@ from torch import Tensor
 from lm_calib_plugin import __version__
 from lm_calib_plugin.engine import HEAD, TargetLayer
 from lm_calib_plugin.errors import CalibError
-from lm_calib_plugin.execution.levels import UnpackableError, integer_levels
 from lm_calib_plugin.export.layer_groups import patterns
 from lm_calib_plugin.export.quantized import QuantizedLayer, module_refusal
 from lm_calib_plugin.quantization.activations import ActivationSpec
@@ -20,7 +19,7 @@ from lm_calib_plugin.quantization.grids import GridSpec, IntegerGrid
 
 BITS = (2, 3, 4, 8)
 # What the kernels of gptqmodel take; -1: one scale for each output.
-GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
+GROUP_SIZES = (-1, 32, 64, 128, 256, 512, 1024)
 WORD = 32  # bits of a packed word, and what widths have to be multiples of
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 SCALES = torch.float16  # the loader makes it of whatever is stored
@@ -86,18 +85,15 @@ def layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
     """
     weight, grid = layer.weight, layer.grid
     assert isinstance(grid, IntegerGrid)
-    try:
-        levels = integer_levels(weight, grid).to(torch.int64) - grid.lowest
-        if bool(((levels < 0) | (levels >= 2**grid.bits)).any()):
-            raise UnpackableError(f"levels beyond {grid.bits} bits")
-        scales = grid.scale.to(SCALES)
-        if not torch.equal(scales.float(), grid.scale.float()):
-            raise UnpackableError("a scale is no float16 number")
-    except UnpackableError as error:
+    levels, scales = _levels(weight, grid), grid.scale.to(SCALES)
+    wrong = None if levels is not None else "a weight is not on its grid"
+    if not torch.equal(scales.float(), grid.scale.float()):
+        wrong = "a scale is no float16 number"
+    if levels is None or wrong:
         raise CalibError(
-            f"{layer.name} can not be stored as it is evaluated: {error}. Take "
+            f"{layer.name} can not be stored as it is evaluated: {wrong}. Take "
             "export_format=dense, and do not change or cast a model after it was compressed."
-        ) from None
+        )
     zeros = (grid.zero.to(torch.int64) - grid.lowest).to(weight.device)
     if grid.symmetric:
         zeros = zeros - 1  # never below 0: the zero point is half of the range
@@ -108,6 +104,24 @@ def layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
         "scales": scales.t().contiguous().to(weight.device),
         "g_idx": inputs // grid.group_size,
     }
+
+
+def _levels(weight: Tensor, grid: IntegerGrid) -> Tensor | None:
+    """Return the levels ``[out, in]``, from 0, of a weight; None if it is not on the grid.
+
+    Numbers of a short dtype may lie further apart than levels of 8 bits, so that a weight may
+    stand for a level next to the nearest one.
+    """
+    scale, zero = (part.to(weight.device)[..., None] for part in (grid.scale, grid.zero))
+    groups = weight.detach().reshape(weight.shape[0], scale.shape[1], -1)
+    near = (groups.float() / scale).add_(zero).round_()
+    levels = torch.full_like(near, torch.nan)
+    for step in (1, -1, 0):
+        level = (near + step).clamp_(grid.lowest, grid.highest)
+        levels = torch.where(((level - zero) * scale).to(weight.dtype) == groups, level, levels)
+    if bool(levels.isnan().any()):
+        return None
+    return levels.reshape(weight.shape).to(torch.int64) - grid.lowest
 
 
 def unpacked(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
