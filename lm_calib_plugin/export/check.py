@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -52,26 +52,36 @@ def compare_with_folder(
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(vocabulary, PROBE, generator=generator).to(device)
     rounding = [layer.name for layer in layers if layer.activation is not None]
-    seen, expected = _watched(model, probe, rounding)
-    again = _loaded(model, folder, device, trust_remote_code)
+    seen, expected = watched(model, probe, rounding)
+    again = loaded(model, folder, device, trust_remote_code)
     logits = again(probe, use_cache=False).logits
     tensors = _compare_weights(model, again)
-    worst = _compare_layers(again, seen, next(p.dtype for p in model.parameters()))
+    worst = compare_layers(again, seen, next(p.dtype for p in model.parameters()))
     gap = float((logits.float() - expected.float()).norm() / expected.float().norm())
     if not rounding and not gap <= LOGITS_TOLERANCE:
         why = _other_buffer(model, again)
-        raise _differs(f"logits differ by {gap:.3g} although every weight is the same{why}")
+        raise differs(f"logits differ by {gap:.3g} although every weight is the same{why}")
     return {
         "tensors": tensors,
         "layers": worst,
         "logits_difference": gap,
         "exact": bool(torch.equal(logits, expected)),
         "transformers": version("transformers"),
-        "compressed-tensors": _version("compressed-tensors") if layers else None,
+        "compressed-tensors": version_of("compressed-tensors") if layers else None,
     }
 
 
-def _watched(
+def found_by_check(check: Mapping[str, Any]) -> str:
+    """Return in a few words what a comparison found, for a line or a table."""
+    if not check.get("loaded", True):
+        return f"not loaded back ({check.get('why')}): {check.get('tensors')} tensors equal on disk"
+    return (
+        f"loaded back: {check.get('tensors')} tensors equal, logits differ by "
+        f"{check.get('logits_difference', float('nan')):.3g}"
+    )
+
+
+def watched(
     model: Any, probe: Tensor, names: Sequence[str]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
     """Return input (before it is rounded) and output of layers, and the logits."""
@@ -96,7 +106,14 @@ def _watched(
     return {name: (pair[0], pair[1]) for name, pair in seen.items() if len(pair) == 2}, logits
 
 
-def _loaded(model: Any, folder: Path, device: torch.device, trust_remote_code: bool) -> Any:
+def loaded(model: Any, folder: Path, device: torch.device, trust_remote_code: bool) -> Any:
+    """Return the model that plain transformers makes of a folder.
+
+    Raises
+    ------
+    CalibError
+        When it does not, or finds a tensor too many or too few.
+    """
     from transformers import AutoModelForCausalLM
 
     attention = getattr(model.config, "_attn_implementation", None)
@@ -114,11 +131,11 @@ def _loaded(model: Any, folder: Path, device: torch.device, trust_remote_code: b
             "check (--no-check), and compare on another machine."
         ) from error
     except Exception as error:
-        raise _differs(f"it can not be loaded ({type(error).__name__}: {error})") from error
+        raise differs(f"it can not be loaded ({type(error).__name__}: {error})") from error
     wrong = {k: sorted(map(str, v)) for k, v in info.items() if v and k != "error_msgs"}
     if wrong:
         kind, found = next(iter(wrong.items()))
-        raise _differs(f"{kind.replace('_', ' ')}: {listed(found[:3])}")
+        raise differs(f"{kind.replace('_', ' ')}: {listed(found[:3])}")
     return again.to(device).eval()
 
 
@@ -126,11 +143,11 @@ def _compare_weights(model: nn.Module, again: nn.Module) -> int:
     ours, theirs = model.state_dict(), again.state_dict()
     missing = sorted(ours.keys() - theirs.keys())
     if missing:
-        raise _differs(f"{len(missing)} tensors are missing ({listed(missing[:3])})")
+        raise differs(f"{len(missing)} tensors are missing ({listed(missing[:3])})")
     for name, tensor in ours.items():
         other = theirs[name]
         if tensor.dtype != other.dtype or not torch.equal(tensor, other.to(tensor.device)):
-            raise _differs(f"{name} is not what was evaluated")
+            raise differs(f"{name} is not what was evaluated")
     return len(ours)
 
 
@@ -148,30 +165,33 @@ def _other_buffer(model: nn.Module, again: nn.Module) -> str:
     return ""
 
 
-def _compare_layers(
+def compare_layers(
     again: nn.Module, seen: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> float:
+    """Return the largest relative error of the outputs of layers, given what they received."""
     worst = 0.0
     for name, (x, y) in seen.items():
         found = again.get_submodule(name)(x).float() - y.float()
         error = float(found.norm() / y.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
         worst = max(worst, error)
         if not error <= LAYER_TOLERANCE[dtype]:
-            raise _differs(
+            raise differs(
                 f"{name} rounds its inputs otherwise (relative error {error:.3g}, allowed "
                 f"{LAYER_TOLERANCE[dtype]:g})"
             )
     return worst
 
 
-def _differs(what: str) -> CalibError:
+def differs(what: str) -> CalibError:
+    """Return the error that stops an export."""
     return CalibError(
         "The written folder, loaded with plain transformers, is not the model that was "
         f"compressed: {what}. Nothing was kept."
     )
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, None where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:

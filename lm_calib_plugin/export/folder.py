@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,12 @@ from lm_calib_plugin.execution import PackedLinear
 from lm_calib_plugin.export import options as names
 from lm_calib_plugin.export.architecture import described, plain_config
 from lm_calib_plugin.export.card import model_card
-from lm_calib_plugin.export.check import compare_with_folder
-from lm_calib_plugin.export.formats import PACKED, check_export, check_model
+from lm_calib_plugin.export.check import compare_with_folder, found_by_check
+from lm_calib_plugin.export.formats import LEVELS, check_export, check_model
 from lm_calib_plugin.export.older import for_older_readers
 from lm_calib_plugin.export.options import ExportOptions, Provenance
 from lm_calib_plugin.export.published import without_folders
-from lm_calib_plugin.export.quantized import QuantizedLayer, layer_tensors, quantization_config
+from lm_calib_plugin.export.quantized import QuantizedLayer
 from lm_calib_plugin.export.records import (
     calibration_record,
     read_files_record,
@@ -75,10 +75,7 @@ class ExportResult:
         if self.check is None:
             parts.append("not loaded back")
         else:
-            parts.append(
-                f"loaded back: {self.check['tensors']} tensors equal, logits differ by "
-                f"{self.check['logits_difference']:.3g}"
-            )
+            parts.append(found_by_check(self.check))
         return "; ".join([*parts, f"{self.seconds:.1f} s"])
 
     def summary(self) -> dict[str, Any]:
@@ -180,9 +177,12 @@ def export_model(
     if out.exists() and not options.overwrite:
         return _there(out, report, began)
     config, added = plain_config(model)
-    layers = _quantized_layers(model, report) if stored == PACKED else []
-    state = _state(model, layers) | added
-    settings = quantization_config(layers, _other_linears(model, layers)) if layers else None
+    how = LEVELS.get(stored)
+    layers = [] if how is None else _quantized_layers(model, report)
+    state, settings = dict(model.state_dict()) | added, None
+    if how is not None and layers:
+        _put_levels(state, layers, how.tensors)
+        settings = how.settings(layers, _other_linears(model, layers))
     described(model, config, added)
     size = sum(t.numel() * t.element_size() for t in state.values())
     storage.require_space(out.absolute().parent, size + OTHER_FILES, out.name)
@@ -194,7 +194,8 @@ def export_model(
         for_older_readers(folder)
         found = None
         if options.check:
-            found = compare_with_folder(model, layers, folder, provenance.trust_remote_code)
+            compare = compare_with_folder if how is None else how.compare
+            found = compare(model, layers, folder, provenance.trust_remote_code)
         facts = {
             "key": report.key,
             "format": stored,
@@ -264,13 +265,15 @@ def _quantized_layers(model: nn.Module, report: Report) -> list[QuantizedLayer]:
     ]
 
 
-def _state(model: nn.Module, layers: list[QuantizedLayer]) -> dict[str, Tensor]:
-    """Return what is stored, by name: the state of the model, levels instead of weights."""
-    state = dict(model.state_dict())
+def _put_levels(
+    state: dict[str, Tensor],
+    layers: list[QuantizedLayer],
+    tensors: Callable[[QuantizedLayer], dict[str, Tensor]],
+) -> None:
+    """Put levels in the place of weights."""
     for layer in layers:
         del state[f"{layer.name}.weight"]
-        state |= {f"{layer.name}.{name}": t for name, t in layer_tensors(layer).items()}
-    return state
+        state |= {f"{layer.name}.{name}": t for name, t in tensors(layer).items()}
 
 
 def _other_linears(model: nn.Module, layers: list[QuantizedLayer]) -> list[str]:
