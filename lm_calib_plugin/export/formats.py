@@ -13,7 +13,7 @@ from lm_calib_plugin.checks import overridden
 from lm_calib_plugin.engine.width import find_units
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.export import check, gptq, gptq_check, quantized
-from lm_calib_plugin.export.architecture import check_biases
+from lm_calib_plugin.export.architecture import check_biases, check_built
 from lm_calib_plugin.export.quantized import QuantizedLayer, flattened_inputs
 from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.joint import quantizer_of
@@ -29,8 +29,9 @@ class LevelFormat:
     """How levels are stored and found again.
 
     ``refusal`` (levels, inputs, dtype) and ``layer_refusal`` (layer, levels, inputs) return why it
-    can not be done, or None; ``tensors`` what is stored instead of the weight of a layer, ``settings`` what
-    ``config.json`` says of quantized and other linear layers; ``compare`` loads a written folder.
+    can not be done, or None; ``tensors`` what is stored instead of the weight of a layer,
+    ``settings`` what ``config.json`` says of quantized and other linear layers; ``compare`` loads a
+    written folder.
     """
 
     refusal: Callable[..., str | None]
@@ -123,6 +124,7 @@ def check_model(model: nn.Module, recipe: Recipe, asked: str = "auto") -> str:
         Names the first layer that the format can not hold.
     """
     found = check_export(recipe, asked)
+    check_built(model)
     method = recipe.make_method()
     blocks = engine.find_blocks(model, recipe.block_path)
     if method.scope == "model" and method.unit == "width":

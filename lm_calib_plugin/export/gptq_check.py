@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lm_calib_plugin.errors import listed
 from lm_calib_plugin.export.check import (
     PROBE,
-    compare_layers,
     differs,
     loaded,
     version_of,
@@ -29,6 +28,8 @@ from lm_calib_plugin.export.quantized import QuantizedLayer
 LOADERS = ("gptqmodel", "optimum")
 CPU = torch.device("cpu")
 SUBNORMAL = 2.0**-24  # the smallest float16 above 0
+# Relative error of the output of a layer: kernels multiply in float16.
+LAYER_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def compare_with_folder(
@@ -74,7 +75,7 @@ def compare_with_folder(
     rounded = _rounded_otherwise(again, layers)
     logits = again(probe, use_cache=False).logits.float()
     at_hand = {name: (x.to(CPU), y.to(CPU)) for name, (x, y) in seen.items()}
-    worst = compare_layers(again, at_hand, layers[0].weight.dtype)
+    worst = _compare_layers(again, at_hand, layers[0].weight.dtype)
     expected = expected.to(CPU).float()
     return {
         "tensors": tensors,
@@ -140,3 +141,20 @@ def _rounded_otherwise(again: nn.Module, layers: Sequence[QuantizedLayer]) -> in
             raise differs(f"{layer.name} has other weights in {type(module).__name__}")
         rounded += int(off.sum())
     return rounded
+
+
+def _compare_layers(
+    again: nn.Module, seen: dict[str, tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> float:
+    """Return the largest relative error of the outputs of layers, given what they received."""
+    worst = 0.0
+    for name, (x, y) in seen.items():
+        found = again.get_submodule(name)(x).float() - y.float()
+        error = float(found.norm() / y.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
+        worst = max(worst, error)
+        if not error <= LAYER_TOLERANCE[dtype]:
+            raise differs(
+                f"{name} gives something else (relative error {error:.3g}, allowed "
+                f"{LAYER_TOLERANCE[dtype]:g})"
+            )
+    return worst
