@@ -1,11 +1,11 @@
 """Scores of a model compressed on load, and of its exported folder in an environment without us.
 
-    python benchmarks/export_roundtrip.py MODEL OUT.jsonl --tasks T1,T2 [--include-path DIR]
+    python benchmarks/export_roundtrip.py MODEL OUT.jsonl --tasks T1,T2 --include-path DIR
         [--limit 40] [--plain /path/to/other/venv/bin/python] [--only wanda,gptq] [--dtype float32]
         [--calibration c4,nsamples=16,seqlen=256]
 
-For every recipe: ``lm_eval --model calib_* ... export_dir=DIR``, then ``lm_eval --model hf`` on the
-folder with the other Python (which must not have this package; default: this one). Compared are
+For every recipe: the harness with ``calib_*`` and ``export_dir=DIR``, then with ``hf`` on the
+folder by the other Python (which must not have this package; default: this one). Compared are
 all results, and the answers of every sample. One row a recipe is added to OUT; a recipe that has a
 row with the same arguments is not run again.
 """
@@ -34,40 +34,54 @@ RECIPES = {
         "calib_pruned",
         "method=wanda,sparsity=0.5,targets=lm_head+mlp.*,untie=true",
     ),
-    "rtn W4": ("calib_quantized", "method=rtn,bits=4,group_size=32"),
-    "gptq W3": ("calib_quantized", "method=gptq,bits=3,group_size=32"),
+    "rtn W4": ("calib_quantized", "method=rtn,bits=4,group_size=G"),
+    "gptq W3": ("calib_quantized", "method=gptq,bits=3,group_size=G"),
     "gptq W3 asymmetric, dense": (
         "calib_quantized",
-        "method=gptq,bits=3,group_size=32,symmetric=false,export_format=dense",
+        "method=gptq,bits=3,group_size=G,symmetric=false,export_format=dense",
     ),
-    "awq W4": ("calib_quantized", "method=awq,bits=4,group_size=32"),
-    "rotation+gptq W4": ("calib_quantized", "method=rotation,bits=4,group_size=32"),
-    "gptq bits=auto:4": ("calib_quantized", "method=gptq,bits=auto:4,group_size=32"),
+    "awq W4": ("calib_quantized", "method=awq,bits=4,group_size=G"),
+    "rotation+gptq W4": ("calib_quantized", "method=rotation,bits=4,group_size=G"),
+    "gptq bits=auto:4": ("calib_quantized", "method=gptq,bits=auto:4,group_size=G"),
     "W8A8 dynamic": ("calib_quantized", "method=rtn,scheme=W8A8"),
     "W8A8 static": ("calib_quantized", "method=rtn,scheme=W8A8_static"),
     "smoothquant W8A8": ("calib_quantized", "method=smoothquant,scheme=W8A8"),
     "FP8 dynamic": ("calib_quantized", "method=rtn,scheme=FP8"),
-    "sparsegpt+gptq 50% W4": ("calib", "method=sparsegpt+gptq,sparsity=0.5,bits=4,group_size=32"),
+    "sparsegpt+gptq 50% W4": ("calib", "method=sparsegpt+gptq,sparsity=0.5,bits=4,group_size=G"),
 }
 
 
-def run(python: str, words: list[str], out: Path) -> tuple[dict[str, Any], dict[str, Any], float]:
-    """Run lm_eval; return its results file, its samples by task, and seconds."""
+# As lm_eval does, without the index of the harness' own tasks, which takes a minute to read.
+CODE = """
+import json, sys
+import lm_eval
+from lm_eval.tasks import TaskManager
+task = json.load(sys.stdin)
+if task["ours"]:
+    import lm_calib_plugin
+manager = TaskManager(include_path=task.pop("include_path"), include_defaults=False)
+out, ours = task.pop("out"), task.pop("ours")
+found = lm_eval.simple_evaluate(task_manager=manager, device="cpu", bootstrap_iters=0, **task)
+if not ours:
+    assert not any(name.partition(".")[0] == "lm_calib_plugin" for name in sys.modules)
+keys = ("results", "config", "samples")
+json.dump({k: found[k] for k in keys}, open(out, "w"), default=str)
+"""
+
+
+def run(python: str, task: dict[str, Any], out: Path) -> tuple[dict[str, Any], float]:
+    """Evaluate in a process of its own; return what the harness says, and seconds."""
     start = time.perf_counter()
-    code = "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-    command = [python, "-c", code, *words, "--output_path", str(out), "--log_samples"]
     env = dict(os.environ)
-    if python != sys.executable:
+    ours = "calib" in task["model"]
+    if not ours:
         env.pop("PYTHONPATH", None)
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    given = json.dumps({**task, "out": str(out), "ours": ours})
+    command = [python, "-c", CODE]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, env=env)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    (file,) = out.rglob("results_*.json")
-    samples = {}
-    for path in out.rglob("samples_*.jsonl"):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        samples[path.name.rsplit("_", 1)[0]] = sorted(rows, key=lambda row: row["doc_id"])
-    return json.loads(file.read_text()), samples, time.perf_counter() - start
+    return json.loads(out.read_text()), time.perf_counter() - start
 
 
 def scores(results: dict[str, Any]) -> dict[str, Any]:
@@ -77,8 +91,8 @@ def scores(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def answers(samples: dict[str, Any]) -> dict[str, list[Any]]:
-    return {task: [row["filtered_resps"] for row in rows] for task, rows in samples.items()}
+def answers(found: dict[str, Any]) -> dict[str, list[Any]]:
+    return {t: [row["filtered_resps"] for row in rows] for t, rows in found["samples"].items()}
 
 
 def main() -> None:
@@ -86,22 +100,26 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--tasks", required=True)
-    parser.add_argument("--include-path")
-    parser.add_argument("--limit")
+    parser.add_argument("--include-path", required=True)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--plain", default=sys.executable)
     parser.add_argument("--only")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--calibration", default="random,nsamples=20,seqlen=128")
     asked = parser.parse_args()
-    common = ["--tasks", asked.tasks, "--device", "cpu"]
-    common += ["--include_path", asked.include_path] if asked.include_path else []
-    common += ["--limit", asked.limit] if asked.limit else []
+    common: dict[str, Any] = {
+        "tasks": asked.tasks.split(","),
+        "include_path": asked.include_path,
+        "limit": asked.limit,
+    }
     rows = (
         [json.loads(line) for line in asked.out.read_text().splitlines()]
         if asked.out.exists()
         else []
     )
-    for name, (kind, recipe) in RECIPES.items():
+    for name, (kind, template) in RECIPES.items():
+        recipe = template.replace("group_size=G", f"group_size={asked.group_size}")
         if asked.only and not any(part in name for part in asked.only.split(",")):
             continue
         given = {
@@ -117,23 +135,24 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "exported"
             words = f"pretrained={asked.model},{given['recipe']},dtype={asked.dtype}"
+            words += f",export_dir={folder},progress=false"
             try:
-                ours, mine, first = run(
+                ours, first = run(
                     sys.executable,
-                    ["--model", kind, "--model_args", f"{words},export_dir={folder}", *common],
-                    Path(place) / "ours",
+                    {**common, "model": kind, "model_args": words},
+                    Path(place) / "ours.json",
                 )
             except SystemExit as error:
                 print(name, "refused:", str(error).strip().splitlines()[-1], flush=True)
                 continue
             plain = f"pretrained={folder},dtype={asked.dtype}"
-            theirs, others, second = run(
+            theirs, second = run(
                 asked.plain,
-                ["--model", "hf", "--model_args", plain, *common],
-                Path(place) / "theirs",
+                {**common, "model": "hf", "model_args": plain},
+                Path(place) / "theirs.json",
             )
             exported = ours["config"]["compression"]["exported"]
-        a, b = answers(mine), answers(others)
+        a, b = answers(ours), answers(theirs)
         row = {
             **given,
             "equal_scores": scores(ours) == scores(theirs),

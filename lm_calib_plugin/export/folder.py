@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from lm_calib_plugin import engine, storage
 from lm_calib_plugin.engine.activations import quantizers
+from lm_calib_plugin.engine.layers import is_experts
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.execution import PackedLinear
 from lm_calib_plugin.export import options as names
 from lm_calib_plugin.export.architecture import described, plain_config
 from lm_calib_plugin.export.card import model_card
 from lm_calib_plugin.export.check import compare_with_folder, found_by_check
-from lm_calib_plugin.export.formats import LEVELS, check_model
+from lm_calib_plugin.export.formats import LEVELS, check_export, check_model
 from lm_calib_plugin.export.older import for_older_readers
 from lm_calib_plugin.export.options import ExportOptions, Provenance
 from lm_calib_plugin.export.published import without_folders
@@ -161,7 +162,13 @@ def export_model(
     options, out = options or ExportOptions(), Path(out).expanduser()
     provenance = provenance or Provenance(str(getattr(model, "name_or_path", "")) or "a model")
     check_out(out, recipe, options.overwrite)
-    stored = check_model(model, recipe, options.format)
+    running = any(isinstance(module, PackedLinear) for module in model.modules())
+    # Layers that run on kernels were looked at before these took their place.
+    stored = (
+        check_export(recipe, options.format)
+        if running
+        else check_model(model, recipe, options.format)
+    )
     if engine.weights_digest(model) != report.weights_digest:
         raise CalibError(
             "The weights have changed since they were compressed: the report does not describe "
@@ -290,7 +297,14 @@ def _write_model(
             # Settings that transformers would not write (a temperature without sampling) came
             # with the base model, and go with it.
             model.generation_config = type(kept[1])()
-        model.save_pretrained(folder, state_dict=state, max_shard_size=options.max_shard_size)
+        model.save_pretrained(
+            folder,
+            state_dict=state,
+            max_shard_size=options.max_shard_size,
+            # The names that experts are published under do not find their way back past packed
+            # layers: transformers 5.17 fills them with random numbers.
+            save_original_format=settings is None or not any(map(is_experts, model.modules())),
+        )
     finally:
         model.config = kept[0]
         if kept[1] is not None:

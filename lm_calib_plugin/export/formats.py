@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lm_calib_plugin import engine
@@ -15,7 +14,7 @@ from lm_calib_plugin.engine.width import find_units
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.export import check, gptq, gptq_check, quantized
 from lm_calib_plugin.export.architecture import check_biases
-from lm_calib_plugin.export.quantized import QuantizedLayer
+from lm_calib_plugin.export.quantized import QuantizedLayer, flattened_inputs
 from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.joint import quantizer_of
 from lm_calib_plugin.method import Method
@@ -29,30 +28,34 @@ PLAIN = "models that plain transformers can load and run as they were evaluated"
 class LevelFormat:
     """How levels are stored and found again.
 
-    ``refusal`` (levels, inputs, dtype) and ``layer_refusal`` return why it can not be done, or
-    None; ``tensors`` what is stored instead of the weight of a layer, ``settings`` what
+    ``refusal`` (levels, inputs, dtype) and ``layer_refusal`` (layer, levels, inputs) return why it
+    can not be done, or None; ``tensors`` what is stored instead of the weight of a layer, ``settings`` what
     ``config.json`` says of quantized and other linear layers; ``compare`` loads a written folder.
     """
 
     refusal: Callable[..., str | None]
-    layer_refusal: Callable[[engine.TargetLayer], str | None]
+    layer_refusal: Callable[..., str | None]
     tensors: Callable[[QuantizedLayer], dict[str, Tensor]]
     settings: Callable[[Sequence[QuantizedLayer], Sequence[str]], dict[str, Any]]
     compare: Callable[..., dict[str, Any]]
     one_kind: bool = False  # whether all layers have to be on levels of the same kind
 
 
+def _packed_refusal(layer: engine.TargetLayer, levels: Any, inputs: Any) -> str | None:
+    return quantized.module_refusal(layer.module, quantized.packs_weights(levels, inputs))
+
+
 LEVELS = {
     PACKED: LevelFormat(
         quantized.refusal,
-        lambda layer: quantized.module_refusal(layer.module),
+        _packed_refusal,
         quantized.layer_tensors,
         quantized.quantization_config,
         check.compare_with_folder,
     ),
     GPTQ: LevelFormat(
         gptq.refusal,
-        gptq.layer_refusal,
+        lambda layer, _levels, _inputs: gptq.layer_refusal(layer),
         gptq.layer_tensors,
         gptq.quantization_config,
         gptq_check.compare_with_folder,
@@ -133,32 +136,21 @@ def check_model(model: nn.Module, recipe: Recipe, asked: str = "auto") -> str:
         own = treated.get(layer.name, method)
         levels = _levels(own)
         kinds |= set() if levels is None else {levels}
-        reason = how.layer_refusal(layer)
+        reason = how.layer_refusal(layer, levels, own.activations)
         reason = reason or how.refusal(levels, own.activations, layer.parameter.dtype)
         if reason is None and how.one_kind and len(kinds) > 1:
             reason = "all layers have the same levels there, and this one has others"
         if reason is not None:
             raise _refused(found, f"{layer.name}: {reason}", own)
-    if method.activations is not None and method.activations.dynamic:
-        _check_inputs(model, layers)
+    spec = method.activations
+    if spec is not None and spec.dynamic and spec.number in ("int", "fp8"):
+        _check_inputs(model, [layer.name for layer in layers])
     return found
 
 
-def _check_inputs(model: Any, layers: Sequence[engine.TargetLayer]) -> None:
-    """Refuse layers that receive tokens without sequences: the loader takes one range for all."""
-    flat: list[str] = []
-
-    def look(name: str) -> Any:
-        return lambda _module, args: flat.append(name) if args and args[0].dim() != 3 else None
-
-    hooks = [layer.module.register_forward_pre_hook(look(layer.name)) for layer in layers]
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
-    try:
-        with left_as_found(model):
-            model(ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _check_inputs(model: Any, names: list[str]) -> None:
+    with left_as_found(model):
+        flat = flattened_inputs(model, names)
     if flat:
         raise UserError(
             "export_format",

@@ -13,11 +13,13 @@ from typing import Any
 
 # What transformers 5 calls a tokenizer that is all in tokenizer.json, and what version 4 does.
 TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+# What GPT-NeoX called the settings that all models share now.
+NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 
 
 def for_older_readers(folder: Path) -> None:
     """Add the older spelling of settings to the files of a folder; nothing is taken away."""
-    _edit(folder / "config.json", _with_rotary)
+    _edit(folder / "config.json", lambda config: _with_experts(_with_rotary(config)))
     _edit(folder / "tokenizer_config.json", _with_tokenizer)
 
 
@@ -41,15 +43,20 @@ def _with_rotary(config: dict[str, Any]) -> dict[str, Any]:
         rope = rope["full_attention"]
         if isinstance(local, dict) and "rope_theta" in local:
             found.setdefault("rope_local_base_freq", local["rope_theta"])
-    if "rope_theta" in rope:
-        found.setdefault("rope_theta", rope["rope_theta"])
-    partial = rope.get("partial_rotary_factor")
-    if partial is not None:
-        found.setdefault("partial_rotary_factor", partial)
+    older = NEOX if config.get("model_type") == "gpt_neox" else {}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if rope.get(name) is not None:
+            found.setdefault(older.get(name, name), rope[name])
     if rope.get("rope_type", "default") != "default":
         own = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
         found.setdefault("rope_scaling", own)
     return found
+
+
+def _with_experts(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration that also counts experts as Qwen3 and others did."""
+    count = config.get("num_local_experts")
+    return config if count is None else {"num_experts": count, **config}
 
 
 def _with_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
