@@ -29,8 +29,9 @@ class LevelFormat:
     """How levels are stored and found again.
 
     ``refusal`` (levels, inputs, dtype) and ``layer_refusal`` (layer, levels, inputs) return why it
-    can not be done, or None; ``tensors`` what is stored instead of the weight of a layer, ``settings`` what
-    ``config.json`` says of quantized and other linear layers; ``compare`` loads a written folder.
+    can not be done, or None; ``tensors`` what is stored instead of the weight of a layer,
+    ``settings`` what ``config.json`` says of quantized and other linear layers; ``compare`` loads a
+    written folder.
     """
 
     refusal: Callable[..., str | None]
