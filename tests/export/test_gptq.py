@@ -21,7 +21,7 @@ from lm_calib_plugin.export.formats import check_export, check_model
 from lm_calib_plugin.export.options import ExportOptions
 from lm_calib_plugin.export.quantized import QuantizedLayer
 from lm_calib_plugin.quantization.grids import GridSpec
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import in_dtype, make_model, make_tokenizer
 
 # An interpreter of an environment with gptqmodel and optimum, which this package needs not be in.
 PYTHON = "LM_CALIB_GPTQ_PYTHON"
@@ -139,7 +139,7 @@ def test_layers_that_it_can_not_hold_are_named_before_the_work(
 ) -> None:
     model = make_model(architecture, **changes)
     if "float32" not in message:
-        model.to(torch.float16)
+        in_dtype(model, torch.float16)
     with pytest.raises(UserError, match=message):
         check_model(model, lm_calib.Recipe(**recipe), "gptq")
 
@@ -150,7 +150,7 @@ def test_auto_never_takes_it() -> None:
 
 
 def export(folder: Path, architecture: str = "llama", **recipe: Any) -> tuple[Any, ExportResult]:
-    model = make_model(architecture, **WIDE).to(torch.float16)
+    model = in_dtype(make_model(architecture, **WIDE), torch.float16)
     made = lm_calib.Recipe(**{**RTN, **recipe})
     report = lm_calib.compress(model, make_tokenizer(), made, lm_calib.Runtime(progress=False))
     options = ExportOptions(format="gptq")
