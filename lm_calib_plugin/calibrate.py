@@ -57,6 +57,19 @@ class Loading:
         """Return the device the model goes to."""
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
+    def of_model(self) -> dict[str, Any]:
+        """Return what ``from_pretrained`` of model and configuration get beside the name."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    def of_tokenizer(self) -> tuple[str, dict[str, Any]]:
+        """Return the name of the tokenizer, and what its ``from_pretrained`` gets beside it.
+
+        A revision is one of the model: another repository does not have it.
+        """
+        if self.tokenizer in (None, self.pretrained):
+            return self.pretrained, self.of_model()
+        return str(self.tokenizer), {"trust_remote_code": self.trust_remote_code}
+
 
 def calibrate(
     recipe: Recipe,
@@ -121,12 +134,11 @@ def _build(
 ) -> tuple[CalibrationSet, Any, int]:
     """Return the set, the tokenizer and the rows of the embedding table."""
     folder = resolve_pretrained(loading.pretrained)
-    common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(folder, **common)
+        config = AutoConfig.from_pretrained(folder, **loading.of_model())
         # Before the weights, which may take minutes.
         seqlen = sequence_length(recipe, config)
-        tokenizer = AutoTokenizer.from_pretrained(loading.tokenizer or folder, **common)
+        tokenizer = _tokenizer(loading)
     except (OSError, ValueError) as error:
         raise cannot_load(loading, error) from None
     if not with_model:
@@ -139,7 +151,7 @@ def _build(
     with random_state_untouched():
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=loading.dtype, **common
+                folder, dtype=loading.dtype, **loading.of_model()
             ).to(loading.place())
         except (OSError, ValueError) as error:
             raise cannot_load(loading, error) from None
@@ -203,17 +215,21 @@ def load_model(loading: Loading) -> tuple[Any, Any]:
         When they cannot be loaded, or the model is of a kind that cannot be compressed.
     """
     folder = resolve_pretrained(loading.pretrained)
-    common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
     with random_state_untouched():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(loading.tokenizer or folder, **common)
+            tokenizer = _tokenizer(loading)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=loading.dtype, **common
+                folder, dtype=loading.dtype, **loading.of_model()
             ).to(loading.place())
         except (OSError, ValueError) as error:
             raise cannot_load(loading, error) from None
     engine.check_supported(model)
     return model, tokenizer
+
+
+def _tokenizer(loading: Loading) -> Any:
+    name, options = loading.of_tokenizer()
+    return AutoTokenizer.from_pretrained(resolve_pretrained(name), **options)
 
 
 def cannot_load(loading: Loading, error: Exception) -> Exception:

@@ -28,6 +28,7 @@ from lm_calib_plugin.integrations.arguments import (
     tell,
 )
 from lm_calib_plugin.integrations.calib_config import CalibConfig
+from lm_calib_plugin.integrations.own_tokenizer import tokenizer_of
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.recipe_file import FILE_ARGUMENT
 from lm_calib_plugin.report import Report
@@ -99,16 +100,13 @@ class _Compressor(OptimumQuantizer):  # type: ignore[misc]
     def tokenizer(self) -> Any:
         """The tokenizer, loaded when it is first asked for; None where there is none to find."""
         if self._tokenizer is None or isinstance(self._tokenizer, str):
-            name, options = self._tokenizer, {}
             if self._loading is not None:
-                name = name or self._loading.pretrained
-                options = {
-                    "revision": self._loading.revision,
-                    "trust_remote_code": self._loading.trust_remote_code,
-                }
-            else:
-                name = name or str(getattr(self.model, "name_or_path", "")) or None
-            self._tokenizer = load_tokenizer(name, **options)
+                name, options = self._loading.of_tokenizer()
+                self._tokenizer = load_tokenizer(name, **options)
+            elif self._tokenizer is not None:
+                self._tokenizer = load_tokenizer(self._tokenizer)
+            elif getattr(self.model, "name_or_path", None):
+                self._tokenizer = tokenizer_of(self.model)
         return self._tokenizer
 
     def _run(
