@@ -26,7 +26,7 @@ from lm_calib_plugin.export.card_sections import (
 )
 from lm_calib_plugin.export.card_text import block, cell, code, front_matter, plain, table
 from lm_calib_plugin.export.options import FILES, RECIPE, Provenance
-from lm_calib_plugin.export.published import without_folders
+from lm_calib_plugin.export.published import publishable
 from lm_calib_plugin.report import Report
 
 PACKED = "compressed-tensors"
@@ -196,7 +196,7 @@ def _notes(report: Report, facts: Mapping[str, Any]) -> str:
             "libraries divide by another number."
         )
     notes += [_check(facts.get("check"))]
-    notes += [f"Warning: {plain(without_folders(note))}" for note in report.warnings]
+    notes += [f"Warning: {plain(publishable(note))}" for note in report.warnings]
     return "\n".join(f"- {note}" for note in notes)
 
 
@@ -216,7 +216,7 @@ def _check(check: Mapping[str, Any] | None) -> str:
 def _made(report: Report, provenance: Provenance, facts: Mapping[str, Any]) -> str:
     parts = []
     if provenance.command:
-        parts.append(block(str(without_folders(provenance.command)), "bash"))
+        parts.append(block(str(publishable(provenance.command)), "bash"))
     else:
         parts.append(f"By Python, with the recipe in `{RECIPE}`.")
     versions = ", ".join(f"{plain(k)} {plain(v)}" for k, v in report.versions.items())

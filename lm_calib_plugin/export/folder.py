@@ -34,7 +34,7 @@ from lm_calib_plugin.export.check import compare_with_folder
 from lm_calib_plugin.export.formats import PACKED, check_export, check_model
 from lm_calib_plugin.export.older import for_older_readers
 from lm_calib_plugin.export.options import ExportOptions, Provenance
-from lm_calib_plugin.export.published import without_folders
+from lm_calib_plugin.export.published import publishable
 from lm_calib_plugin.export.quantized import QuantizedLayer, layer_tensors, quantization_config
 from lm_calib_plugin.export.records import (
     calibration_record,
@@ -200,7 +200,7 @@ def export_model(
             "format": stored,
             "model_digest": report.model_digest,
             "weights_digest": report.weights_digest,
-            "base_model": without_folders(provenance.pretrained),
+            "base_model": publishable(provenance.pretrained),
             "check": found,
         }
         _write_records(folder, recipe, report, options, provenance, facts, tokenizer)
@@ -335,7 +335,7 @@ def _write_records(
     config = {"recipe": metadata, "export_format": options.format}
     write(names.CALIB_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     told = {**report.summary(), "table": report.table(), "command": provenance.command}
-    told = without_folders(told)  # a published folder tells no local path
+    told = publishable(told)  # a published folder tells no local path
     write(names.REPORT, json.dumps(told, indent=1, sort_keys=True) + "\n")
     if report.calibration_set is not None:
         record = calibration_record(report.calibration_set)

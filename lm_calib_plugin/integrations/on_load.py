@@ -32,6 +32,7 @@ from lm_calib_plugin.integrations.arguments import (
     PRUNING,
     QUANTIZATION,
     check_kind,
+    check_plain,
     load_tokenizer,
     read_fields,
     tell,
@@ -95,6 +96,20 @@ class _CalibOnLoadConfig(QuantizationConfigMixin):
             **{k: v for k, v in chosen.items() if v != getattr(defaults, k)},
             **({} if name is None else {"tokenizer": name}),
         }
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Make a configuration of plain values, which may come from a checkpoint.
+
+        Raises
+        ------
+        UserError
+            As the constructor does, and for a recipe that is the name of a file.
+        """
+        check_plain(config_dict)
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
