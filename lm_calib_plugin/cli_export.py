@@ -22,7 +22,7 @@ def export_folder(
     ctx: typer.Context,
     out: str = typer.Argument(metavar="OUT", help="The folder to make."),
     pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
-    format: str = typer.Option("auto", help="dense, compressed-tensors, or auto."),
+    format: str = typer.Option("auto", help="dense, compressed-tensors, gptq, or auto."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an exported folder."),
     check: bool = typer.Option(True, help="Load the folder back and compare it with the model."),
     keep_calibration: bool = typer.Option(

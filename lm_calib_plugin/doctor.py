@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from lm_calib_plugin import __version__, _autoload, builtin_models, storage
 from lm_calib_plugin.artifacts.shelf import entries, shelf_of
 
 PACKAGES = ("lm-eval", "transformers", "torch", "datasets", "accelerate", "optimum")
-_LEFTOVER = re.compile(r"^\.(?P<target>.+)\.[0-9a-f]{8}\.tmp$")
 _SECONDS_AT_WORK = 10.0
 
 
@@ -61,7 +59,7 @@ def leftovers(folder: Path) -> list[Path]:
     """Return the temporary files and folders that interrupted writes left below a folder."""
     found: list[Path] = []
     for parent, folders, files in os.walk(folder):
-        hits = [name for name in (*folders, *files) if _LEFTOVER.match(name)]
+        hits = [name for name in (*folders, *files) if storage.TEMPORARY.match(name)]
         found += [Path(parent) / name for name in hits]
         folders[:] = [name for name in folders if name not in hits]
     return sorted(found)
@@ -71,7 +69,7 @@ def is_in_use(leftover: Path, seconds: float = _SECONDS_AT_WORK) -> bool:
     """Return whether a process may still be writing there: it holds the lock, or just wrote."""
     from filelock import FileLock, Timeout
 
-    match = _LEFTOVER.match(leftover.name)
+    match = storage.TEMPORARY.match(leftover.name)
     lock = leftover.with_name(f"{match['target']}.lock") if match else leftover
     if lock.is_file():
         try:

@@ -10,7 +10,7 @@ from lm_calib_plugin.errors import UserError, listed, nearest
 from lm_calib_plugin.values import flag, whole
 
 ON_LEAK = ("warn", "error", "ignore")
-EXPORT_FORMATS = ("auto", "dense", "compressed-tensors")
+EXPORT_FORMATS = ("auto", "dense", "compressed-tensors", "gptq")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Runtime:
         evaluation begins.
     export_format
         How weights are stored there: ``dense`` (ordinary numbers), ``compressed-tensors`` (packed
-        levels), or ``auto``: packed where levels are, else dense.
+        levels), ``gptq`` (packed integer levels, for gptqmodel and servers that read its format),
+        or ``auto``: ``compressed-tensors`` where levels are, else dense.
     cache
         Keep the compressed model, and load it when the same is asked for again: ``true`` (in our
         cache), or the folder to keep it in.

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from typing import Any
 
 # Seconds without a change after which a temporary folder belongs to no living process.
 ABANDONED = 3600.0
+# Names of temporary files and folders, and of folders that make way for a new one.
+OLD = ".old"
+TEMPORARY = re.compile(r"^\.(?P<target>.+)\.[0-9a-f]{8}\.tmp$")
+REPLACED = re.compile(r"^\.(?P<target>.+)\.[0-9a-f]{8}\.old$")
 
 
 def cache_dir() -> Path:
@@ -160,16 +165,53 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder that becomes ``path`` if the block succeeds."""
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes ``path`` if the block succeeds.
+
+    With ``replace`` a folder that is there makes way, and is deleted when the new one has its
+    name. A process that is killed between the two leaves both, whole, under other names:
+    :func:`restore` gives the old one its name back.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.mkdir()
     try:
         yield temporary
-        temporary.replace(path)
+        old = temporary.with_suffix(OLD) if replace and path.exists() else None
+        if old is not None:
+            path.replace(old)
+        try:
+            temporary.replace(path)
+        except OSError:
+            if old is not None:
+                old.replace(path)
+            raise
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore(path: Path) -> bool:
+    """Give a folder its name back that it lost to a process killed while replacing it.
+
+    What was replaced and not yet deleted goes.
+
+    Returns
+    -------
+    Whether there was one without a name.
+    """
+    found = False
+    for old in sorted(path.parent.glob(f".*{OLD}")):
+        match = REPLACED.match(old.name)
+        if match is None or match["target"] != path.name:
+            continue
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.replace(path)
+            found = True
+    return found
 
 
 @contextlib.contextmanager

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,7 +72,7 @@ def write_set(
         may_replace(folder, overwrite=overwrite)
     tokens = _packed(drawn, vocab_size)
     require_space(folder.parent, len(tokens) + 4096 * len(drawn.sequences) + 65536, folder.name)
-    with new_folder(folder) as temporary:
+    with new_folder(folder, replace=overwrite) as temporary:
         contents = {
             TOKENS: tokens,
             PREVIEW: _preview(drawn, tokenizer).encode(),
@@ -89,8 +87,6 @@ def write_set(
         for name, data in contents.items():
             (temporary / name).write_bytes(data)
         (temporary / RECORD).write_bytes(record_text(content).encode())
-        if folder.exists():
-            _set_aside(folder)
 
 
 def describe(
@@ -292,12 +288,6 @@ def may_replace(folder: Path, *, overwrite: bool) -> None:
             "--overwrite replaces nothing else",
             "name another folder",
         )
-
-
-def _set_aside(folder: Path) -> None:
-    old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    folder.replace(old)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _bytes(file: Path) -> bytes:

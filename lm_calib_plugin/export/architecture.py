@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lm_calib_plugin.errors import UnsupportedModelError, listed
 from lm_calib_plugin.guard import random_state_untouched
 
+CAST = "load a model with dtype=, not .to(dtype)"
 # Switches by which configurations give layers a bias.
 BIASES = ("attention_bias", "mlp_bias")
 
@@ -97,3 +98,27 @@ def check_biases(model: Any, layers: list[str]) -> None:
             "models whose output projections may have one, such as Llama and OPT",
             "evaluate it without exporting",
         )
+
+
+def check_built(model: Any) -> None:
+    """Refuse, before any work, a model that its configuration does not give back.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For tensors that differ, and for rotary frequencies that were cast with the weights.
+    """
+    described(model, model.config, {})
+    stored = model.state_dict()
+    with random_state_untouched(), torch.device("meta"):
+        expected = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
+    for name, buffer in model.named_buffers():
+        other = expected.get(name)
+        if name not in stored and other is not None and other.dtype != buffer.dtype:
+            raise UnsupportedModelError(
+                "export",
+                f"{name} is in {str(buffer.dtype).removeprefix('torch.')}, and "
+                f"{str(other.dtype).removeprefix('torch.')} in a loaded model",
+                "models that compute what their folder gives",
+                CAST,
+            )

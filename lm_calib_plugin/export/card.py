@@ -29,7 +29,8 @@ from lm_calib_plugin.export.options import FILES, RECIPE, Provenance
 from lm_calib_plugin.export.published import publishable
 from lm_calib_plugin.report import Report
 
-PACKED = "compressed-tensors"
+# What loads a format, beside transformers.
+LOADERS = {"compressed-tensors": ("compressed-tensors",), "gptq": ("optimum", "gptqmodel")}
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
@@ -102,7 +103,7 @@ def _metadata(
     values["tags"] = ["lm-calib-plugin"]
     values["tags"] += ["pruned"] if pruned(report) else []
     values["tags"] += ["quantized"] if quantized(report) else []
-    values["tags"] += [PACKED] if facts.get("format") == PACKED else []
+    values["tags"] += [facts["format"]] if facts.get("format") in LOADERS else []
     datasets = card_papers.hub_datasets(sources(report))
     if datasets:
         values["datasets"] = datasets
@@ -136,8 +137,8 @@ def _what(report: Report, provenance: Provenance, facts: Mapping[str, Any]) -> s
             f"with {calibration['nsamples']} calibration sequences from {code(expression(report))}"
         )
     stored = (
-        "Its weights are packed levels (compressed-tensors)."
-        if facts.get("format") == PACKED
+        f"Its weights are packed levels ({facts['format']})."
+        if facts.get("format") in LOADERS
         else "Its weights are ordinary numbers."
     )
     license_ = "not known to the program that wrote this card"
@@ -153,7 +154,7 @@ def _what(report: Report, provenance: Provenance, facts: Mapping[str, Any]) -> s
 
 def _use(provenance: Provenance, facts: Mapping[str, Any]) -> str:
     more = ", trust_remote_code=True" if provenance.trust_remote_code else ""
-    needs = "transformers" + (" and compressed-tensors" if facts.get("format") == PACKED else "")
+    needs = " and ".join(["transformers", *LOADERS.get(facts.get("format", ""), ())])
     python = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto"{more})\n'
@@ -170,7 +171,7 @@ def _use(provenance: Provenance, facts: Mapping[str, Any]) -> str:
 
 
 def _notes(report: Report, facts: Mapping[str, Any]) -> str:
-    packed = facts.get("format") == PACKED
+    packed = facts.get("format") in LOADERS
     notes = []
     if report.structure is not None:
         notes.append("What was taken out is gone: the model is smaller and runs faster everywhere.")
@@ -195,6 +196,11 @@ def _notes(report: Report, facts: Mapping[str, Any]) -> str:
             f"Scales of symmetric levels are {code(report.achieved['symmetric_scale'])}; other "
             "libraries divide by another number."
         )
+    if facts.get("format") == "gptq":
+        notes.append(
+            "On a CPU, transformers runs 4-bit levels with a kernel that computes in bfloat16; for "
+            "other widths it makes weights in float16."
+        )
     notes += [_check(facts.get("check"))]
     notes += [f"Warning: {plain(publishable(note))}" for note in report.warnings]
     return "\n".join(f"- {note}" for note in notes)
@@ -203,12 +209,23 @@ def _notes(report: Report, facts: Mapping[str, Any]) -> str:
 def _check(check: Mapping[str, Any] | None) -> str:
     if not check:
         return "The folder was not loaded back and compared when it was written."
+    if not check.get("loaded", True):
+        return (
+            f"The folder was not loaded back when it was written ({plain(check['why'])}): "
+            f"{check['tensors']} tensors were read from its files and unpacked, and equal bit for "
+            "bit what was evaluated."
+        )
     said = f"Loaded back with plain transformers {plain(check.get('transformers', ''))}"
     said += f", {check['tensors']} tensors were equal bit for bit"
     if check.get("exact"):
         return f"{said}, and so were the logits."
     said += f"; logits differed by {check['logits_difference']:.2g} of their norm"
-    if check.get("layers"):
+    if "rounded" in check:
+        said += (
+            f" (outputs of single layers by {check['layers']:.2g} at most); gptqmodel "
+            f"{plain(check.get('gptqmodel') or '')} rounds {check['rounded']} weights otherwise"
+        )
+    elif check.get("layers"):
         said += f", outputs of single layers by {check['layers']:.2g} at most (rounded inputs)"
     return said + "."
 
@@ -226,8 +243,9 @@ def _made(report: Report, provenance: Provenance, facts: Mapping[str, Any]) -> s
         ["Model, before", cell(report.model_digest)],
         ["Versions", versions],
     ]
-    if facts.get("check", {}) and facts["check"].get(PACKED):
-        rows.append(["compressed-tensors", plain(facts["check"][PACKED])])
+    for package in LOADERS.get(facts.get("format", ""), ()):
+        if facts.get("check") and facts["check"].get(package):
+            rows.append([package, plain(facts["check"][package])])
     parts.append(table(["", ""], rows))
     parts.append(f"`{FILES}` holds size and sha256 of every file.")
     return "\n\n".join(parts)

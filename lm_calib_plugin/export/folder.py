@@ -2,47 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import glob
 import json
-import os
-import re
-import shutil
-import tempfile
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lm_calib_plugin import engine, storage
 from lm_calib_plugin.engine.activations import quantizers
 from lm_calib_plugin.engine.layers import is_experts
-from lm_calib_plugin.errors import CalibError, UserError
+from lm_calib_plugin.errors import CalibError
 from lm_calib_plugin.execution import PackedLinear
 from lm_calib_plugin.export import options as names
 from lm_calib_plugin.export.architecture import described, plain_config
 from lm_calib_plugin.export.card import model_card
-from lm_calib_plugin.export.check import compare_with_folder
-from lm_calib_plugin.export.formats import PACKED, check_export, check_model
+from lm_calib_plugin.export.check import compare_beside, compare_with_folder, found_by_check
+from lm_calib_plugin.export.formats import LEVELS, check_export, check_model
 from lm_calib_plugin.export.older import for_older_readers
 from lm_calib_plugin.export.options import ExportOptions, Provenance
-from lm_calib_plugin.export.published import publishable
-from lm_calib_plugin.export.quantized import QuantizedLayer, layer_tensors, quantization_config
-from lm_calib_plugin.export.records import (
-    calibration_record,
-    read_files_record,
-    verify_folder,
-    write_files_record,
+from lm_calib_plugin.export.place import (
+    check_out,
+    is_there,
+    recipe_text,
+    size_of,
+    sweep,
+    told,
 )
-from lm_calib_plugin.guard import random_state_untouched
+from lm_calib_plugin.export.published import publishable
+from lm_calib_plugin.export.quantized import QuantizedLayer
+from lm_calib_plugin.export.records import calibration_record, write_files_record
+from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import Report
 
@@ -75,10 +67,7 @@ class ExportResult:
         if self.check is None:
             parts.append("not loaded back")
         else:
-            parts.append(
-                f"loaded back: {self.check['tensors']} tensors equal, logits differ by "
-                f"{self.check['logits_difference']:.3g}"
-            )
+            parts.append(found_by_check(self.check))
         return "; ".join([*parts, f"{self.seconds:.1f} s"])
 
     def summary(self) -> dict[str, Any]:
@@ -91,43 +80,6 @@ class ExportResult:
             "check": self.check,
             "was_there": self.was_there,
         }
-
-
-def check_out(out: Path, recipe: Recipe, overwrite: bool = False, name: str = "out") -> None:
-    """Refuse a folder that can not be written, before anything is loaded.
-
-    What was exported by the same recipe may stay: it is not written again if it turns out to be
-    the same model.
-
-    Raises
-    ------
-    UserError
-        When something else is there already (with ``overwrite``: something other than an exported
-        folder), when a part of the path is a file, or when writing is not allowed; ``name`` is the
-        argument.
-    """
-    if out.exists() or out.is_symlink():
-        if not overwrite and not _same_recipe(out, recipe):
-            raise _exists(name, out)
-        if out.is_symlink() or not _only_an_export(out):
-            raise UserError(
-                name,
-                f"{out} is not a folder that was exported here, or holds other files, too",
-                "--overwrite replaces nothing else",
-                "name another folder",
-            )
-    parent = next(p for p in out.absolute().parents if p.exists())
-    if not parent.is_dir():
-        raise UserError(name, f"{parent} is a file", "name a folder")
-    try:
-        Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent)).rmdir()
-    except OSError as error:
-        raise UserError(
-            name,
-            f"{parent} can not be written ({error.strerror})",
-            "a folder that you may write to",
-            "name another one",
-        ) from None
 
 
 def export_model(
@@ -164,7 +116,7 @@ def export_model(
     began = time.perf_counter()
     options, out = options or ExportOptions(), Path(out).expanduser()
     provenance = provenance or Provenance(str(getattr(model, "name_or_path", "")) or "a model")
-    check_out(out, recipe, options.overwrite)
+    check_out(out, recipe, options.overwrite, asked=asked_of(provenance.pretrained, options))
     running = any(isinstance(module, PackedLinear) for module in model.modules())
     # Layers that run on kernels were looked at before these took their place.
     stored = (
@@ -178,72 +130,52 @@ def export_model(
             "the model that would be exported."
         )
     if out.exists() and not options.overwrite:
-        return _there(out, report, began)
+        facts = is_there(out, report)
+        seconds = time.perf_counter() - began
+        return ExportResult(out, stored, size_of(out), seconds, facts["check"], True)
     config, added = plain_config(model)
-    layers = _quantized_layers(model, report) if stored == PACKED else []
-    state = _state(model, layers) | added
-    settings = quantization_config(layers, _other_linears(model, layers)) if layers else None
+    how = LEVELS.get(stored)
+    layers = [] if how is None else _quantized_layers(model, report)
+    state, settings = dict(model.state_dict()) | added, None
+    if how is not None and layers:
+        _put_levels(state, layers, how.tensors)
+        settings = how.settings(layers, _other_linears(model, layers))
     described(model, config, added)
     size = sum(t.numel() * t.element_size() for t in state.values())
     storage.require_space(out.absolute().parent, size + OTHER_FILES, out.name)
-    with _told(out), storage.new_folder(out) as folder:
-        _sweep(out, folder)
+    facts: dict[str, Any] = {
+        "key": report.key,
+        "format": stored,
+        "model_digest": report.model_digest,
+        "weights_digest": report.weights_digest,
+        "added": sorted(added),
+        "check": None,
+    } | publishable(asked_of(provenance.pretrained, options))
+    with (
+        told(out),
+        left_as_found(model),
+        storage.new_folder(out, replace=options.overwrite) as folder,
+    ):
+        sweep(out, folder)
         _write_model(model, config, state, settings, folder, options)
+        del state
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         for_older_readers(folder)
-        found = None
         if options.check:
-            found = compare_with_folder(model, layers, folder, provenance.trust_remote_code)
-        facts = {
-            "key": report.key,
-            "format": stored,
-            "model_digest": report.model_digest,
-            "weights_digest": report.weights_digest,
-            "base_model": publishable(provenance.pretrained),
-            "check": found,
-        }
+            compare = compare_with_folder if how is None else how.compare
+            facts["check"] = compare(model, layers, folder, provenance.trust_remote_code)
+            compare_beside(model, tokenizer, folder)
         _write_records(folder, recipe, report, options, provenance, facts, tokenizer)
         write_files_record(folder, facts)
-        if out.exists():
-            _set_aside(out)
-    return ExportResult(out, stored, _size(out), time.perf_counter() - began, found)
-
-
-def _there(out: Path, report: Report, began: float) -> ExportResult:
-    """Return what is there, if it is whole and this very model."""
-    facts = verify_folder(out).facts
-    if any(facts.get(name) != getattr(report, name) for name in ("key", "weights_digest")):
-        raise _exists("out", out)
     seconds = time.perf_counter() - began
-    return ExportResult(out, facts["format"], _size(out), seconds, facts["check"], True)
+    return ExportResult(out, stored, size_of(out), seconds, facts["check"])
 
 
-def _size(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-def _only_an_export(out: Path) -> bool:
-    """Tell whether a folder holds an exported model, be it damaged, and nothing else."""
-    try:
-        known = {names.FILES, *read_files_record(out).files}
-    except CalibError:
-        return False
-    found = {p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir()}
-    return found <= known
-
-
-def _same_recipe(out: Path, recipe: Recipe) -> bool:
-    file = out / names.RECIPE
-    return file.is_file() and file.read_text(encoding="utf-8", errors="replace") == _text(recipe)
-
-
-def _text(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.to_metadata(), sort_keys=False, allow_unicode=True)
-
-
-def _exists(name: str, out: Path) -> UserError:
-    return UserError(name, f"{out} exists", "a new folder", "name another one, or give --overwrite")
+def asked_of(pretrained: str, options: ExportOptions) -> dict[str, Any]:
+    """Return what a folder that is there has to share to be the one that is asked for."""
+    how = [options.format, str(options.max_shard_size), options.keep_calibration]
+    return {"base_model": pretrained, "asked": how}
 
 
 def _quantized_layers(model: nn.Module, report: Report) -> list[QuantizedLayer]:
@@ -264,13 +196,16 @@ def _quantized_layers(model: nn.Module, report: Report) -> list[QuantizedLayer]:
     ]
 
 
-def _state(model: nn.Module, layers: list[QuantizedLayer]) -> dict[str, Tensor]:
-    """Return what is stored, by name: the state of the model, levels instead of weights."""
-    state = dict(model.state_dict())
+def _put_levels(
+    state: dict[str, Tensor],
+    layers: list[QuantizedLayer],
+    tensors: Callable[[QuantizedLayer], dict[str, Tensor]],
+) -> None:
+    """Put levels in the place of weights."""
     for layer in layers:
         del state[f"{layer.name}.weight"]
-        state |= {f"{layer.name}.{name}": t for name, t in layer_tensors(layer).items()}
-    return state
+        # On the CPU: nothing more is computed with them, and the check needs the memory.
+        state |= {f"{layer.name}.{name}": t.cpu() for name, t in tensors(layer).items()}
 
 
 def _other_linears(model: nn.Module, layers: list[QuantizedLayer]) -> list[str]:
@@ -331,7 +266,7 @@ def _write_records(
         (folder / name).write_text(text, encoding="utf-8")
 
     metadata = recipe.to_metadata()
-    write(names.RECIPE, _text(recipe))
+    write(names.RECIPE, recipe_text(recipe))
     config = {"recipe": metadata, "export_format": options.format}
     write(names.CALIB_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     told = {**report.summary(), "table": report.table(), "command": provenance.command}
@@ -343,45 +278,3 @@ def _write_records(
         if options.keep_calibration:
             report.calibration_set.save(folder / names.CALIBRATION_SET, tokenizer=tokenizer)
     write(names.CARD, model_card(report, provenance, facts, provenance.dense_results))
-
-
-@contextlib.contextmanager
-def _told(out: Path) -> Iterator[None]:
-    """Say in a sentence what keeps a folder from being written; nothing global is touched."""
-    try:
-        with random_state_untouched(), torch.inference_mode():
-            yield
-    except (OSError, SafetensorError) as error:
-        code = _errno(error)
-        if code in (errno.ENOSPC, errno.EDQUOT):
-            what = "the disk is full; nothing was kept. Free some space"
-        elif code in (errno.ENOTEMPTY, errno.EEXIST):
-            what = "something else was put there meanwhile; nothing was kept"
-        elif code in (errno.EROFS, errno.EACCES, errno.EPERM):
-            what = f"can not be written ({os.strerror(code)})"
-        else:
-            raise
-        raise CalibError(f"{out}: {what}.") from None
-
-
-def _errno(error: Exception) -> int | None:
-    """Return the number of an error of the system; safetensors has it in its message."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else None
-
-
-def _sweep(out: Path, own: Path) -> None:
-    """Delete what killed exports to the same folder left long ago."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        newest = max((p.lstat().st_mtime for p in (path, *path.rglob("*"))), default=0)
-        if path != own and path.is_dir() and time.time() - newest > storage.ABANDONED:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _set_aside(out: Path) -> None:
-    """Take the old folder away, a moment before the new one gets its name."""
-    old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    out.replace(old)
-    shutil.rmtree(old, ignore_errors=True)

@@ -2,39 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lm_calib_plugin import engine
 from lm_calib_plugin.checks import overridden
 from lm_calib_plugin.engine.width import find_units
 from lm_calib_plugin.errors import UserError
-from lm_calib_plugin.export.architecture import check_biases
-from lm_calib_plugin.export.quantized import (
-    flattened_inputs,
-    module_refusal,
-    packs_weights,
-    refusal,
-)
+from lm_calib_plugin.export import check, gptq, gptq_check, quantized
+from lm_calib_plugin.export.architecture import check_biases, check_built
+from lm_calib_plugin.export.quantized import QuantizedLayer, flattened_inputs
 from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.joint import quantizer_of
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.recipe import Recipe
 
-DENSE, PACKED = "dense", "compressed-tensors"
+DENSE, PACKED, GPTQ = "dense", "compressed-tensors", "gptq"
 PLAIN = "models that plain transformers can load and run as they were evaluated"
 
 
+@dataclass(frozen=True)
+class LevelFormat:
+    """How levels are stored and found again.
+
+    ``refusal`` (levels, inputs, dtype) and ``layer_refusal`` (layer, levels, inputs) return why it
+    can not be done, or None; ``tensors`` what is stored instead of the weight of a layer,
+    ``settings`` what ``config.json`` says of quantized and other linear layers; ``compare`` loads a
+    written folder.
+    """
+
+    refusal: Callable[..., str | None]
+    layer_refusal: Callable[..., str | None]
+    tensors: Callable[[QuantizedLayer], dict[str, Tensor]]
+    settings: Callable[[Sequence[QuantizedLayer], Sequence[str]], dict[str, Any]]
+    compare: Callable[..., dict[str, Any]]
+    one_kind: bool = False  # whether all layers have to be on levels of the same kind
+
+
+def _packed_refusal(layer: engine.TargetLayer, levels: Any, inputs: Any) -> str | None:
+    return quantized.module_refusal(layer.module, quantized.packs_weights(levels, inputs))
+
+
+LEVELS = {
+    PACKED: LevelFormat(
+        quantized.refusal,
+        _packed_refusal,
+        quantized.layer_tensors,
+        quantized.quantization_config,
+        check.compare_with_folder,
+    ),
+    GPTQ: LevelFormat(
+        gptq.refusal,
+        lambda layer, _levels, _inputs: gptq.layer_refusal(layer),
+        gptq.layer_tensors,
+        gptq.quantization_config,
+        gptq_check.compare_with_folder,
+        one_kind=True,
+    ),
+}
+
+
 def check_export(recipe: Recipe, asked: str = "auto") -> str:
-    """Return the format a recipe is stored in: ``dense`` or ``compressed-tensors``.
+    """Return the format a recipe is stored in: ``dense``, ``compressed-tensors`` or ``gptq``.
 
     Only the recipe is looked at, so this runs before anything is loaded.
 
     Parameters
     ----------
     asked
-        ``auto``, ``dense`` or ``compressed-tensors``.
+        ``auto``, ``dense``, ``compressed-tensors`` or ``gptq``.
 
     Raises
     ------
@@ -53,10 +92,10 @@ def check_export(recipe: Recipe, asked: str = "auto") -> str:
         )
     levels = _levels(method)
     if levels is None and method.activations is None:
-        if asked == PACKED:
+        if asked in LEVELS:
             raise UserError(
                 "export_format",
-                f"{PACKED} holds quantized weights, and `{recipe.method}` leaves numbers",
+                f"{asked} holds quantized weights, and `{recipe.method}` leaves numbers",
                 DENSE,
                 f"export_format={DENSE}",
             )
@@ -64,13 +103,16 @@ def check_export(recipe: Recipe, asked: str = "auto") -> str:
     if asked == DENSE:
         _check_dense(method)
         return DENSE
-    reason = refusal(levels, method.activations)
+    found = asked if asked in LEVELS else PACKED
+    reason = LEVELS[found].refusal(levels, method.activations)
     quantizer = quantizer_of(method)
     if reason is None and levels is not None and quantizer.rounding.real_zeros:
         reason = f"`{method.label}` has zero points between levels"
+    if reason is None and recipe.bits_budget is not None and LEVELS[found].one_kind:
+        reason = f"all its layers have the same levels, and bits={recipe.bits} gives several"
     if reason is not None:
-        raise _refused(reason, method)
-    return PACKED
+        raise _refused(found, reason, method)
+    return found
 
 
 def check_model(model: nn.Module, recipe: Recipe, asked: str = "auto") -> str:
@@ -82,6 +124,7 @@ def check_model(model: nn.Module, recipe: Recipe, asked: str = "auto") -> str:
         Names the first layer that the format can not hold.
     """
     found = check_export(recipe, asked)
+    check_built(model)
     method = recipe.make_method()
     blocks = engine.find_blocks(model, recipe.block_path)
     if method.scope == "model" and method.unit == "width":
@@ -90,13 +133,17 @@ def check_model(model: nn.Module, recipe: Recipe, asked: str = "auto") -> str:
         return found
     layers, _ = engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)
     treated: dict[str, Any] = overridden(method, layers, recipe)
+    how, kinds = LEVELS[found], set()
     for layer in layers:
         own = treated.get(layer.name, method)
         levels = _levels(own)
-        reason = module_refusal(layer.module, packs_weights(levels, own.activations))
-        reason = reason or refusal(levels, own.activations, layer.parameter.dtype)
+        kinds |= set() if levels is None else {levels}
+        reason = how.layer_refusal(layer, levels, own.activations)
+        reason = reason or how.refusal(levels, own.activations, layer.parameter.dtype)
+        if reason is None and how.one_kind and len(kinds) > 1:
+            reason = "all layers have the same levels there, and this one has others"
         if reason is not None:
-            raise _refused(f"{layer.name}: {reason}", own)
+            raise _refused(found, f"{layer.name}: {reason}", own)
     spec = method.activations
     if spec is not None and spec.dynamic and spec.number in ("int", "fp8"):
         _check_inputs(model, [layer.name for layer in layers])
@@ -132,12 +179,16 @@ def _check_dense(method: Method) -> None:
     )
 
 
-def _refused(reason: str, method: Method) -> UserError:
+def _refused(found: str, reason: str, method: Method) -> UserError:
+    if method.activations is not None and found == GPTQ:
+        return UserError(
+            "export_format", f"{GPTQ}: {reason}", PACKED, f"export_format={PACKED}, or act_bits=16"
+        )
     if method.activations is not None:
-        return UserError("export_format", f"{PACKED}: {reason}", PLAIN, "see docs/export.md")
+        return UserError("export_format", f"{found}: {reason}", PLAIN, "see docs/export.md")
     return UserError(
         "export_format",
-        f"{PACKED}: {reason}",
+        f"{found}: {reason}",
         f"{DENSE} stores the same weights as ordinary numbers, at the size of the base model",
         f"export_format={DENSE}",
     )

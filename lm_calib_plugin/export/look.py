@@ -111,10 +111,12 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
     check = _dict(facts.get("check"))
     loaded = "not done"
     if check:
-        loaded = (
-            f"{check.get('tensors')} tensors equal, logits differ by "
-            f"{check.get('logits_difference')} (transformers {check.get('transformers')})"
-        )
+        loaded = f"not done ({check.get('why')}), {check.get('tensors')} tensors equal on disk"
+        if check.get("loaded", True):
+            loaded = (
+                f"{check.get('tensors')} tensors equal, logits differ by "
+                f"{check.get('logits_difference')} (transformers {check.get('transformers')})"
+            )
     versions = _dict(report.get("versions"))
     return [
         ("base", str(facts.get("base_model") or "not named")),

@@ -20,7 +20,8 @@ class ExportOptions:
     ----------
     format
         ``dense``: ordinary numbers, zeros and levels included; ``compressed-tensors``: packed
-        levels; ``auto``: packed where weights or inputs are on levels, else dense. Nothing falls
+        levels; ``gptq``: packed integer levels as gptqmodel reads them; ``auto``:
+        ``compressed-tensors`` where weights or inputs are on levels, else dense. Nothing falls
         back: what a format can not hold is refused.
     max_shard_size
         Largest size of a weights file, such as ``5GB``.

@@ -24,7 +24,7 @@ class CalibConfig(BaseConfig):  # type: ignore[misc]
     Parameters
     ----------
     export_format
-        ``auto``, ``dense`` or ``compressed-tensors``; see
+        ``auto``, ``dense``, ``compressed-tensors`` or ``gptq``; see
         :class:`~lm_calib_plugin.export.options.ExportOptions`.
     fields
         Fields of :class:`~lm_calib_plugin.recipe.Recipe`, or ``recipe=`` a YAML file, a mapping or
