@@ -214,7 +214,7 @@ def test_nothing_is_loaded_before_everything_is_valid(
     def never(*args: Any) -> None:
         raise AssertionError("loaded too early")
 
-    monkeypatch.setattr(compressors, "_load", never)
+    monkeypatch.setattr(compressors, "load_weights", never)
     monkeypatch.setattr(compressors, "load_tokenizer", never)
     (tmp_path / "taken").mkdir()
     pruner = CalibPruner.from_pretrained(llama)
