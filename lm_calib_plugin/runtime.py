@@ -35,6 +35,8 @@ class Runtime:
         How weights are stored there: ``dense`` (ordinary numbers), ``compressed-tensors`` (packed
         levels), ``gptq`` (packed integer levels, for gptqmodel and servers that read its format),
         or ``auto``: ``compressed-tensors`` where levels are, else dense.
+    export_check
+        Load the folder back and compare it with the model; needs memory for a second model.
     cache
         Keep the compressed model, and load it when the same is asked for again: ``true`` (in our
         cache), or the folder to keep it in.
@@ -54,6 +56,7 @@ class Runtime:
     progress: bool = True
     export_dir: str | None = None
     export_format: str = "auto"
+    export_check: bool = True
     cache: bool | str = False
     on_leak: str = "warn"
 
@@ -63,7 +66,8 @@ class Runtime:
             object.__setattr__(self, "calib_batch_size", size)
         tokens = whole("eval_tokens", self.eval_tokens, lowest=1)
         object.__setattr__(self, "eval_tokens", tokens)
-        object.__setattr__(self, "progress", flag("progress", self.progress))
+        for name in ("progress", "export_check"):
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
         for name, allowed in (("on_leak", ON_LEAK), ("export_format", EXPORT_FORMATS)):
             value = getattr(self, name)
             if value not in allowed:

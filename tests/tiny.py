@@ -116,6 +116,13 @@ def make_model(name: str = "llama", seed: int = 0, **changes: Any) -> Any:
         return AutoModelForCausalLM.from_config(config).eval()
 
 
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """Cast the weights of a model as loading it in a dtype does: rotary frequencies stay."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a word-level tokenizer over ``VOCAB`` entries: specials, letters, common words."""
     words = ["the", "of", "and", "to", "in", "a", "is", "that", "it", "was", "for", "on", "are"]

@@ -117,13 +117,11 @@ def export_model(
     options, out = options or ExportOptions(), Path(out).expanduser()
     provenance = provenance or Provenance(str(getattr(model, "name_or_path", "")) or "a model")
     check_out(out, recipe, options.overwrite, asked=asked_of(provenance.pretrained, options))
-    running = any(isinstance(module, PackedLinear) for module in model.modules())
-    # Layers that run on kernels were looked at before these took their place.
-    stored = (
-        check_export(recipe, options.format)
-        if running
-        else check_model(model, recipe, options.format)
-    )
+    stored = check_export(recipe, options.format)
+    worked_on = recipe.make_method().scope == "model" or _on_kernels(model)
+    if not worked_on:
+        # Else layers were to be looked at before parts were taken out or kernels put in.
+        check_model(model, recipe, options.format)
     if engine.weights_digest(model) != report.weights_digest:
         raise CalibError(
             "The weights have changed since they were compressed: the report does not describe "
@@ -176,6 +174,10 @@ def asked_of(pretrained: str, options: ExportOptions) -> dict[str, Any]:
     """Return what a folder that is there has to share to be the one that is asked for."""
     how = [options.format, str(options.max_shard_size), options.keep_calibration]
     return {"base_model": pretrained, "asked": how}
+
+
+def _on_kernels(model: nn.Module) -> bool:
+    return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def _quantized_layers(model: nn.Module, report: Report) -> list[QuantizedLayer]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lm_calib_plugin.builtin_models import resolve_pretrained
+from lm_calib_plugin.errors import CalibError
 from lm_calib_plugin.export.card import base_license
-from lm_calib_plugin.export.folder import ExportResult, check_out, export_model
+from lm_calib_plugin.export.folder import asked_of, check_out, export_model
 from lm_calib_plugin.export.formats import check_export, check_model
 from lm_calib_plugin.export.options import ExportOptions, Provenance
 from lm_calib_plugin.recipe import Recipe
@@ -40,31 +41,42 @@ class Keeping:
     ) -> None:
         self.recipe, self.pretrained, self.arguments = recipe, pretrained, arguments
         self.out = Path(runtime.export_dir).expanduser() if runtime.export_dir else None
-        self.options = ExportOptions(format=runtime.export_format)
+        self.options = ExportOptions(format=runtime.export_format, check=runtime.export_check)
         if self.out is not None:
             check_export(recipe, self.options.format)
-            check_out(self.out, recipe, name="export_dir")
+            asked = asked_of(self._name(), self.options)
+            check_out(self.out, recipe, name="export_dir", asked=asked)
 
     def check(self, model: Any) -> None:
         """Refuse a model whose layers the format can not hold, before it is compressed."""
         if self.out is not None:
             check_model(model, self.recipe, self.options.format)
 
-    def export(self, model: Any, tokenizer: Any, report: Report) -> ExportResult | None:
-        """Write the folder, and say so; None where none was asked for."""
+    def export(self, model: Any, tokenizer: Any, report: Report) -> dict[str, Any] | None:
+        """Write the folder, and say so; None where none was asked for.
+
+        The evaluation goes on where that fails: the report gets a warning, and what is returned,
+        for the results file, the ``error``.
+        """
         if self.out is None:
             return None
-        done = export_model(
-            model,
-            self._tokenizer(tokenizer),
-            self.recipe,
-            report,
-            self.out,
-            self.options,
-            self._provenance(),
-        )
+        try:
+            done = export_model(
+                model,
+                self._tokenizer(tokenizer),
+                self.recipe,
+                report,
+                self.out,
+                self.options,
+                self._provenance(),
+            )
+        except (CalibError, OSError) as error:
+            told = f"not exported to {self.out}: {error}"
+            report.warnings.append(told)
+            sys.stderr.write(f"lm-calib: error: {told}\n")
+            return {"folder": str(self.out), "error": str(error)}
         sys.stderr.write(f"lm-calib: {done.line()}\n")
-        return done
+        return done.summary()
 
     def _tokenizer(self, loaded: Any) -> Any:
         """Return the tokenizer as it came: the harness gives its own a padding token."""
@@ -83,10 +95,13 @@ class Keeping:
             use_fast=self.arguments.get("use_fast_tokenizer") is not False,
         )
 
+    def _name(self) -> str:
+        if isinstance(self.pretrained, str):
+            return self.pretrained
+        return str(getattr(self.pretrained, "name_or_path", "")) or "a model in memory"
+
     def _provenance(self) -> Provenance:
-        name = self.pretrained
-        if not isinstance(name, str):
-            name = str(getattr(name, "name_or_path", "")) or "a model in memory"
+        name = self._name()
         license = (
             base_license(resolve_pretrained(name)) if isinstance(self.pretrained, str) else None
         )

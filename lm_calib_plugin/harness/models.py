@@ -112,7 +112,7 @@ class Calib(HFLM):
         summary = self.report.summary()
         summary["evaluation"] = self.speed.summary()
         if self.exported is not None:
-            summary["exported"] = self.exported.summary()
+            summary["exported"] = self.exported
         summary["leakage"] = self.leak_check.report()
         summary["warnings"] += self.leak_check.warnings()
         return {**super().get_model_info(), "compression": summary}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 import lm_calib_plugin as lm_calib
+from lm_calib_plugin import storage
 from lm_calib_plugin.doctor import examine
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.export.folder import check_out, export_model
@@ -51,7 +53,6 @@ def compressed() -> tuple[Any, Any, Any, Any]:
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     out, chance = tmp_path / "out", random.Random(3)
-    whole = 0
     for _ in range(4):
         process = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(out)],
@@ -64,12 +65,35 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         time.sleep(chance.uniform(0, 0.6))
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        if out.exists():
-            verify_folder(out, progress=False)
-            whole += 1
+        storage.restore(out)
+        verify_folder(out, progress=False)
         others = [p.name for p in tmp_path.iterdir() if p != out]
         assert all(n.startswith(".out.") and n.endswith(".tmp") for n in others), others
-    assert whole
+
+
+def test_a_replaced_folder_gets_its_name_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, given = tmp_path / "out", compressed()
+    export_model(*given, out)
+    key = verify_folder(out, progress=False).facts["key"]
+    replace, count = Path.replace, itertools.count()
+
+    def fails_at_the_second(self: Path, target: Path) -> Path:
+        if next(count) == 1:
+            raise OSError(errno.EIO, "gone")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fails_at_the_second)
+    with pytest.raises(OSError, match="gone"), storage.new_folder(out, replace=True):
+        pass
+    monkeypatch.undo()
+    assert verify_folder(out, progress=False).facts["key"] == key
+    # Killed between the two renames.
+    out.replace(tmp_path / ".out.01234567.old")
+    check_out(out, lm_calib.Recipe(**RECIPE), overwrite=True)
+    assert verify_folder(out, progress=False).facts["key"] == key
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_leftovers_of_a_killed_process_go_with_the_next_export(tmp_path: Path) -> None:

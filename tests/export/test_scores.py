@@ -66,3 +66,34 @@ def test_the_folder_scores_what_was_scored_on_load(name: str, tmp_path: Path) ->
         assert ours["results"] == theirs["results"]
     again = evaluated(model, {"pretrained": base, **data, **recipe, "export_dir": str(out)})
     assert again["config"]["compression"]["exported"]["was_there"]
+
+
+def test_an_export_that_fails_late_does_not_cost_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lm_calib_plugin.errors import CalibError
+    from lm_calib_plugin.harness import keeping
+
+    def fail(*_: Any) -> None:
+        raise CalibError("the disk is full")
+
+    monkeypatch.setattr(keeping, "export_model", fail)
+    base = saved_model(tmp_path / "base", max_position_embeddings=512)
+    given = {"pretrained": base, "method": "magnitude", "sparsity": 0.5}
+    found = evaluated("calib_pruned", {**given, "export_dir": str(tmp_path / "out")})
+    told = found["config"]["compression"]
+    assert told["exported"]["error"] == "the disk is full"
+    assert "not exported" in told["warnings"][-1]
+    assert "lm-calib: error: not exported" in capsys.readouterr().err
+    assert "calib_demo_grammar" in found["results"]
+
+
+def test_another_base_model_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    out, given = tmp_path / "out", {"method": "magnitude", "sparsity": 0.5}
+    for name in ("one", "two"):
+        saved_model(tmp_path / name, max_position_embeddings=512)
+    first = {"pretrained": str(tmp_path / "one"), **given, "export_dir": str(out)}
+    evaluated("calib_pruned", first)
+    (tmp_path / "two" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="export_dir: .* exists"):
+        evaluated("calib_pruned", {**first, "pretrained": str(tmp_path / "two")})
