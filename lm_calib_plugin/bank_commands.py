@@ -17,11 +17,11 @@ from lm_calib_plugin.bank.draws import Draws, draw_uncertainty
 from lm_calib_plugin.bank.errors import check_banked
 from lm_calib_plugin.bank.mixtures import draw, make_task, mixture_of
 from lm_calib_plugin.bank.plots import plot_draws, require_plots
-from lm_calib_plugin.calibrate import Loading, load_model
 from lm_calib_plugin.calibration import validate_calibration
 from lm_calib_plugin.checks import sequence_length
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.guard import left_as_found
+from lm_calib_plugin.loading import Loading, load_model
 from lm_calib_plugin.recipe import FOLDS, Recipe
 from lm_calib_plugin.runtime import Runtime
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig
 
 from lm_calib_plugin import engine, storage
 from lm_calib_plugin.bank.mixtures import draw, make_task, mixture_of
@@ -21,41 +19,13 @@ from lm_calib_plugin.calibration import (
 from lm_calib_plugin.calibration.set_folder import licences, may_replace, read_record
 from lm_calib_plugin.checks import check_calibration, sequence_length
 from lm_calib_plugin.errors import CalibError, UserError
-from lm_calib_plugin.guard import left_as_found, random_state_untouched
+from lm_calib_plugin.guard import left_as_found
+from lm_calib_plugin.loading import Loading, cannot_load, load_tokenizer, load_weights
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
 
 # What else of a recipe decides the shares of a mixture, beside the method and its options.
 _SERVED = ("exclude_first_token", "targets", "ignore", "block_path")
-
-
-@dataclass(frozen=True)
-class Loading:
-    """Which model a set is built for, and how it is loaded where it is needed at all.
-
-    Parameters
-    ----------
-    pretrained
-        Hub name, folder, or ``builtin:NAME``.
-    tokenizer
-        Another tokenizer; default: that of the model.
-    revision, trust_remote_code
-        As for ``from_pretrained``.
-    dtype, device
-        Of the model, for text that it writes itself. Defaults: that of the checkpoint; ``cuda``
-        where there is one.
-    """
-
-    pretrained: str
-    tokenizer: str | None = None
-    revision: str = "main"
-    dtype: str = "auto"
-    device: str | None = None
-    trust_remote_code: bool = False
-
-    def place(self) -> str:
-        """Return the device the model goes to."""
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def calibrate(
@@ -121,12 +91,11 @@ def _build(
 ) -> tuple[CalibrationSet, Any, int]:
     """Return the set, the tokenizer and the rows of the embedding table."""
     folder = resolve_pretrained(loading.pretrained)
-    common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(folder, **common)
+        config = AutoConfig.from_pretrained(folder, **loading.of_model())
         # Before the weights, which may take minutes.
         seqlen = sequence_length(recipe, config)
-        tokenizer = AutoTokenizer.from_pretrained(loading.tokenizer or folder, **common)
+        tokenizer = load_tokenizer(loading)
     except (OSError, ValueError) as error:
         raise cannot_load(loading, error) from None
     if not with_model:
@@ -136,13 +105,7 @@ def _build(
             recipe, tokenizer, seqlen=seqlen, model_id="", vocab_size=vocab_size, runtime=runtime
         )
         return drawn, tokenizer, vocab_size
-    with random_state_untouched():
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=loading.dtype, **common
-            ).to(loading.place())
-        except (OSError, ValueError) as error:
-            raise cannot_load(loading, error) from None
+    model = load_weights(loading)
     vocab_size = int(model.get_input_embeddings().weight.shape[0])
     with left_as_found(model):
         task = make_task(recipe, model, tokenizer, seqlen=seqlen, runtime=runtime)
@@ -161,6 +124,7 @@ def _factors(recipe: Recipe, loading: Loading, with_model: bool) -> dict[str, An
         "pretrained": loading.pretrained,
         "revision": loading.revision,
         "tokenizer": loading.tokenizer,
+        "subfolder": loading.subfolder or None,
     }
     if with_model:
         model |= {"dtype": loading.dtype, "device": loading.place().split(":")[0]}
@@ -191,40 +155,6 @@ def _other_set(out: Path, calib_id: str) -> UserError:
         f"{out} holds another calibration set ({calib_id[:12]})",
         "a new folder",
         "name another one, or give --overwrite",
-    )
-
-
-def load_model(loading: Loading) -> tuple[Any, Any]:
-    """Return model and tokenizer.
-
-    Raises
-    ------
-    UserError
-        When they cannot be loaded, or the model is of a kind that cannot be compressed.
-    """
-    folder = resolve_pretrained(loading.pretrained)
-    common = {"revision": loading.revision, "trust_remote_code": loading.trust_remote_code}
-    with random_state_untouched():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(loading.tokenizer or folder, **common)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=loading.dtype, **common
-            ).to(loading.place())
-        except (OSError, ValueError) as error:
-            raise cannot_load(loading, error) from None
-    engine.check_supported(model)
-    return model, tokenizer
-
-
-def cannot_load(loading: Loading, error: Exception) -> Exception:
-    """Return the error for a model that cannot be loaded."""
-    if isinstance(error, UserError):
-        return error
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(
-        "pretrained",
-        f"`{loading.pretrained}` cannot be loaded ({first[:200]})",
-        "a hub name, a folder, or builtin:smollm2-135m",
     )
 
 

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from lm_calib_plugin import cli_cache, cli_export
 from lm_calib_plugin.cli_arguments import (
+    MODEL,
     WithMethod,
     WithSet,
     flag_of,
@@ -71,7 +72,7 @@ def evaluate(ctx: typer.Context) -> None:
 def make_set(
     ctx: typer.Context,
     expression: str = typer.Argument(metavar="EXPR", help="Sources, such as self or c4*0.5+self."),
-    pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
+    pretrained: str = typer.Option(..., *MODEL, help="Hub name, folder, or builtin:smollm2-135m."),
     out: str = typer.Option(..., help="The folder to make."),
     purpose: str = typer.Option(
         None,
@@ -108,7 +109,8 @@ def make_set(
     recipe = Recipe(**{**method, "calibration": expression, **given_fields(ctx)})
     check_purpose(recipe, purpose is not None)
 
-    from lm_calib_plugin.calibrate import Loading, calibrate
+    from lm_calib_plugin.calibrate import calibrate
+    from lm_calib_plugin.loading import Loading
 
     loading = Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code)
     runtime = Runtime(progress=not quiet)
@@ -122,7 +124,7 @@ def judge_sets(
     recipe: list[str] = typer.Argument(  # noqa: B008 - how typer declares arguments
         metavar="KEY=VALUE,...", help="Method, nsamples, seqlen..."
     ),
-    pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
+    pretrained: str = typer.Option(..., *MODEL, help="Hub name, folder, or builtin:smollm2-135m."),
     sets: list[str] = typer.Option(  # noqa: B008
         ..., "--set", metavar="NAME=EXPR", help="A calibration set."
     ),
@@ -148,7 +150,7 @@ def judge_sets(
     asked = Recipe.from_model_args(recipe_arguments(recipe))
     named_sets, named_domains = named_texts("set", sets), named_texts("domain", domains)
 
-    from lm_calib_plugin.calibrate import Loading
+    from lm_calib_plugin.loading import Loading
     from lm_calib_plugin.preflight import Question, preflight
 
     answer = preflight(
@@ -169,7 +171,7 @@ class _WithFolds(WithSet):
 @app.command("bank", cls=_WithFolds)
 def make_bank(
     ctx: typer.Context,
-    pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
+    pretrained: str = typer.Option(..., *MODEL, help="Hub name, folder, or builtin:smollm2-135m."),
     out: str = typer.Option(..., help="Folder of the bank."),
     source: list[str] = typer.Option([], metavar="NAME=EXPR", help="Give one or more."),  # noqa: B008
     folds: str = typer.Option("choose,judge", help="Folds that every source is drawn from."),
@@ -195,7 +197,7 @@ def make_bank(
     options["exclude_first_token"] = exclude_first_token
 
     from lm_calib_plugin.bank_commands import fill
-    from lm_calib_plugin.calibrate import Loading
+    from lm_calib_plugin.loading import Loading
     from lm_calib_plugin.runtime import Runtime
 
     typer.echo(
@@ -216,7 +218,7 @@ def make_bank(
 def compare_draws(
     ctx: typer.Context,
     bank: str = typer.Argument(metavar="BANK", help="Folder made by lm-calib bank."),
-    pretrained: str = typer.Option(..., help="The model that the bank was built with."),
+    pretrained: str = typer.Option(..., *MODEL, help="The model that the bank was built with."),
     method: str = typer.Option(..., help="A name of lm-calib ls methods."),
     source: str = typer.Option(..., help="Name of a source in the bank."),
     nsamples: int = typer.Option(..., help="Sequences of a draw."),
@@ -243,7 +245,7 @@ def compare_draws(
     recipe = Recipe(method=method, **options)
 
     from lm_calib_plugin.bank_commands import study_draws
-    from lm_calib_plugin.calibrate import Loading
+    from lm_calib_plugin.loading import Loading
 
     typer.echo(
         study_draws(

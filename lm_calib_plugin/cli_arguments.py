@@ -13,6 +13,8 @@ from lm_calib_plugin.errors import UserError, nearest
 
 # Where the fields of a recipe wait in the context of a command.
 _FIELDS = "lm_calib_plugin.fields"
+# The model has two names everywhere: that of the harness, and that of other libraries.
+MODEL = ("--pretrained", "--model")
 # A comma inside a list or a quoted text is not followed by NAME=.
 _SEPARATING_COMMA = re.compile(r",(?=\w+=|$)")
 
@@ -52,7 +54,7 @@ class WithFields(TyperCommand):
                         nearest(flag, [*flags, *own]),
                         f"all options: lm-calib {self.name} --help",
                     )
-                rest.append(word)
+                rest.append(f"{flag}{equals}{value}" if flag in own else word)
                 continue
             if not equals and not left:
                 raise UserError(flag, "has no value", f"for instance {flag} VALUE")

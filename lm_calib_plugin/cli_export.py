@@ -7,7 +7,8 @@ import sys
 
 import typer
 
-from lm_calib_plugin.cli_arguments import WithRecipe, given_fields
+from lm_calib_plugin.cli_arguments import MODEL, WithRecipe, given_fields
+from lm_calib_plugin.errors import UserError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -21,8 +22,10 @@ def add_to(app: typer.Typer) -> None:
 def export_folder(
     ctx: typer.Context,
     out: str = typer.Argument(metavar="OUT", help="The folder to make."),
-    pretrained: str = typer.Option(..., help="Hub name, folder, or builtin:smollm2-135m."),
-    format: str = typer.Option("auto", help="dense, compressed-tensors, gptq, or auto."),
+    pretrained: str = typer.Option(..., *MODEL, help="Hub name, folder, or builtin:smollm2-135m."),
+    format: str = typer.Option(
+        "auto", "--format", "--export-format", help="dense, compressed-tensors, gptq, or auto."
+    ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an exported folder."),
     check: bool = typer.Option(True, help="Load the folder back and compare it with the model."),
     keep_calibration: bool = typer.Option(
@@ -34,6 +37,7 @@ def export_folder(
     license: str = typer.Option(None, help="Of the base model. Default: what its card says."),
     tokenizer: str = typer.Option(None, help="Another tokenizer than that of the model."),
     revision: str = typer.Option("main", help="Branch, tag or commit of the model."),
+    subfolder: str = typer.Option("", help="Folder of the model inside that name."),
     dtype: str = typer.Option("auto", help="Of the model."),
     device: str = typer.Option(None, help="Of the model."),
     calib_batch_size: str = typer.Option("auto", help="Sequences per forward pass."),
@@ -55,13 +59,14 @@ def export_folder(
         calib_batch_size=calib_batch_size, cache=cache, report_dir=report_dir, progress=not quiet
     )
 
-    from lm_calib_plugin.calibrate import Loading
     from lm_calib_plugin.export.command import export
+    from lm_calib_plugin.loading import Loading
 
-    typer.echo(
-        export(
+    loading = Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code, subfolder)
+    try:
+        done = export(
             recipe,
-            Loading(pretrained, tokenizer, revision, dtype, device, trust_remote_code),
+            loading,
             Path(out).expanduser(),
             options=options,
             runtime=runtime,
@@ -70,7 +75,17 @@ def export_folder(
             license=license,
             command=shlex.join(["lm-calib", *sys.argv[1:]]),
         )
-    )
+    except UserError as error:
+        raise _as_typed(error) from None
+    typer.echo(done)
+
+
+def _as_typed(error: UserError) -> UserError:
+    """Return an error about the format that names it as it is typed here."""
+    if error.argument != "export_format":
+        return error
+    text = str(error.renamed("format"))
+    return UserError("format", text.removeprefix("format: ").replace("export_format=", "--format "))
 
 
 def inspect_folder(

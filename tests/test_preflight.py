@@ -11,9 +11,9 @@ import pytest
 
 from lm_calib_plugin import CalibrationSet, Recipe, Runtime, cli
 from lm_calib_plugin.bank import build as bank_build
-from lm_calib_plugin.calibrate import Loading
 from lm_calib_plugin.calibration.folds import fold_of
 from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.loading import Loading
 from lm_calib_plugin.preflight import Preflight, Question, preflight
 from tests.bank.corpora import documents, write
 from tests.tiny import make_tokenizer, saved_model

@@ -6,7 +6,9 @@ published: of the paths of this machine only the last part is named.
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,9 +26,17 @@ from lm_calib_plugin.export.card_sections import (
     sources,
     strengths,
 )
-from lm_calib_plugin.export.card_text import block, cell, code, front_matter, plain, table
+from lm_calib_plugin.export.card_text import (
+    block,
+    cell,
+    code,
+    front_matter,
+    one_line,
+    plain,
+    table,
+)
 from lm_calib_plugin.export.options import FILES, RECIPE, Provenance
-from lm_calib_plugin.export.published import without_folders
+from lm_calib_plugin.export.published import publishable
 from lm_calib_plugin.report import Report
 
 # What loads a format, beside transformers.
@@ -83,7 +93,8 @@ def model_card(
 
 def _title(report: Report, provenance: Provenance) -> str:
     name = shown_name(provenance.pretrained).rpartition("/")[2]
-    return f"{name} {report.recipe['method']} {' '.join(strengths(report))}"
+    merged = "".join(f" + {shown_name(a).rpartition('/')[2]}" for a in provenance.adapters)
+    return f"{name}{merged} {report.recipe['method']} {' '.join(strengths(report))}"
 
 
 def _metadata(
@@ -92,12 +103,15 @@ def _metadata(
     facts: Mapping[str, Any],
     index: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    base = hub_name(provenance.pretrained)
+    bases = list(filter(None, map(hub_name, (provenance.pretrained, *provenance.adapters))))
     values: dict[str, Any] = {}
-    if base is not None:
+    if bases:
         # The hub has no word for pruned; it takes a model of other weights as fine-tuned.
         relation = "quantized" if quantized(report) else "finetune"
-        values |= {"base_model": base, "base_model_relation": relation}
+        values |= {
+            "base_model": bases if len(bases) > 1 else bases[0],
+            "base_model_relation": relation,
+        }
     values |= _license(provenance.license)
     values |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     values["tags"] = ["lm-calib-plugin"]
@@ -129,6 +143,8 @@ def _what(report: Report, provenance: Provenance, facts: Mapping[str, Any]) -> s
     ]
     base = code(shown_name(provenance.pretrained))
     at = f" at revision {code(provenance.revision)}" if provenance.revision else ""
+    merged = " and ".join(code(shown_name(name)) for name in provenance.adapters)
+    merged = f" with {merged} merged into it" if merged else ""
     how = ", ".join(strengths(report))
     calibration = report.calibration
     data = "without calibration data"
@@ -144,8 +160,10 @@ def _what(report: Report, provenance: Provenance, facts: Mapping[str, Any]) -> s
     license_ = "not known to the program that wrote this card"
     if provenance.license:
         license_ = code(provenance.license)
+    if merged:
+        license_ += "; of what was merged into it: not known"
     return (
-        f"{base}{at}, {' and '.join(done) or 'compressed'} with the method "
+        f"{base}{at}{merged}, {' and '.join(done) or 'compressed'} with the method "
         f"{code(report.recipe['method'])}{f' ({plain(how)})' if how else ''}, {data}, by "
         "[lm-calib-plugin](https://pypi.org/project/lm-calib-plugin/). "
         f"{stored} License of the base model: {license_}."
@@ -160,14 +178,27 @@ def _use(provenance: Provenance, facts: Mapping[str, Any]) -> str:
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto"{more})\n'
         f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{more})'
     )
-    remote = ",trust_remote_code=True" if provenance.trust_remote_code else ""
     shell = (
-        f"lm_eval --model hf --model_args pretrained=FOLDER{remote} --tasks TASK\n"
+        f"lm_eval --model hf --model_args {_model_args(provenance)} --tasks TASK\n"
         "lm-calib inspect FOLDER   # is every file whole?"
     )
     return f"FOLDER is this folder. With {needs} alone:\n\n{block(python, 'python')}\n\n" + block(
         shell, "bash"
     )
+
+
+def _model_args(provenance: Provenance) -> str:
+    """Return what gives the scores of the evaluated model, as one word of a shell."""
+    given = {"pretrained": "FOLDER"}
+    given |= {k: v for k, v in publishable(provenance.model_args).items() if k not in given}
+    if provenance.trust_remote_code:
+        given["trust_remote_code"] = True
+    texts = {name: one_line(value) for name, value in given.items()}
+    if any(set(",=") & set(text) for text in texts.values()) or any(
+        isinstance(value, (dict, list)) for value in given.values()
+    ):
+        return shlex.quote(one_line(json.dumps(given)))
+    return shlex.quote(",".join(f"{name}={text}" for name, text in texts.items()))
 
 
 def _notes(report: Report, facts: Mapping[str, Any]) -> str:
@@ -202,7 +233,7 @@ def _notes(report: Report, facts: Mapping[str, Any]) -> str:
             "other widths it makes weights in float16."
         )
     notes += [_check(facts.get("check"))]
-    notes += [f"Warning: {plain(without_folders(note))}" for note in report.warnings]
+    notes += [f"Warning: {plain(publishable(note))}" for note in report.warnings]
     return "\n".join(f"- {note}" for note in notes)
 
 
@@ -233,7 +264,7 @@ def _check(check: Mapping[str, Any] | None) -> str:
 def _made(report: Report, provenance: Provenance, facts: Mapping[str, Any]) -> str:
     parts = []
     if provenance.command:
-        parts.append(block(str(without_folders(provenance.command)), "bash"))
+        parts.append(block(str(publishable(provenance.command)), "bash"))
     else:
         parts.append(f"By Python, with the recipe in `{RECIPE}`.")
     versions = ", ".join(f"{plain(k)} {plain(v)}" for k, v in report.versions.items())

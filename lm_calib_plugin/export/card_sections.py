@@ -10,7 +10,7 @@ from lm_calib_plugin.calibration.set_folder import licences
 from lm_calib_plugin.export import card_papers
 from lm_calib_plugin.export.card_text import cell, code, plain, table
 from lm_calib_plugin.export.options import CALIBRATION, RECIPE, REPORT
-from lm_calib_plugin.export.published import without_folders
+from lm_calib_plugin.export.published import publishable
 from lm_calib_plugin.report import Report
 
 # Fields of a recipe, as they are named in the card; the rest stands in recipe.yaml.
@@ -69,7 +69,7 @@ def quantized(report: Report) -> bool:
 
 def recipe_section(report: Report, facts: Mapping[str, Any]) -> str:
     """Return the table of the recipe."""
-    recipe = without_folders(report.recipe)
+    recipe = publishable(report.recipe)
     rows = [["Method", card_papers.method_cell(str(recipe["method"]))]]
     for name, label in _STRENGTH.items():
         value = recipe.get(name)
@@ -102,7 +102,7 @@ def expression(report: Report) -> str:
     given = report.recipe.get("calibration")
     if not isinstance(given, str):
         given = "+".join(str(s.get("source")) for s in sources(report))
-    return str(without_folders(given))
+    return str(publishable(given))
 
 
 def calibration_section(report: Report) -> str:
@@ -110,7 +110,7 @@ def calibration_section(report: Report) -> str:
     calibration = report.calibration
     if not calibration:
         return "None: this method looks at weights alone."
-    records = without_folders(sources(report))
+    records = publishable(sources(report))
     rows = [
         ["Expression", cell(expression(report))],
         ["Identity (calib_id)", cell(calibration["calib_id"])],

@@ -8,7 +8,6 @@ from typing import Any
 
 from lm_calib_plugin import engine
 from lm_calib_plugin.builtin_models import resolve_pretrained
-from lm_calib_plugin.calibrate import Loading, load_model
 from lm_calib_plugin.checks import check_calibration
 from lm_calib_plugin.compression import compress
 from lm_calib_plugin.errors import UserError
@@ -17,6 +16,7 @@ from lm_calib_plugin.export.card_results import scores
 from lm_calib_plugin.export.folder import check_out, export_model
 from lm_calib_plugin.export.formats import check_export, check_model
 from lm_calib_plugin.export.options import ExportOptions, Provenance
+from lm_calib_plugin.loading import Loading, load_model
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
 

@@ -328,14 +328,16 @@ def _size(path: Path, folder: Path, kind: Kind) -> int:
     return found.st_size
 
 
-def _link(path: Path) -> CalibError:
-    return CalibError(f"{path}: is a link, which might lead anywhere; put the file itself there.")
-
-
 def _in_hub_cache(path: Path, folder: Path) -> bool:
-    """Tell whether a link is one of those that huggingface_hub makes: snapshots/X -> blobs."""
-    real = folder.resolve()
-    return real.parent.name == "snapshots" and path.resolve().parent == real.parents[1] / "blobs"
+    """Tell whether a link is one of those that huggingface_hub makes: to the blobs of a model.
+
+    The folder is MODEL/snapshots/COMMIT or one inside it.
+    """
+    real = path.resolve().parent
+    return any(
+        place.name == "snapshots" and real == place.parent / "blobs"
+        for place in folder.resolve().parents
+    )
 
 
 def _read(path: Path, kind: Kind) -> bytes:

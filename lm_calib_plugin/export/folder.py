@@ -31,7 +31,7 @@ from lm_calib_plugin.export.place import (
     sweep,
     told,
 )
-from lm_calib_plugin.export.published import without_folders
+from lm_calib_plugin.export.published import publishable
 from lm_calib_plugin.export.quantized import QuantizedLayer
 from lm_calib_plugin.export.records import calibration_record, write_files_record
 from lm_calib_plugin.guard import left_as_found
@@ -148,7 +148,7 @@ def export_model(
         "weights_digest": report.weights_digest,
         "added": sorted(added),
         "check": None,
-    } | without_folders(asked_of(provenance.pretrained, options))
+    } | publishable(asked_of(provenance.pretrained, options))
     with (
         told(out),
         left_as_found(model),
@@ -272,7 +272,7 @@ def _write_records(
     config = {"recipe": metadata, "export_format": options.format}
     write(names.CALIB_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     told = {**report.summary(), "table": report.table(), "command": provenance.command}
-    told = without_folders(told)  # a published folder tells no local path
+    told = publishable(told)  # a published folder tells no local path
     write(names.REPORT, json.dumps(told, indent=1, sort_keys=True) + "\n")
     if report.calibration_set is not None:
         record = calibration_record(report.calibration_set)

@@ -1,8 +1,9 @@
-"""Settings in the places where readers older than transformers 5 look for them.
+"""Settings as readers of every version look for them.
 
 transformers 5 keeps the rotary settings in one place, ``rope_parameters``. Version 4 does not know
 it, takes its own default base of 10,000 and computes something else without a word: ONNX and
-OpenVINO exporters still load with version 4 and early 5.
+OpenVINO exporters still load with version 4 and early 5. And it writes into the settings of a
+tokenizer how that was loaded on this machine, which is nobody else's business.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from typing import Any
 
 # What transformers 5 calls a tokenizer that is all in tokenizer.json, and what version 4 does.
 TOKENIZERS = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+# Arguments of the call that loaded a tokenizer, which version 5 saves with it.
+OF_LOADING = ("is_local", "local_files_only")
 # What GPT-NeoX called the settings that all models share now.
 NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 
 
 def for_older_readers(folder: Path) -> None:
-    """Add the older spelling of settings to the files of a folder; nothing is taken away."""
+    """Add the older spelling of settings to the files of a folder.
+
+    Nothing is taken away but what tells how the tokenizer was loaded.
+    """
     _edit(folder / "config.json", lambda config: _with_experts(_with_rotary(config)))
     _edit(folder / "tokenizer_config.json", _with_tokenizer)
 
@@ -61,4 +67,5 @@ def _with_experts(config: dict[str, Any]) -> dict[str, Any]:
 
 def _with_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("tokenizer_class")
-    return config | {"tokenizer_class": TOKENIZERS.get(kind, kind)} if kind else config
+    named = {"tokenizer_class": TOKENIZERS.get(kind, kind)} if kind else {}
+    return {k: v for k, v in config.items() if k not in OF_LOADING} | named

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lm_calib_plugin.errors import UserError, listed, nearest
@@ -71,6 +71,11 @@ class Provenance:
         The same of the base model, to stand beside.
     trust_remote_code
         Whether code that came with the base model was allowed to run.
+    adapters
+        Names of what was merged into the base model before (adapters, weight differences).
+    model_args
+        Arguments of ``lm_eval --model hf`` beside ``pretrained`` that the model was evaluated
+        with and scores depend on, such as ``attn_implementation``, ``add_bos_token``.
     """
 
     pretrained: str
@@ -80,6 +85,8 @@ class Provenance:
     results: dict[str, Any] | None = None
     dense_results: dict[str, Any] | None = None
     trust_remote_code: bool = False
+    adapters: tuple[str, ...] = ()
+    model_args: dict[str, Any] = field(default_factory=dict)
 
 
 # Files that stand beside weights, configuration and tokenizer; the names are fixed here and never

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from lm_calib_plugin import storage
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.export import options as names
-from lm_calib_plugin.export.published import without_folders
+from lm_calib_plugin.export.published import publishable
 from lm_calib_plugin.export.records import read_files_record, verify_folder
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import Report
@@ -66,7 +66,7 @@ def check_out(
         if not _same_recipe(out, recipe):
             raise exists(name, out)
         facts = verify_folder(out).facts
-        given = without_folders(asked or {})
+        given = publishable(asked or {})
         if any(facts.get(key) != value for key, value in given.items()):
             raise exists(name, out)
     parent = next(p for p in out.absolute().parents if p.exists())

@@ -1,4 +1,4 @@
-"""What leaves this machine says nothing of its folders: of a local path the last part is kept."""
+"""What leaves this machine says nothing of its folders, and holds nothing that opens a door."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.export.redacted import without_secrets as without_secrets
 from lm_calib_plugin.expression import SourceTerm, expression_text, parse_calibration
 
 _PATH_OPTIONS = ("path", "include_path")
@@ -16,6 +17,11 @@ _END = r"[^\s'\"`,;()?&+*|<>]+"
 _PATH = re.compile(rf"(?<![\w/.~\\])(?:~[\w.-]*/|\.{{1,2}}/|/|[A-Za-z]:[\\/])(?![/\\]){_END}")
 # A path after a word that says so.
 _NAMED = re.compile(rf"\b((?:file|set):|(?:{'|'.join(_PATH_OPTIONS)})=)({_END})")
+
+
+def publishable(value: Any) -> Any:
+    """Return plain values without secrets, and with the last part alone of every local path."""
+    return without_folders(without_secrets(value))
 
 
 def without_folders(value: Any) -> Any:

@@ -16,7 +16,7 @@ from lm_calib_plugin.export import file_list, names
 from lm_calib_plugin.export.file_list import Kind, Record
 from lm_calib_plugin.export.headers import read_header
 from lm_calib_plugin.export.options import CALIB_CONFIG, CALIBRATION, CARD, FILES, RECIPE, REPORT
-from lm_calib_plugin.export.published import without_folders
+from lm_calib_plugin.export.published import publishable
 from lm_calib_plugin.storage import json_object
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def calibration_record(calibration: CalibrationSet) -> dict[str, Any]:
     return {
         "format": CALIBRATION_FORMAT,
         "format_version": 1,
-        **without_folders(set_folder.describe(calibration)),
+        **publishable(set_folder.describe(calibration)),
     }
 
 

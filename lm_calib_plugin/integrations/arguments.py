@@ -56,6 +56,23 @@ def read_fields(
     return read_arguments(fields)
 
 
+def check_plain(fields: Mapping[str, Any]) -> None:
+    """Refuse the name of a file where a recipe was read from one: who wrote it chose the name.
+
+    Raises
+    ------
+    UserError
+        Unless the recipe, if there is one, is all there.
+    """
+    recipe = fields.get(FILE_ARGUMENT)
+    if not isinstance(recipe, (Mapping, Recipe, type(None))):
+        raise UserError(
+            FILE_ARGUMENT,
+            f"a configuration holds {recipe!r}",
+            "the fields of a recipe themselves: nothing is read from other files",
+        )
+
+
 def check_kind(recipe: Recipe, kinds: tuple[str, ...], other: str) -> None:
     """Refuse a method of the wrong kind; ``other`` is what to use for it."""
     if recipe.entry.kind in kinds:

@@ -11,7 +11,7 @@ from optimum.configuration_utils import BaseConfig
 
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.export.options import CALIB_CONFIG, ExportOptions
-from lm_calib_plugin.integrations.arguments import first_line, read_fields
+from lm_calib_plugin.integrations.arguments import check_plain, first_line, read_fields
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.recipe_file import FILE_ARGUMENT
 
@@ -75,14 +75,21 @@ class CalibConfig(BaseConfig):  # type: ignore[misc]
         Raises
         ------
         UserError
-            For names that are not of a recipe, as the constructor does.
+            For names that are not of a recipe, as the constructor does, and for a recipe that is
+            the name of a file.
         """
+        check_plain(config_dict)
         unused = {} if kwargs.pop("return_unused_kwargs", False) else None
         fields = {**config_dict, **kwargs}
         for name in ("_commit_hash", "_from_auto", "_from_pipeline"):
             fields.pop(name, None)
         config = cls(**fields)
         return config if unused is None else (config, unused)
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """Make a configuration of the content of a file; errors are those of :meth:`from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
     def get_config_dict(cls, place: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

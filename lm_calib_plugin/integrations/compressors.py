@@ -9,7 +9,6 @@ from typing import Any
 from optimum.quantization_base import OptimumQuantizer
 
 from lm_calib_plugin.builtin_models import resolve_pretrained
-from lm_calib_plugin.calibrate import Loading, cannot_load
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.checks import check_calibration
 from lm_calib_plugin.compression import compress, is_main_process
@@ -18,7 +17,6 @@ from lm_calib_plugin.export.card import base_license
 from lm_calib_plugin.export.folder import ExportResult, check_out, export_model
 from lm_calib_plugin.export.formats import check_export, check_model
 from lm_calib_plugin.export.options import ExportOptions, Provenance
-from lm_calib_plugin.guard import random_state_untouched
 from lm_calib_plugin.integrations.arguments import (
     PRUNING,
     QUANTIZATION,
@@ -28,6 +26,8 @@ from lm_calib_plugin.integrations.arguments import (
     tell,
 )
 from lm_calib_plugin.integrations.calib_config import CalibConfig
+from lm_calib_plugin.integrations.own_tokenizer import tokenizer_of
+from lm_calib_plugin.loading import Loading, load_weights
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.recipe_file import FILE_ARGUMENT
 from lm_calib_plugin.report import Report
@@ -64,6 +64,7 @@ class _Compressor(OptimumQuantizer):  # type: ignore[misc]
         dtype: Any = "auto",
         device: str | None = None,
         trust_remote_code: bool = False,
+        subfolder: str = "",
     ) -> Any:
         """Say which model is compressed; it is loaded when it is first needed.
 
@@ -74,17 +75,22 @@ class _Compressor(OptimumQuantizer):  # type: ignore[misc]
             ``builtin:NAME``.
         tokenizer
             A tokenizer, or the name of one; default: that of the model.
-        revision, dtype, trust_remote_code
+        revision, dtype, trust_remote_code, subfolder
             As for ``AutoModelForCausalLM.from_pretrained``, where the model is not in memory.
         device
             Where it goes; default: ``cuda`` where there is one.
+
+        Raises
+        ------
+        UserError
+            For a dtype that there is not, and a device that this machine does not have.
         """
         if not isinstance(model, (str, Path)):
             return cls(model, tokenizer, None)
-        if not isinstance(dtype, str):
-            dtype = str(dtype).removeprefix("torch.")
+        dtype = str("auto" if dtype is None else dtype).removeprefix("torch.")
+        device = None if device is None else str(device)
         named = tokenizer if isinstance(tokenizer, str) else None
-        loading = Loading(str(model), named, revision, dtype, device, trust_remote_code)
+        loading = Loading(str(model), named, revision, dtype, device, trust_remote_code, subfolder)
         return cls(None, tokenizer, loading)
 
     @property
@@ -92,23 +98,20 @@ class _Compressor(OptimumQuantizer):  # type: ignore[misc]
         """The model: compressed once that has been done, else as it was given."""
         if self._model is None:
             assert self._loading is not None
-            self._model = _load(self._loading)
+            self._model = load_weights(self._loading)
         return self._model
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, loaded when it is first asked for; None where there is none to find."""
         if self._tokenizer is None or isinstance(self._tokenizer, str):
-            name, options = self._tokenizer, {}
             if self._loading is not None:
-                name = name or self._loading.pretrained
-                options = {
-                    "revision": self._loading.revision,
-                    "trust_remote_code": self._loading.trust_remote_code,
-                }
-            else:
-                name = name or str(getattr(self.model, "name_or_path", "")) or None
-            self._tokenizer = load_tokenizer(name, **options)
+                name, options = self._loading.of_tokenizer()
+                self._tokenizer = load_tokenizer(name, **options)
+            elif self._tokenizer is not None:
+                self._tokenizer = load_tokenizer(self._tokenizer)
+            elif getattr(self.model, "name_or_path", None):
+                self._tokenizer = tokenizer_of(self.model)
         return self._tokenizer
 
     def _run(
@@ -286,19 +289,3 @@ def _export_options(
         return ExportOptions(**({} if asked is None else {"format": asked}), **chosen)
     except UserError as error:
         raise (error.renamed("export_format") if error.argument == "format" else error) from None
-
-
-def _load(loading: Loading) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    folder = resolve_pretrained(loading.pretrained)
-    with random_state_untouched():
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=loading.dtype,
-                revision=loading.revision,
-                trust_remote_code=loading.trust_remote_code,
-            ).to(loading.place())
-        except (OSError, ValueError) as error:
-            raise cannot_load(loading, error) from None

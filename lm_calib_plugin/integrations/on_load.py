@@ -32,10 +32,12 @@ from lm_calib_plugin.integrations.arguments import (
     PRUNING,
     QUANTIZATION,
     check_kind,
+    check_plain,
     load_tokenizer,
     read_fields,
     tell,
 )
+from lm_calib_plugin.integrations.own_tokenizer import tokenizer_of_files
 from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
 
 # The others belong to an evaluation or an export.
@@ -95,6 +97,20 @@ class _CalibOnLoadConfig(QuantizationConfigMixin):
             **({} if name is None else {"tokenizer": name}),
         }
 
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Make a configuration of plain values, which may come from a checkpoint.
+
+        Raises
+        ------
+        UserError
+            As the constructor does, and for a recipe that is the name of a file.
+        """
+        check_plain(config_dict)
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
     def __iter__(self) -> Any:
         yield from self.to_dict().items()
 
@@ -140,6 +156,7 @@ class CalibOnLoad(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         # Why the model can not be saved as an ordinary one; empty: it can.
         self.held_by = ""
+        self._tokenizer: Any = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse checkpoints that are compressed already, and weights on disk."""
@@ -154,14 +171,25 @@ class CalibOnLoad(HfQuantizer):
         if isinstance(places, dict) and "disk" in places.values():
             raise _offloaded("device_map puts some on disk")
 
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Look for the tokenizer, which costs nothing yet."""
+        config = self.quantization_config
+        if not config.recipe.terms:
+            self._tokenizer = config.tokenizer
+        elif config.tokenizer is None:
+            self._tokenizer = tokenizer_of_files(model, checkpoint_files)
+        else:
+            self._tokenizer = load_tokenizer(config.tokenizer)
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Compress the loaded model and leave an ordinary one behind."""
         config = self.quantization_config
         self._take_off(model)
         _check_weights(model)
-        tokenizer = config.tokenizer
-        if config.recipe.terms:
-            tokenizer = load_tokenizer(model.name_or_path if tokenizer is None else tokenizer)
+        # This object may stay with the model; the tokenizer has done its work then.
+        tokenizer, self._tokenizer = self._tokenizer, None
         before = _shapes(model)
         with random_state_untouched():
             report = compress(model, tokenizer, config.recipe, config.runtime)

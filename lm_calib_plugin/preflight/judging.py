@@ -20,12 +20,12 @@ from lm_calib_plugin.bank import Bank, Part, build_bank
 from lm_calib_plugin.bank.mixtures import draw, make_task
 from lm_calib_plugin.bank.plots import plot_transfer
 from lm_calib_plugin.bank.transfer import FAR, NO_USE, Transfer, transfer
-from lm_calib_plugin.calibrate import Loading, load_model
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.calibration.contamination import ContaminationIndex, words
 from lm_calib_plugin.checks import sequence_length
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.guard import left_as_found
+from lm_calib_plugin.loading import Loading, load_model
 from lm_calib_plugin.preflight.question import JUDGE, SET, Question, checked_recipes
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from lm_eval.utils import simple_parse_args_string
 
 from lm_calib_plugin import builtin_models
 from lm_calib_plugin.errors import UserError
@@ -338,3 +341,62 @@ def test_code_is_closed_by_its_own_fence():
     assert card_text.block("a\n````\nb").splitlines()[0] == "`````"
     assert card_text.link("x", "https://arxiv.org/abs/1") == "[x](https://arxiv.org/abs/1)"
     assert card_text.link("x", "javascript:alert(1)") == "x"
+
+
+def test_what_was_merged_is_named_and_its_license_not_assumed(tmp_path: Path) -> None:
+    given = {"license": "mit", "adapters": ("org/lora", str(tmp_path / "my-lora"))}
+    text = model_card(report(), Provenance("org/base", **given), FACTS)
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["base_model"] == ["org/base", "org/lora"]
+    assert "# base + lora + my-lora wanda" in card_text_plain(text)
+    assert "`org/base` with `org/lora` and `my-lora` merged into it, pruned" in text
+    assert "License of the base model: `mit`; of what was merged into it: not known." in text
+    assert str(tmp_path) not in text
+    alone = model_card(report(), Provenance("org/base", license="mit"), FACTS)
+    assert yaml.safe_load(alone.split("---\n")[1])["base_model"] == "org/base"
+    assert "merged" not in alone
+
+
+def card_text_plain(text: str) -> str:
+    return text.replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"attn_implementation": "eager", "add_bos_token": True, "max_length": 512},
+        {"dtype": "float32", "prefix": "two words; $(ls) `x`"},
+        {"prefix": "a,b=c"},
+        {"rope": {"a": [1, 2]}, "add_bos_token": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("remote", [False, True])
+def test_the_harness_gets_what_scores_depend_on(given: dict[str, Any], remote: bool) -> None:
+    """What is shown, typed into a shell and read as the harness does, is what was given."""
+    text = model_card(
+        report(), Provenance("org/base", model_args=given, trust_remote_code=remote), FACTS
+    )
+    (line,) = [part for part in text.splitlines() if part.startswith("lm_eval --model hf ")]
+    words = shlex.split(line)
+    said = words[words.index("--model_args") + 1]
+    read = json.loads(said) if said.startswith("{") else simple_parse_args_string(said)
+    expected = {"pretrained": "FOLDER", **given}
+    assert read == expected | ({"trust_remote_code": True} if remote else {})
+
+
+def test_secrets_are_not_shown() -> None:
+    token = "hf_" + "aB3" * 11
+    shown = model_card(
+        report(),
+        Provenance(
+            "org/base",
+            command=f"lm_eval --model_args pretrained=a/b,token={token} --api-key k3y",
+            model_args={"token": token, "max_length": 8},
+        ),
+        FACTS,
+    )
+    assert token not in shown
+    assert "k3y" not in shown
+    assert "token=REDACTED --api-key REDACTED" in shown

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from lm_calib_plugin import CalibPruner
 from lm_calib_plugin.cli import main
+from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.export.records import verify_folder
+from lm_calib_plugin.loading import Loading, load_model
 from tests.tiny import saved_model
 
 SMALL = ["--calibration", "random", "--nsamples", "10", "--seqlen", "16", "--quiet"]
@@ -59,6 +62,70 @@ def test_a_recipe_from_a_folder(base: str, tmp_path: Path) -> None:
     assert keys[0] == keys[1]
 
 
+def test_options_go_by_either_name(base: str, tmp_path: Path) -> None:
+    recipe = ["--method", "rtn", "--bits", "8", "--group-size", "16"]
+    given = [f"--model={base}", "--export_format", "dense", "--max_shard_size=1GB"]
+    assert run(*recipe, *given, str(tmp_path / "a")) == 0
+    assert run(*recipe, "--pretrained", base, "--format=dense", str(tmp_path / "b")) == 0
+    facts = [verify_folder(tmp_path / name).facts for name in "ab"]
+    assert facts[0]["key"] == facts[1]["key"]
+    assert [f["format"] for f in facts] == ["dense", "dense"]
+
+
+def test_a_model_in_a_subfolder(base: str, tmp_path: Path) -> None:
+    """Weights and tokenizer of that folder, whatever stands above it."""
+    words = ["--method", "wanda", "--sparsity", "0.5", *SMALL]
+    place = Path(base)
+    above = ["--pretrained", str(place.parent), "--subfolder", place.name]
+    assert run(*words, *above, str(tmp_path / "a")) == 0
+    assert run(*words, "--pretrained", base, str(tmp_path / "b")) == 0
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_revision_is_one_of_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def note(name: str, **options: object) -> None:
+        asked[name] = options.get("revision")
+        raise OSError("stop here")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", note)
+    for tokenizer in (None, "some/model", "other/tokenizer"):
+        loading = Loading("some/model", tokenizer, "v2")
+        with pytest.raises(UserError, match="stop here"):
+            load_model(loading)
+        pruner = CalibPruner.from_pretrained("some/model", tokenizer, revision="v2")
+        with pytest.raises(UserError, match="stop here"):
+            _ = pruner.tokenizer
+        assert asked == {
+            tokenizer or "some/model": None if tokenizer == "other/tokenizer" else "v2"
+        }
+        asked.clear()
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "flot16"}, {"dtype": "int8"}, {"device": "gpu"}])
+def test_dtype_and_device_are_checked_by_every_command(
+    wrong: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (name, value), folder = next(iter(wrong.items())), str(tmp_path / "none")
+    with pytest.raises(UserError, match=f"{name}: got '{value}'"):
+        CalibPruner.from_pretrained(folder, **wrong)
+    given = ["--pretrained", folder, f"--{name}", value]
+    for words in (
+        ["calibrate", "random", "--out", str(tmp_path / "o"), *given],
+        ["bank", "--out", str(tmp_path / "o"), "--source", "a=random", *given],
+        ["preflight", "method=wanda,sparsity=0.5", "--set", "a=random", "--domain", "b=self"]
+        + given,
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2
+        told = capsys.readouterr().err
+        assert f"{name}: got '{value}'" in told
+        assert len(told.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -68,6 +135,14 @@ def test_a_recipe_from_a_folder(base: str, tmp_path: Path) -> None:
             ["--method", "wanda", "--sparsity", "0.5", "--format", "onnx"],
             "dense, compressed-tensors",
         ),
+        (
+            ["--method", "rtn", "--scheme", "W8A8", "--format", "dense"],
+            "error: format: dense holds weights alone, and the recipe rounds the inputs of layers, "
+            "too; compressed-tensors; --format compressed-tensors",
+        ),
+        (["--method", "rtn", "--dtype", "flot16"], "dtype: got 'flot16'; did you mean `float16`?"),
+        (["--method", "rtn", "--device", "gpu"], "device: got 'gpu'; "),
+        (["--method", "rtn", "--device", "cuda:99"], "this machine has: cpu"),
         (["--method", "rtn", "--kv-bits", "8"], "export without kv_bits"),
         (["--method", "wanda", "--sparsity", "0.5", "--results", "/none"], "can not be read"),
         (["--method", "magnitude", "--sparsity", "0.5", "--max-shard-size", "big"], "such as 5GB"),

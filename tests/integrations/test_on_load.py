@@ -206,6 +206,70 @@ def test_a_tokenizer_in_memory_is_used_and_not_copied(tmp_path: Path) -> None:
     json.loads(config.to_json_string())
 
 
+def other_tokenizer(folder: Path) -> None:
+    """Write a tokenizer that gives the same words other numbers."""
+    make_tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    words = content["model"]["vocab"]
+    names = [word for word, number in words.items() if number >= 4]
+    words |= dict(zip(names, reversed([words[name] for name in names]), strict=True))
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "text.txt").write_text("the of and to in a is that it was for on are as\n" * 40)
+    data = {"calibration": f"file:{tmp_path / 'text.txt'}", "nsamples": 4, "seqlen": 16}
+    return {"method": "wanda", "sparsity": 0.5, **data}
+
+
+def drawn(model: Any) -> list[list[int]]:
+    return [list(map(int, sequence)) for sequence in model.calib_report.calibration_set.sequences]
+
+
+def test_the_tokenizer_of_a_subfolder_is_the_one_beside_the_weights(
+    tmp_path: Path, text: dict[str, Any]
+) -> None:
+    inner = tmp_path / "repository" / "inner"
+    saved_model(inner)
+    other_tokenizer(inner.parent)
+    config = CalibPruneConfig(**text)
+    plain = drawn(loaded(str(inner), config))
+    assert drawn(loaded(str(inner.parent), config, subfolder="inner")) == plain
+    for file in inner.glob("token*"):
+        file.unlink()
+    with pytest.raises(UserError, match="tokenizer: none was found for .*inner.*give tokenizer="):
+        loaded(str(inner.parent), config, subfolder="inner")
+
+
+@pytest.mark.parametrize("inside", ["", "inner"])
+def test_the_tokenizer_of_a_revision_is_that_of_the_weights(
+    tmp_path: Path, text: dict[str, Any], inside: str
+) -> None:
+    kept = tmp_path / "cache" / "models--someone--model"
+    commits = {"main": "a" * 40, "older": "b" * 40}
+    for name, commit in commits.items():
+        saved_model(kept / "snapshots" / commit / inside)
+        (kept / "refs").mkdir(exist_ok=True)
+        (kept / "refs" / name).write_text(commit)
+    other_tokenizer(kept / "snapshots" / commits["main"] / inside)
+    config = CalibPruneConfig(**text)
+    place = {"cache_dir": str(tmp_path / "cache"), "subfolder": inside}
+    for name, commit in commits.items():
+        plain = drawn(loaded(str(kept / "snapshots" / commit / inside), config))
+        assert drawn(loaded("someone/model", config, revision=name, **place)) == plain
+
+
+def test_the_tokenizer_is_looked_for_before_weights_are_loaded(
+    tmp_path: Path, text: dict[str, Any]
+) -> None:
+    folder = saved_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="tokenizer: none was found for `/nowhere`"):
+        loaded(folder, CalibPruneConfig(**text, tokenizer="/nowhere"))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -13,10 +13,12 @@ import torch
 from optimum.configuration_utils import BaseConfig
 from optimum.quantization_base import OptimumQuantizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from lm_calib_plugin import (
     CalibConfig,
     CalibModelForCausalLM,
+    CalibPruneConfig,
     CalibPruner,
     CalibQuantizer,
     CalibrationSet,
@@ -112,6 +114,8 @@ def test_keywords_win_over_the_file(tmp_path: Path) -> None:
             {"recipe": {"method": "wanda", "sparsity": 0.5}, "export_format": "gguf"},
             "allowed: auto",
         ),
+        ({"recipe": "/etc/hostname"}, "recipe: a configuration holds '/etc/hostname'"),
+        ({"recipe": ["wanda"]}, "recipe: a configuration holds"),
         ([], "holds no mapping"),
         ("{", "no calib_config.json in"),
     ],
@@ -123,6 +127,23 @@ def test_a_file_that_says_something_else_is_refused(
     (tmp_path / CALIB_CONFIG).write_text(text)
     with pytest.raises(UserError, match=words):
         CalibConfig.from_pretrained(tmp_path)
+
+
+def test_a_file_can_not_make_other_files_be_read(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("method: wanda\nsparsity: 0.5\n")
+    content = {"recipe": str(tmp_path / "r.yaml")}
+    assert CalibConfig(**content).recipe.method == "wanda"  # typed by hand
+    (tmp_path / CALIB_CONFIG).write_text(json.dumps(content))
+    on_load = {"quant_method": "calib_prune", **content}
+    for read in (
+        lambda: CalibConfig.from_dict(content),
+        lambda: CalibConfig.from_pretrained(tmp_path),
+        lambda: CalibConfig.from_json_file(str(tmp_path / CALIB_CONFIG)),
+        lambda: CalibPruneConfig.from_dict(on_load),
+        lambda: AutoQuantizationConfig.from_dict(on_load),
+    ):
+        with pytest.raises(UserError, match=r"recipe: a configuration holds .*r\.yaml"):
+            read()
 
 
 def test_a_folder_without_configuration(tmp_path: Path) -> None:
@@ -193,7 +214,7 @@ def test_nothing_is_loaded_before_everything_is_valid(
     def never(*args: Any) -> None:
         raise AssertionError("loaded too early")
 
-    monkeypatch.setattr(compressors, "_load", never)
+    monkeypatch.setattr(compressors, "load_weights", never)
     monkeypatch.setattr(compressors, "load_tokenizer", never)
     (tmp_path / "taken").mkdir()
     pruner = CalibPruner.from_pretrained(llama)
@@ -339,6 +360,44 @@ def test_a_record_of_another_model_is_noticed(exported: Path, tmp_path: Path) ->
     write_files_record(folder, facts)
     with pytest.raises(CalibError, match="zeros, and the report says"):
         CalibModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_zeros_that_an_export_added_are_told_from_those_of_the_model(
+    name: str, tmp_path: Path
+) -> None:
+    """Fresh biases are all zero, and those are part of what was evaluated."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    model = make_model(name, **({"attention_bias": True} if name == "llama" else {}))
+    biases = {n for n, p in model.named_parameters() if n.endswith("bias") and not p.any()}
+    assert biases
+    model.save_pretrained(base), make_tokenizer().save_pretrained(base)
+    pruner = CalibPruner.from_pretrained(str(base))
+    pruner.prune(out, method="flap", sparsity=0.3, **DATA)
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    names = {n for n, _ in plain.named_parameters()} - {
+        n for n, _ in pruner.model.named_parameters()
+    }
+    assert bool(names) == (name == "llama")
+    facts = {**read_files_record(out).facts, "added": sorted(names)}
+
+    def record(**changes: Any) -> None:
+        (out / FILES).unlink()
+        write_files_record(out, facts | changes)
+
+    record()
+    assert torch.equal(logits(CalibModelForCausalLM.from_pretrained(out)), logits(pruner.model))
+    # A zero bias of the model itself is one of its weights.
+    record(added=sorted(names | {min(biases)}))
+    with pytest.raises(CalibError, match="their digest is not"):
+        CalibModelForCausalLM.from_pretrained(out)
+    for wrong in (
+        ["model.nothing.bias"],
+        [next(n for n, p in plain.named_parameters() if p.any())],
+    ):
+        record(added=wrong)
+        with pytest.raises(CalibError, match="was added as zeros"):
+            CalibModelForCausalLM.from_pretrained(out)
 
 
 def test_other_folders_say_what_to_type(llama: str, tmp_path: Path) -> None:

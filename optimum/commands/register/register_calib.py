@@ -2,7 +2,7 @@
 
 Optimum reads this file whenever any of its commands starts, so it imports nothing heavy and never
 raises: where Optimum is not as expected, it just registers nothing. The words of the command go
-to ``lm-calib export`` as they were typed; ``--model`` is another name of ``--pretrained`` there.
+to ``lm-calib export`` as they were typed.
 No ``__init__.py`` may ever stand beside it or above it.
 """
 
@@ -10,16 +10,6 @@ from __future__ import annotations
 
 NAME = "calib"
 HELP = "Prune or quantize a causal language model and write it as a Hugging Face folder (lm-calib)."
-
-
-def translated(words: list[str]) -> list[str]:
-    """Return the words with ``--model`` as ``lm-calib export`` calls it."""
-    end = words.index("--") if "--" in words else len(words)
-    found = []
-    for word in words[:end]:
-        flag, equals, value = word.partition("=")
-        found.append(f"--pretrained{equals}{value}" if flag == "--model" else word)
-    return found + words[end:]
 
 
 def _commands() -> list[object]:
@@ -66,7 +56,7 @@ def _commands() -> list[object]:
 
             from lm_calib_plugin.cli import main
 
-            words = ["export", *translated(self.args.calib_words)]
+            words = ["export", *self.args.calib_words]
             sys.argv = ["lm-calib", *words]  # the command that the model card shows
             main(words)
 
