@@ -61,4 +61,4 @@ def save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
         file.write(struct.pack("<Q", len(header)) + header)
         for name in order:
             content = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(content.view(torch.uint8).numpy()))
+            file.write(content.view(torch.uint8).numpy().data)

@@ -110,9 +110,9 @@ def _lasting_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     Those that are stored with the model, and of the others all but these:
 
     - of roundings and packed layers, which :func:`weights_digest` tells of;
-    - ``*_cached`` (of cosines and sines in models with code of their own), which grow with the text;
-    - ``inv_freq`` where it is computed anew for long texts: what it comes from stands beside it, as
-      ``original_inv_freq``, and counts.
+    - ``*_cached`` (cosines and sines in models with code of their own), which grow with the text;
+    - ``inv_freq`` where it is computed anew for long texts: what it comes from stands beside it,
+      as ``original_inv_freq``, and counts.
     """
     stored = model.state_dict(keep_vars=True).keys()
     found = []
