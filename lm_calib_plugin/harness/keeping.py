@@ -18,7 +18,6 @@ from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import Report
 from lm_calib_plugin.runtime import Runtime
 
-
 # Arguments of the harness that change what a model scores, and that no folder holds.
 SCORING = (
     "add_bos_token",

@@ -53,7 +53,7 @@ def compressed() -> tuple[Any, Any, Any, Any]:
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     out, chance = tmp_path / "out", random.Random(3)
-    for _ in range(4):
+    for _ in range(3):
         process = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(out)],
             stdout=subprocess.PIPE,
