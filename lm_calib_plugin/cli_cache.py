@@ -70,7 +70,7 @@ def remove(
     cache: str = _FOLDER,
 ) -> None:
     """Delete kept models. What a process makes or loads just now is left alone."""
-    from lm_calib_plugin.artifacts.shelf import chosen, entries, over_budget, removed
+    from lm_calib_plugin.artifacts.shelf import chosen, entries, over_budget, removed, sweep
 
     given = [bool(keys), everything, *(x is not None for x in (older_than, larger_than, keep))]
     if sum(given) != 1:
@@ -99,6 +99,8 @@ def remove(
         freed, count = freed + done * entry.bytes, count + done
         verb = "deleted" if done else "in use, left alone"
         typer.echo(f"{entry.key[:SHOWN]}  {_what(entry)}  {_size(entry.bytes)}  {verb}")
+    if everything:
+        sweep(folder)
     typer.echo(f"{_counted(count)} deleted, {_size(freed)} freed in {folder}")
 
 

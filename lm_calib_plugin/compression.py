@@ -5,8 +5,10 @@ Check, draw, work (or load what an earlier run made), count, report.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +90,9 @@ def compress(
     with left_as_found(model):
         if job.structural:
             engine.check_reshape(model, job.blocks, job.method, job.device)
-        _identify(job)
-        _draw(job)
+        with _tied_again_on_error(job):
+            _identify(job)
+            _draw(job)
         for place in cuda_devices(model):
             torch.cuda.reset_peak_memory_stats(place)
         outcome = loaded_or_done(job, work_on)
@@ -167,6 +170,21 @@ def _checked(
     )
 
 
+@contextlib.contextmanager
+def _tied_again_on_error(job: Job) -> Iterator[None]:
+    """Give a head that gets a weight of its own the shared one back, should an error come."""
+    layers, config = job.layers, job.model.config
+    tied: Any = getattr(config, "tie_word_embeddings", None)
+    try:
+        yield
+    except BaseException:
+        for layer, own in zip(layers, job.layers, strict=True):
+            if own is not layer:
+                layer.module.weight = layer.parameter
+                config.tie_word_embeddings = tied
+        raise
+
+
 def _identify(job: Job) -> None:
     """Give a tied head that is a target weights of its own, and name the model as it is now."""
     job.layers = engine.untied(job.model, job.layers)
@@ -200,6 +218,7 @@ def _draw(job: Job) -> None:
                 for one in (job.method, *job.treated.values())
             )
             job.treated = dict(zip(job.treated, others, strict=True))
+    job.check_ids()
     if not job.structural:
         check_heldout(job.method, job.recipe, job.calibration)
     job.seconds["calibration"] = time.perf_counter() - start

@@ -76,27 +76,40 @@ class Job:
         """Names of what is worked on."""
         return [self.blocks.path] if self.structural else [layer.name for layer in self.layers]
 
-    def chunks(self) -> list[Chunk]:
-        """Return the calibration sequences anew, in chunks, which a pass uses up."""
-        calibration = self.calibration
-        if calibration is None:
-            return []
+    @property
+    def chunk_size(self) -> int:
+        """Number of calibration sequences that a model sees at once; 0 without any."""
+        if self.calibration is None:
+            return 0
+        size = self.runtime.calib_batch_size
+        if size == "auto":
+            size = token_budget(self.device, max(len(s) for s in self.calibration.sequences))
+        return min(int(size), self.calibration.nsamples)
+
+    def check_ids(self) -> None:
+        """Raise a UserError when a token id of the calibration set has no row of embeddings."""
+        if self.calibration is None:
+            return
         vocabulary = vocab_size(self.model)
-        highest = max(int(s.max()) for s in calibration.sequences)
+        highest = max(int(s.max()) for s in self.calibration.sequences)
         if highest >= vocabulary:
             raise UserError(
                 "calibration",
                 f"token id {highest} >= {vocabulary} rows of the embeddings",
                 fix="wrong tokenizer for this model?",
             )
-        size = self.runtime.calib_batch_size
-        if size == "auto":
-            size = token_budget(self.device, max(len(s) for s in calibration.sequences))
+
+    def chunks(self) -> list[Chunk]:
+        """Return the calibration sequences anew, in chunks, which a pass uses up."""
+        calibration = self.calibration
+        if calibration is None:
+            return []
+        vocabulary = vocab_size(self.model)
         pad = getattr(self.tokenizer, "pad_token_id", None)
         return make_chunks(
             calibration.sequences,
             engine.heldout_indices(calibration.nsamples, self.recipe.heldout),
-            int(size),
+            self.chunk_size,
             pad if isinstance(pad, int) and pad < vocabulary else 0,
             weights=calibration.weights,
             skip_first=self.recipe.exclude_first_token,

@@ -11,7 +11,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lm_calib_plugin import storage
 from lm_calib_plugin.artifacts.changes import Dense, NotKeptError
 from lm_calib_plugin.artifacts.keeping import keep, most_bytes
 from lm_calib_plugin.artifacts.record import DamagedError, NewerError
@@ -22,6 +21,8 @@ from lm_calib_plugin.artifacts.shelf import (
     check_room,
     check_writable,
     is_empty,
+    last_unkept,
+    mark_unkept,
     mark_used,
     shelf_of,
 )
@@ -43,30 +44,36 @@ class Outcome:
 def check_early(job: Job) -> None:
     """Refuse a cache that can not take the model, before any data is read.
 
-    Where something is kept already, it may be what is asked for; then nothing has to be written,
-    and the check waits until that is known.
+    Where something is kept already, it may be what is asked for, and then nothing has to be
+    written: the run goes on, after a warning.
 
     Raises
     ------
     UserError
-        When the folder can not be written, or its disk has too little space.
+        When the folder is empty, and can not be written or its disk has too little space.
     """
     shelf = shelf_of(job.runtime.cache)
-    if shelf is not None and is_empty(shelf):
-        check_writable(shelf)
-        check_room(shelf, most_bytes(job))
+    if shelf is None:
+        return
+    try:
+        _check_shelf(shelf, job)
+    except UserError as error:
+        if is_empty(shelf):
+            raise
+        log.warning("%s Unless it is there already, the model will not be kept.", error)
+
+
+def _check_shelf(shelf: Path, job: Job) -> None:
+    check_writable(shelf)
+    check_room(shelf, most_bytes(job))
 
 
 def loaded_or_done(job: Job, work: Callable[[Job], Done]) -> Outcome:
     """Load the result of a job where it is kept; else do the ``work``, and keep what came out.
 
-    Of several processes with one request one does the work; the others wait for it and load. Only
-    this process is needed in here: nothing waits for the other ranks.
-
-    Raises
-    ------
-    UserError
-        When the result can not be kept, before the work begins.
+    Of several processes with one request one does the work; the others wait for it and load. Where
+    nothing can be kept, none waits. Only this process is needed in here: nothing waits for the
+    other ranks.
     """
     shelf = shelf_of(job.runtime.cache)
     if shelf is None:
@@ -74,7 +81,8 @@ def loaded_or_done(job: Job, work: Callable[[Job], Done]) -> Outcome:
     content = asked(job)
     key = request_key(content)
     place, warnings = shelf / key, list[str]()
-    with _lock(place):
+    with contextlib.ExitStack() as lock:
+        problem = lock.enter_context(_lock(place))
         loaded, replaceable = _loaded(place, job, warnings)
         if loaded is not None:
             done = apply(place, loaded, job)
@@ -82,33 +90,49 @@ def loaded_or_done(job: Job, work: Callable[[Job], Done]) -> Outcome:
             saved = loaded.record["seconds"]
             facts = {"hit": True, "artifact": str(place), "seconds_saved": saved}
             return Outcome(done, facts, warnings)
-        check_writable(shelf)
-        check_room(shelf, most_bytes(job))
-        dense = Dense.of(job.model, job.blocks, job.hashes)
-        done = work(job)
         facts = {"hit": False, "artifact": None}
-        if replaceable:
-            facts |= _kept(place, job, dense, done, key, content, warnings)
-    return Outcome(done, facts, warnings)
+        if replaceable and _can_keep(shelf, job, problem, warnings):
+            dense = Dense.of(job.model, job.blocks, job.hashes)
+            done = work(job)
+            return Outcome(
+                done, facts | _kept(place, job, dense, done, key, content, warnings), warnings
+            )
+    # Nobody has to wait for what will not be kept.
+    return Outcome(work(job), facts, warnings)
 
 
 @contextlib.contextmanager
-def _lock(place: Path) -> Iterator[None]:
-    """Hold the lock of an artifact; one in a folder that can only be read is used without."""
+def _lock(place: Path) -> Iterator[str]:
+    """Hold the lock of an artifact; yields why nothing can be kept, where that is known.
+
+    Where the folder can only be read, what it holds is used without.
+    """
+    with contextlib.ExitStack() as held:
+        problem = ""
+        try:
+            check_writable(place.parent)
+            if not held.enter_context(at_rest(place)):
+                before = last_unkept(place)
+                log.warning("another process makes %s, or loads it; waiting", place)
+                held.enter_context(at_rest(place, wait=True))
+                if last_unkept(place) != before:
+                    problem = "cache: another process could not keep the same model just now."
+        except UserError as error:
+            problem = str(error)
+        yield problem
+
+
+def _can_keep(shelf: Path, job: Job, problem: str, warnings: list[str]) -> bool:
+    """Tell whether a result can be kept, as far as that is known before the work."""
     try:
-        check_writable(place.parent)
-    except UserError:
-        if not place.exists():
-            raise
-        yield
-        return
-    with at_rest(place) as free:
-        if free:
-            yield
-            return
-    log.warning("another process makes %s, or loads it; waiting", place)
-    with storage.only_once(place):
-        yield
+        if not problem:
+            _check_shelf(shelf, job)
+    except UserError as error:
+        problem = str(error)
+    if problem:
+        warnings.append(f"{problem} The model was compressed, and not kept.")
+        log.warning(warnings[-1])
+    return not problem
 
 
 def _loaded(place: Path, job: Job, warnings: list[str]) -> tuple[Loaded | None, bool]:
@@ -136,7 +160,7 @@ def _kept(
     content: dict[str, Any],
     warnings: list[str],
 ) -> dict[str, Any]:
-    """Keep a result; the work is not lost when that fails."""
+    """Keep a result; the work is not lost when that fails, and those who wait are told."""
     try:
         size = keep(place, job, dense, done, key, content)
     except NotKeptError as error:
@@ -145,5 +169,6 @@ def _kept(
         warnings.append(f"cache: not kept, because it could not be written ({error})")
     else:
         return {"artifact": str(place), "bytes": size}
+    mark_unkept(place)
     log.warning(warnings[-1])
     return {}

@@ -9,15 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lm_calib_plugin import engine, storage
 from lm_calib_plugin.accounting import versions
 from lm_calib_plugin.artifacts.changes import Dense, find_changes
 from lm_calib_plugin.artifacts.grids import plain_grid
-from lm_calib_plugin.artifacts.record import RECORD, TENSORS, write_record
+from lm_calib_plugin.artifacts.record import TENSORS, write_record
 from lm_calib_plugin.artifacts.shelf import check_room, set_aside
+from lm_calib_plugin.artifacts.tensors import save_file
 from lm_calib_plugin.engine.activations import quantizers
 from lm_calib_plugin.engine.kv_cache import kv_bits
 from lm_calib_plugin.joint import pruning_of, quantizer_of
@@ -69,7 +69,7 @@ def keep(
     ------
     NotKeptError
         When something became of the model that an artifact has no words for.
-    OSError, SafetensorError, ValueError
+    OSError, ValueError
         When it can not be written; nothing is left behind then.
     """
     if done.hashes is None:
@@ -96,25 +96,11 @@ def keep(
     set_aside(place)
     with storage.new_folder(place) as temporary:
         file = temporary / TENSORS
-        save_file(_stored(tensors), str(file))
+        save_file(tensors, file)
         content["bytes"] = file.stat().st_size
         content["sha256"] = storage.file_digest(file)
         write_record(temporary, content)
-        # The library writes it for its owner alone, whatever the user's mask says.
-        file.chmod((temporary / RECORD).stat().st_mode)
         return sum(path.stat().st_size for path in temporary.iterdir())
-
-
-def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors on the CPU, each with memory of its own."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        place = value.untyped_storage().data_ptr()
-        found[name] = value.clone() if place in seen else value
-        seen.add(place)
-    return found
 
 
 def _described(job: Job, done: Done) -> dict[str, Any]:

@@ -20,10 +20,10 @@ def asked(job: Job) -> dict[str, Any]:
     """Return plain values that decide the weights and the report, before any work.
 
     More than the recipe key knows: what only changes the report (the data that errors of a method
-    without data are measured on) is here, too, and the class of hardware, which decides last bits.
-    Less than the key knows of what the work finds (shares of an allocation, widths of
-    ``bits=auto``): of these, what was asked for. ``execution`` is not here: an artifact holds the
-    simulated model, from which kernels are made.
+    without data are measured on) is here, too, and what decides last bits of sums: the class of
+    hardware, threads, and how many sequences a chunk has. Less than the key knows of what the work
+    finds (shares of an allocation, widths of ``bits=auto``): of these, what was asked for.
+    ``execution`` is not here: an artifact holds the simulated model, from which kernels are made.
     """
     recipe, method, calibration = job.recipe, job.method, job.calibration
     config: Any = getattr(job.model, "config", None)
@@ -48,6 +48,7 @@ def asked(job: Job) -> dict[str, Any]:
         "exclude_first_token": recipe.exclude_first_token,
         "calib_id": None if calibration is None else calibration.calib_id,
         "heldout": job.held,
+        "chunk": job.chunk_size,
         "hardware": _hardware(job),
         "versions": _versions(job),
     }
@@ -65,8 +66,10 @@ def _hardware(job: Job) -> list[str]:
         if device.type == "cuda":
             found.add(f"cuda {torch.cuda.get_device_name(device)}")
         elif device.type == "cpu":
-            # Products are summed in another order where registers are wider.
-            found.add(f"cpu {platform.machine()} {torch.backends.cpu.get_cpu_capability()}")
+            # Products are summed in another order where registers are wider, and where more
+            # threads share the work: with no data, too, when a transform is checked for instance.
+            kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+            found.add(f"cpu {kind} {torch.get_num_threads()} threads")
         else:
             found.add(device.type)
     return sorted(found)

@@ -18,6 +18,7 @@ from lm_calib_plugin.artifacts.changes import Changes, apply_structure, check_ch
 from lm_calib_plugin.artifacts.grids import made_grid
 from lm_calib_plugin.artifacts.keeping import GRID, PARAMETER, weights_key
 from lm_calib_plugin.artifacts.record import TENSORS, DamagedError, check_tensors, read_record
+from lm_calib_plugin.artifacts.tensors import KINDS
 from lm_calib_plugin.engine.activations import install
 from lm_calib_plugin.errors import CalibError
 from lm_calib_plugin.joint import pruning_of, with_part
@@ -27,15 +28,8 @@ from lm_calib_plugin.quantization.pipeline import Quantizer
 from lm_calib_plugin.report import LayerRow
 from lm_calib_plugin.work import Done, Job, with_widths
 
-# As safetensors writes the dtypes of parameters.
-_DTYPES = {
-    "F64": "torch.float64",
-    "F32": "torch.float32",
-    "F16": "torch.float16",
-    "BF16": "torch.bfloat16",
-    "F8_E4M3": "torch.float8_e4m3fn",
-    "F8_E5M2": "torch.float8_e5m2",
-}
+# Dtypes of parameters by their names in a file.
+_DTYPES = {kind: str(dtype) for dtype, kind in KINDS.items()}
 
 
 @dataclass(frozen=True)

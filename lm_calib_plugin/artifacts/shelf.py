@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm_calib_plugin import storage
 from lm_calib_plugin.artifacts.record import (
@@ -23,6 +23,9 @@ from lm_calib_plugin.artifacts.record import (
     read_record,
 )
 from lm_calib_plugin.errors import UserError
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 ARGUMENT = "cache"
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -112,8 +115,10 @@ def chosen(shelf: Path, keys: Sequence[str]) -> list[Entry]:
 
 
 @contextlib.contextmanager
-def at_rest(place: Path) -> Iterator[bool]:
+def at_rest(place: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold the lock of an artifact; yields False, without it, while another process has it.
+
+    With ``wait`` it is waited for.
 
     Raises
     ------
@@ -122,9 +127,9 @@ def at_rest(place: Path) -> Iterator[bool]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(str(lock_of(place)), blocking=False)
+    lock = FileLock(str(lock_of(place)), blocking=wait)
     try:
-        lock.acquire()
+        _acquire(lock)
     except Timeout:
         yield False
         return
@@ -136,9 +141,52 @@ def at_rest(place: Path) -> Iterator[bool]:
         lock.release()
 
 
+def _acquire(lock: BaseFileLock) -> None:
+    """Acquire a lock, the file of which may be deleted by the process that holds it.
+
+    Whoever waited for that file would then hold what nobody else looks at, and begins again.
+    """
+    file = Path(lock.lock_file)
+    while True:
+        before = _identity(file)
+        lock.acquire()
+        now = _identity(file)
+        if now is not None and before in (None, now):
+            return
+        lock.release()
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def lock_of(place: Path) -> Path:
-    """Return the lock file of an artifact, the one of ``storage.only_once``."""
+    """Return the lock file of an artifact."""
     return place.with_name(f"{place.name}.lock")
+
+
+def unkept_of(place: Path) -> Path:
+    """Return the file that says when an artifact could not be kept; it is empty."""
+    return place.with_name(f".{place.name}.unkept")
+
+
+def mark_unkept(place: Path) -> None:
+    """Tell the processes that wait for an artifact that it could not be kept."""
+    with contextlib.suppress(OSError):
+        unkept_of(place).touch()
+        os.utime(unkept_of(place))
+
+
+def last_unkept(place: Path) -> int:
+    """Return when an artifact could not be kept, in some nanoseconds; 0 for never."""
+    try:
+        return unkept_of(place).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def set_aside(place: Path) -> None:
@@ -157,14 +205,33 @@ def set_aside(place: Path) -> None:
 
 
 def removed(entry: Entry) -> bool:
-    """Delete an artifact; False, and nothing is done, while a process uses it."""
+    """Delete an artifact and its lock; False, and nothing is done, while a process uses it."""
     with at_rest(entry.folder) as free:
         if free:
             try:
                 set_aside(entry.folder)
             except OSError as error:
                 raise unusable(entry.folder.parent, error) from None
+            _forget(entry.folder)
     return free
+
+
+def sweep(shelf: Path) -> None:
+    """Delete the locks and marks of artifacts that are not there, unless a process uses them."""
+    for file in list(shelf.glob("*.lock")) + list(shelf.glob(".*.unkept")):
+        place = shelf / file.stem.removeprefix(".")
+        if _KEY.fullmatch(place.name) and not os.path.lexists(place):
+            with at_rest(place) as free:
+                if free and not os.path.lexists(place):
+                    _forget(place)
+
+
+def _forget(place: Path) -> None:
+    """Delete the lock and the mark of an artifact; whoever holds the lock may do so."""
+    for file in (unkept_of(place), lock_of(place)):
+        # Windows deletes no file that is open: the lock stays there until the next sweep.
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
 
 
 def verified(entry: Entry) -> str | None:

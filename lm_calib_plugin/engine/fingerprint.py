@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lm_calib_plugin.engine.activations import quantizers
 from lm_calib_plugin.engine.kv_cache import kv_bits
 from lm_calib_plugin.execution import PackedLinear
+from lm_calib_plugin.quantization.activations import ActivationQuantizer
 from lm_calib_plugin.storage import digest
 
 
@@ -72,12 +73,16 @@ def _rounded_on_the_way(model: nn.Module, packed: Mapping[str, PackedLinear]) ->
 def model_digest(model: nn.Module, hashes: Mapping[str, list[Any]] | None = None) -> str:
     """Return a digest of everything that decides what a model computes.
 
-    Weights, persistent buffers (routing biases, for instance) and the configuration as far as it
-    differs from the defaults of its class, with the attention implementation. Names, versions and
-    output switches are left out. ``hashes`` are those of :func:`parameter_hashes`, where they are
-    known.
+    Weights, buffers (routing biases, rotary frequencies and scales of embeddings, which a cast
+    rounds) and the configuration as far as it differs from the defaults of its class, with the
+    attention implementation. Names, versions and output switches are left out, and so are buffers
+    that a forward pass rewrites: the digest is the same before and after. ``hashes`` are those of
+    :func:`parameter_hashes`, where they are known.
     """
-    buffers = {name: _tensor_hash(tensor) for name, tensor in _persistent_buffers(model)}
+    buffers = {
+        name: [list(tensor.shape), str(tensor.dtype), _tensor_hash(tensor)]
+        for name, tensor in _lasting_buffers(model)
+    }
     config: Any = getattr(model, "config", None)
     settings = config.to_diff_dict() if config is not None else {}
     settings = {k: v for k, v in settings.items() if k not in _NOT_IDENTITY}
@@ -99,9 +104,38 @@ _NOT_IDENTITY = (
 )
 
 
-def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+def _lasting_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the buffers that stay as they are while a model is used, by name.
+
+    Those that are stored with the model, and of the others all but these:
+
+    - of roundings and packed layers, which :func:`weights_digest` tells of;
+    - ``*_cached`` (cosines and sines in models with code of their own), which grow with the text;
+    - ``inv_freq`` where it is computed anew for long texts: what it comes from stands beside it,
+      as ``original_inv_freq``, and counts.
+    """
     stored = model.state_dict(keep_vars=True).keys()
-    return sorted((name, b) for name, b in model.named_buffers() if name in stored)
+    found = []
+    for path, module in model.named_modules():
+        ours = isinstance(module, (ActivationQuantizer, PackedLinear))
+        # With duplicates: after a long text the frequencies and their original may be one tensor.
+        for own, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            name = f"{path}.{own}" if path else own
+            passing = ours or own.endswith("_cached") or _follows_length(module, own)
+            if name in stored or not passing:
+                found.append((name, buffer))
+    return sorted(found, key=lambda pair: pair[0])
+
+
+def _follows_length(module: nn.Module, buffer: str) -> bool:
+    """Tell whether a buffer holds rotary frequencies that depend on the length of a text."""
+    layer_type, ending, _ = buffer.partition("inv_freq")
+    if not ending or layer_type.endswith("original_"):
+        return False
+    kind: Any = getattr(module, "rope_type", None)
+    if isinstance(kind, dict):
+        kind = kind.get(layer_type.removesuffix("_"))
+    return "dynamic" in str(kind) or kind == "longrope"
 
 
 def _tensor_hash(tensor: Tensor) -> str:

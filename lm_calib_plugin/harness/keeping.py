@@ -19,6 +19,19 @@ from lm_calib_plugin.report import Report
 from lm_calib_plugin.runtime import Runtime
 
 
+# Arguments of the harness that change what a model scores, and that no folder holds.
+SCORING = (
+    "add_bos_token",
+    "attn_implementation",
+    "chat_template_args",
+    "enable_thinking",
+    "max_length",
+    "prefix_token_id",
+    "softmax_dtype",
+    "truncation",
+)
+
+
 class Keeping:
     """The folder that an evaluation is asked to keep its model in, if any.
 
@@ -105,10 +118,23 @@ class Keeping:
         license = (
             base_license(resolve_pretrained(name)) if isinstance(self.pretrained, str) else None
         )
+        given = {k: v for k, v in self.arguments.items() if v is not None}
         return Provenance(
             name,
-            self.arguments.get("revision"),
+            given.get("revision"),
             license,
-            shlex.join(["lm_eval", *sys.argv[1:]]),
-            trust_remote_code=bool(self.arguments.get("trust_remote_code")),
+            _command(),
+            trust_remote_code=bool(given.get("trust_remote_code")),
+            adapters=tuple(str(given[k]) for k in ("peft", "delta") if given.get(k)),
+            model_args={k: given[k] for k in SCORING if k in given},
         )
+
+
+def _command() -> str | None:
+    """Return the line that was typed; None where another program made the evaluation."""
+    program = Path(sys.argv[0])
+    words = shlex.join(sys.argv[1:])
+    if program.name in ("lm_eval", "lm-eval") or program.parent.name == "lm_eval":
+        return f"lm_eval {words}"
+    known = program.name == "lm-calib" or program.parent.name == "lm_calib_plugin"
+    return f"lm-calib {words}" if known else None

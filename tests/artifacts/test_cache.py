@@ -168,7 +168,7 @@ def test_how_the_work_is_done_is_no_part_of_the_request(tmp_path: Path) -> None:
     first = run(tmp_path, given)
     runtime = Runtime(
         progress=False,
-        calib_batch_size=1,
+        calib_batch_size=len(LENGTHS) + 5,
         eval_tokens=64,
         report_dir=str(tmp_path / "reports"),
         cache=str(tmp_path),

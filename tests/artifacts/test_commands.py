@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from lm_calib_plugin import cli, doctor, storage
+from lm_calib_plugin import cli, doctor
 from lm_calib_plugin.artifacts.record import RECORD, TENSORS
-from lm_calib_plugin.artifacts.shelf import Entry, entries
+from lm_calib_plugin.artifacts.shelf import Entry, at_rest, entries, lock_of, mark_unkept
 from tests.artifacts.test_cache import run
 
 ROOT = Path(__file__).parents[2]
@@ -148,9 +148,28 @@ def test_rm_by_key(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert there(shelf) == ["shortgpt"]
 
 
+def test_locks_go_with_what_they_guard(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, _ = entries(shelf)
+    mark_unkept(first.folder)
+    assert lock_of(first.folder).exists()
+    calib("rm", first.key, "--cache", str(shelf), capsys=capsys)
+    assert not [path for path in shelf.iterdir() if first.key in path.name]
+    assert lock_of(second.folder).exists()
+    # What a run that came to nothing left behind, or an older version; what is foreign stays.
+    mark_unkept(shelf / ("a" * 64))
+    lock_of(shelf / ("b" * 64)).touch()
+    (shelf / "mine.lock").touch()
+    used = shelf / ("c" * 64)
+    with at_rest(used) as free:
+        assert free
+        calib("rm", "--all", "--cache", str(shelf), capsys=capsys)
+    assert {path.name for path in shelf.iterdir()} == {"mine.lock", lock_of(used).name}
+
+
 def test_what_is_in_use_stays(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, *_ = entries(shelf)
-    with storage.only_once(first.folder):
+    with at_rest(first.folder) as free:
+        assert free
         code, out = calib("rm", "--all", "--cache", str(shelf), capsys=capsys)
         assert calib("verify", "--cache", str(shelf), capsys=capsys)[0] == 0
     assert code == 0

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compression, registry
+from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compression, engine, registry
 from lm_calib_plugin.artifacts import request
 from lm_calib_plugin.artifacts.request import asked, request_key
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.recipe import read_arguments
 from tests.artifacts.test_cache import FAMILIES, LENGTHS, calibration
-from tests.tiny import make_model, random_ids
+from tests.tiny import make_model, random_ids, saved_model
 
 BASE: dict[str, Any] = {"method": "gptq", "bits": 3, "group_size": 16}
 
@@ -127,14 +128,49 @@ def test_data_counts_where_only_the_report_depends_on_it() -> None:
     assert key(given) != key({**given, "heldout": 0.3})
 
 
-def test_kernels_and_chunks_do_not_count() -> None:
+def test_kernels_do_not_count() -> None:
     given = {"method": "rtn", "scheme": "W8A8"}
     assert key(given) == key({**given, "execution": "simulated"})
-    assert key() == key(runtime=Runtime(calib_batch_size=3, eval_tokens=8, progress=False))
+    assert key() == key(runtime=Runtime(eval_tokens=8, progress=False))
     # Stages written out are the method of their name.
     assert key({"method": "wanda", "sparsity": 0.5}) == key(
         {"method": "magnitude", "score": "wanda", "sparsity": 0.5}
     )
+
+
+def test_what_moves_last_bits_of_sums_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks as they come out, whoever chose their size; and threads."""
+
+    def by(size: Any) -> str:
+        return key(runtime=Runtime(calib_batch_size=size, progress=False))
+
+    # Automatic chunks hold all of these few sequences, and more than all are all.
+    assert by("auto") == by(len(LENGTHS)) == by(500) == key()
+    assert len({by(1), by(3), by("auto")}) == 3
+    before = key()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert key() != before
+
+
+def test_without_data_chunks_do_not_count() -> None:
+    keys = set()
+    for size in ("auto", 1, 3):
+        runtime = Runtime(calib_batch_size=size, progress=False)
+        recipe = Recipe(method="magnitude", sparsity=0.5)
+        job = compression._checked(make_model(), None, recipe, runtime, None)
+        compression._identify(job)
+        compression._draw(job)
+        assert job.calibration is None
+        keys.add(request_key(asked(job)))
+    assert len(keys) == 1
+
+
+def test_a_cast_that_reaches_the_frequencies_is_another_request(tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    cast = AutoModelForCausalLM.from_pretrained(folder).to(torch.bfloat16)
+    assert engine.weights_digest(loaded) == engine.weights_digest(cast)
+    assert key(model=loaded) != key(model=cast)
 
 
 @pytest.mark.parametrize(

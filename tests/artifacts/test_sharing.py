@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -15,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from lm_calib_plugin import compression, storage
-from lm_calib_plugin.artifacts import cache, keeping
+from lm_calib_plugin import compression
+from lm_calib_plugin.artifacts import cache, keeping, shelf
 from lm_calib_plugin.artifacts.shelf import entries, verified
 from lm_calib_plugin.errors import UserError
 from tests.artifacts.test_cache import FAMILIES, alike, run
@@ -149,16 +150,46 @@ def test_a_full_disk_is_noticed_before_anything_is_done(
 def test_where_something_is_kept_the_request_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a full disk what is kept is loaded, and what is not is refused before the work."""
+    """On a full disk what is kept is loaded, and what is not is made, and not kept."""
+    other = {**GIVEN, "sparsity": 0.4}
+    plain = run(False, other)
     with disk(tmp_path / "disk", "3m") as folder:
         first = run(folder, GIVEN)
         (folder / "more").write_bytes(b"x" * (2 << 20))
-        monkeypatch.setattr(compression, "work_on", _fail)
-        second = run(folder, GIVEN)
+        with monkeypatch.context() as patch:
+            patch.setattr(compression, "work_on", _fail)
+            second = run(folder, GIVEN)
         assert second[1].cache["hit"]
         alike(second, first)
-        with pytest.raises(UserError, match=r"^cache: \d+ MiB are free"):
-            run(folder, {**GIVEN, "sparsity": 0.4})
+        made_not_kept(run(folder, other), plain, r"^cache: \d+ MiB are free")
+        assert len(entries(folder)) == 1
+
+
+def made_not_kept(found: Any, plain: Any, why: str) -> None:
+    note = found[1].warnings.pop()
+    assert re.search(why, note)
+    assert note.endswith("The model was compressed, and not kept.")
+    assert found[1].cache == {"hit": False, "artifact": None}
+    alike(found, plain)
+
+
+def test_too_little_room_is_said_before_data_are_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, GIVEN)
+    monkeypatch.setattr(shelf, "check_room", lambda *given: None)
+    monkeypatch.setattr(cache, "check_room", no_room)
+    monkeypatch.setattr(compression, "_draw", _fail)
+    caplog.clear()
+    with pytest.raises(RuntimeError):
+        run(tmp_path, GIVEN)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("cache: nothing is free")
+    assert said.endswith("Unless it is there already, the model will not be kept.")
+
+
+def no_room(*given: Any) -> None:
+    raise UserError("cache", "nothing is free")
 
 
 @pytest.mark.parametrize("looks", [True, False])
@@ -195,7 +226,8 @@ def test_a_disk_that_fills_up_meanwhile_costs_no_work(
 def test_a_folder_that_can_only_be_read_serves_what_it_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = run(False, GIVEN)
+    other = {**GIVEN, "sparsity": 0.4}
+    plain, twin = run(False, GIVEN), run(False, other)
     with disk(tmp_path / "disk", "5m") as folder:
         run(folder, GIVEN)
         remount(folder, "ro")
@@ -203,8 +235,8 @@ def test_a_folder_that_can_only_be_read_serves_what_it_holds(
         found = run(folder, GIVEN)
         assert found[1].cache["hit"]
         alike(found, plain)
-        with pytest.raises(UserError, match="^cache: .* can not be written"):
-            run(folder, {**GIVEN, "sparsity": 0.4})
+        monkeypatch.undo()
+        made_not_kept(run(folder, other), twin, "^cache: .* can not be written")
 
 
 def test_an_empty_folder_that_can_only_be_read_is_refused_at_once(
@@ -243,7 +275,7 @@ def test_the_folder_is_ours_unless_named(cache_dir: Path) -> None:
 def test_the_lock_is_free_again(tmp_path: Path) -> None:
     _, report = run(tmp_path, GIVEN)
     place = Path(report.cache["artifact"])
-    with storage.only_once(place), pytest.raises(TimeoutError):
+    with shelf.at_rest(place), pytest.raises(TimeoutError):
         _waits(place)
 
 

@@ -106,6 +106,17 @@ def test_shell_examples(name: str, model: str) -> None:
     assert "calib_demo_cloze" in done.stdout
 
 
+def test_a_model_is_kept_and_evaluated_by_others(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "kept"
+    done = run("bash", str(EXAMPLES / "export.sh"), "--limit", "4", MODEL=model, OUT=str(out))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "logits differ by 0;" in done.stdout
+    assert "unpack it before use" in done.stdout
+    assert f"hf ({{'pretrained': '{out}'" in done.stdout
+    assert "calib_demo_grammar" in done.stdout
+    assert (tmp_path / "kept.packed").is_dir()
+
+
 def test_a_set_is_built_and_used(model: str, tmp_path: Path) -> None:
     out, made = tmp_path / "out", tmp_path / "set"
     command = ["bash", str(EXAMPLES / "calibrate.sh"), "--limit", "4", "--output_path", str(out)]

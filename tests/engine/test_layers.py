@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
-from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress, engine
+from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress, compression, engine
 from lm_calib_plugin.errors import UnsupportedModelError, UserError
-from tests.tiny import make_model, random_ids
+from tests.tiny import make_model, make_tokenizer, random_ids
 
 QUIET = Runtime(progress=False)
 
@@ -79,6 +81,36 @@ def test_a_tied_head_is_refused_unless_untied() -> None:
     assert int((model.lm_head.weight == 0).sum()) == model.lm_head.weight.numel() // 2
     model.tie_weights()
     assert int((model.lm_head.weight == 0).sum()) == model.lm_head.weight.numel() // 2
+
+
+@pytest.mark.parametrize("reason", ["text", "ids", "interrupt"])
+def test_a_head_stays_tied_when_nothing_was_done(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama_tied")
+    (tmp_path / "short.txt").write_text("the of")
+    source = {"calibration": f"file:{tmp_path / 'short.txt'}", "nsamples": 64, "seqlen": 64}
+    base = {"method": "wanda", "sparsity": 0.5, "targets": "lm_head+*proj", "untie": True}
+    recipe = Recipe(**base)
+    given = CalibrationSet.of([torch.tensor([5, 200])], seqlen=8)
+    before = engine.model_digest(model)
+    if reason == "text":
+        with pytest.raises(UserError):
+            compress(model, make_tokenizer(), Recipe(**base, **source), QUIET)
+    elif reason == "ids":
+        with pytest.raises(UserError, match="token id 200 >= 97 rows"):
+            compress(model, None, recipe, QUIET, given)
+    else:
+        monkeypatch.setattr(compression, "draw", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compress(model, make_tokenizer(), recipe, QUIET)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is True
+    assert engine.model_digest(model) == before
+
+
+def _interrupt(*given: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_routers_stay_dense_unless_named() -> None:
