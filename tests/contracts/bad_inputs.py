@@ -1503,6 +1503,18 @@ CASES = [
         ("`.` is no exported folder", "AutoModelForCausalLM.from_pretrained('.')"),
     ),
     Case(
+        "dtype_typo",
+        command("export", "out", "--model", "m", "--method", "rtn", "--dtype", "flot16"),
+        "dtype",
+        ("got 'flot16'", "did you mean `float16`?", "allowed: auto, bfloat16"),
+    ),
+    Case(
+        "recipe_named_by_a_configuration",
+        lambda: lm_calib_plugin.CalibConfig.from_dict({"recipe": "/some/file.yaml"}),
+        "recipe",
+        ("a configuration holds '/some/file.yaml'", "nothing is read from other files"),
+    ),
+    Case(
         "inspect_no_export",
         command("inspect", "."),
         "folder",
