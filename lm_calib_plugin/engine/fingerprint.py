@@ -81,7 +81,7 @@ def model_digest(model: nn.Module, hashes: Mapping[str, list[Any]] | None = None
     """
     buffers = {
         name: [list(tensor.shape), str(tensor.dtype), _tensor_hash(tensor)]
-        for name, tensor in _lasting_buffers(model)
+        for name, tensor in lasting_buffers(model)
     }
     config: Any = getattr(model, "config", None)
     settings = config.to_diff_dict() if config is not None else {}
@@ -104,7 +104,7 @@ _NOT_IDENTITY = (
 )
 
 
-def _lasting_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+def lasting_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the buffers that stay as they are while a model is used, by name.
 
     Those that are stored with the model, and of the others all but these:

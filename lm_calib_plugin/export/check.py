@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm_calib_plugin.engine.fingerprint import lasting_buffers
 from lm_calib_plugin.errors import CalibError, listed
 from lm_calib_plugin.execution import PackedLinear
 from lm_calib_plugin.export.architecture import CAST
@@ -184,10 +185,10 @@ def _compare_weights(model: nn.Module, again: nn.Module) -> int:
 
 def _compare_buffers(model: nn.Module, again: nn.Module) -> None:
     """Compare what is not stored, such as rotary frequencies."""
-    ours = dict(model.named_buffers())
-    for name, other in again.named_buffers():
+    ours = dict(lasting_buffers(model))
+    for name, other in lasting_buffers(again):
         mine = ours.get(name)
-        if mine is None or name in model.state_dict():
+        if mine is None:
             continue
         if mine.dtype != other.dtype or not torch.equal(mine, other.to(mine.device)):
             raise differs(f"{name} is not that of a loaded model: {CAST}")

@@ -363,3 +363,15 @@ def test_a_folder_that_is_not_the_model_never_gets_its_name(
     with pytest.raises(CalibError, match="Nothing was kept"):
         export(tmp_path / "out", "llama", WANDA)
     assert not list(tmp_path.iterdir())
+
+
+def test_frequencies_that_follow_the_length_of_a_text_are_not_compared(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model, tokenizer = make_model("llama", rope_parameters=rope), make_tokenizer()
+    recipe = lm_calib.Recipe(method="magnitude", sparsity=0.5)
+    report = lm_calib.compress(model, tokenizer, recipe, lm_calib.Runtime(progress=False))
+    with torch.no_grad():
+        model(torch.arange(90)[None])  # longer than the 64 positions it was made for
+    done = export_model(model, tokenizer, recipe, report, tmp_path / "out")
+    assert done.check is not None
+    assert done.check["exact"]
