@@ -96,13 +96,14 @@ class Keeping:
             return loaded
         from transformers import AutoTokenizer
 
-        named = self.arguments.get("tokenizer") or resolve_pretrained(self.pretrained)
-        if not isinstance(named, str):
+        named = self.arguments.get("tokenizer")
+        if named is not None and not isinstance(named, str):
             return named
+        # Revision and folder are those of the model.
+        own = {k: self.arguments.get(k) for k in ("revision", "subfolder")} if not named else {}
         return AutoTokenizer.from_pretrained(
-            named,
-            revision=self.arguments.get("revision") or "main",
-            subfolder=self.arguments.get("subfolder") or "",
+            named or resolve_pretrained(self.pretrained),
+            **{k: v for k, v in own.items() if v},
             trust_remote_code=bool(self.arguments.get("trust_remote_code")),
             use_fast=self.arguments.get("use_fast_tokenizer") is not False,
         )
