@@ -181,6 +181,12 @@ def _on_kernels(model: nn.Module) -> bool:
 
 
 def _quantized_layers(model: nn.Module, report: Report) -> list[QuantizedLayer]:
+    lost = [r.name for r in report.layers if r.bits is not None and r.name not in report.grids]
+    if lost:
+        raise CalibError(
+            f"The report no longer holds the levels of {lost[0]} (an evaluation lets them go): "
+            "export with export_dir=, or right after compress()."
+        )
     inputs = quantizers(model)
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):

@@ -375,3 +375,12 @@ def test_frequencies_that_follow_the_length_of_a_text_are_not_compared(tmp_path:
     done = export_model(model, tokenizer, recipe, report, tmp_path / "out")
     assert done.check is not None
     assert done.check["exact"]
+
+
+def test_levels_that_are_gone_are_missed(tmp_path: Path) -> None:
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    recipe = lm_calib.Recipe(method="rtn", **GROUPS)
+    report = lm_calib.compress(model, tokenizer, recipe, lm_calib.Runtime(progress=False))
+    report.grids = {}
+    with pytest.raises(CalibError, match="no longer holds the levels"):
+        export_model(model, tokenizer, recipe, report, tmp_path / "out")
