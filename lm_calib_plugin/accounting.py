@@ -6,7 +6,6 @@ import platform
 import resource
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from lm_calib_plugin.method import Method
 from lm_calib_plugin.quantization.coarse import coarse_bits
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import LayerRow, from_first_token
+from lm_calib_plugin.storage import version_of
 
 PACKAGES = ("lm-calib-plugin", "torch", "transformers", "lm-eval", "datasets", "accelerate")
 
@@ -165,8 +165,5 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+        found[package] = version_of(package) or "not installed"
     return found

@@ -41,12 +41,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, None where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def own_version() -> str:
     """Return the version of this package, for records."""
-    try:
-        return version("lm-calib-plugin")
-    except PackageNotFoundError:
-        return "not installed"
+    return version_of("lm-calib-plugin") or "not installed"
 
 
 def record_text(content: dict[str, Any]) -> str:

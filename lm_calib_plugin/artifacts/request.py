@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from lm_calib_plugin import registry, storage
+from lm_calib_plugin.storage import version_of
 from lm_calib_plugin.work import Job
 
 # Raised whenever results of this package change without a new revision of a method.
@@ -82,8 +82,5 @@ def _versions(job: Job) -> dict[str, str]:
     others = {row.distribution for row in rows if row.distribution != registry.OURS}
     found = {}
     for package in (*PACKAGES, *sorted(others)):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
+        found[package] = version_of(package) or "not installed"
     return found

@@ -27,7 +27,7 @@ def parameter_hashes(model: nn.Module) -> dict[str, list[Any]]:
     interpreter lock), at about one gigabyte a second and core.
     """
     named: dict[str, Any] = dict(model.named_parameters())
-    named |= {f"{n}.weight": m for n, m in _packed(model).items()}
+    named |= {f"{n}.weight": m for n, m in packed_layers(model).items()}
     order = sorted(named)
 
     def described(name: str) -> list[Any]:
@@ -48,23 +48,29 @@ def weights_digest(model: nn.Module, hashes: Mapping[str, list[Any]] | None = No
     """
     known = parameter_hashes(model) if hashes is None else hashes
     weights = [[name, *known[name]] for name in sorted(known)]
-    return digest(weights + _rounded_on_the_way(model, _packed(model)))
+    return digest(weights + _rounded_on_the_way(model))
 
 
-def _packed(model: nn.Module) -> dict[str, PackedLinear]:
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """Return the layers that run on kernels, by name; empty for a simulated model."""
     return {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
 
 
-def _rounded_on_the_way(model: nn.Module, packed: Mapping[str, PackedLinear]) -> list[list[Any]]:
-    """Describe what the model rounds besides its weights; empty for most models."""
+def input_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Return what rounds the input of every layer, by name, also of layers on kernels."""
     rounded = quantizers(model)
-    for name, module in packed.items():
+    for name, module in packed_layers(model).items():
         # A packed layer does what the quantizer of the layer in its place did.
         for replaced in module.replaced:
             rounded |= quantizers(replaced, name)
+    return rounded
+
+
+def _rounded_on_the_way(model: nn.Module) -> list[list[Any]]:
+    """Describe what the model rounds besides its weights; empty for most models."""
     found: list[list[Any]] = [
         [name, "input", q.spec.describe(), None if q.limit is None else float(q.limit).hex()]
-        for name, q in sorted(rounded.items())
+        for name, q in sorted(input_quantizers(model).items())
     ]
     bits = kv_bits(model)
     return found if bits is None else [*found, ["", "keys and values", bits]]

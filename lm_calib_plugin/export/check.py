@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lm_calib_plugin.engine.fingerprint import lasting_buffers
+from lm_calib_plugin.engine.fingerprint import lasting_buffers, packed_layers
 from lm_calib_plugin.errors import CalibError, listed
-from lm_calib_plugin.execution import PackedLinear
 from lm_calib_plugin.export.architecture import CAST
 from lm_calib_plugin.export.quantized import QuantizedLayer
+from lm_calib_plugin.storage import version_of
 
 PROBE = (2, 48)  # sequences and random tokens in each
 # Relative error of the output of a layer whose input is rounded, computed in float32: in 16 bits
@@ -72,7 +72,7 @@ def _compared(
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(vocabulary, PROBE, generator=generator).to(device)
     rounding = [layer for layer in layers if layer.activation is not None]
-    kernels = any(isinstance(module, PackedLinear) for module in model.modules())
+    kernels = packed_layers(model)
     seen, expected = watched(model, probe, [layer.name for layer in rounding])
     again_here = model(probe, use_cache=False).logits
     again = loaded(model, folder, device, trust_remote_code)
@@ -262,11 +262,3 @@ def differs(what: str) -> CalibError:
         "The written folder, loaded with plain transformers, is not the model that was "
         f"compressed: {what}. Nothing was kept."
     )
-
-
-def version_of(package: str) -> str | None:
-    """Return the version of an installed package, None where there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -13,7 +13,7 @@ from lm_calib_plugin.compression import compress
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.export.card import base_license
 from lm_calib_plugin.export.card_results import scores
-from lm_calib_plugin.export.folder import check_out, export_model
+from lm_calib_plugin.export.folder import asked_of, check_out, export_model
 from lm_calib_plugin.export.formats import check_export, check_model
 from lm_calib_plugin.export.options import ExportOptions, Provenance
 from lm_calib_plugin.loading import Loading, load_model
@@ -56,9 +56,8 @@ def export(
         When anything given can not be used; before the model is loaded wherever that can be told.
     """
     options, runtime = options or ExportOptions(), runtime or Runtime()
-    recipe.make_method()
     check_export(recipe, options.format)
-    check_out(out, recipe, options.overwrite)
+    check_out(out, recipe, options.overwrite, asked=asked_of(loading.pretrained, options))
     check_calibration(recipe)
     given = {"results": results, "dense_results": dense_results}
     found = {

@@ -12,10 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lm_calib_plugin import engine, storage
-from lm_calib_plugin.engine.activations import quantizers
+from lm_calib_plugin.engine.fingerprint import input_quantizers, packed_layers
 from lm_calib_plugin.engine.layers import is_experts
 from lm_calib_plugin.errors import CalibError
-from lm_calib_plugin.execution import PackedLinear
 from lm_calib_plugin.export import options as names
 from lm_calib_plugin.export.architecture import described, plain_config
 from lm_calib_plugin.export.card import model_card
@@ -118,8 +117,7 @@ def export_model(
     provenance = provenance or Provenance(str(getattr(model, "name_or_path", "")) or "a model")
     check_out(out, recipe, options.overwrite, asked=asked_of(provenance.pretrained, options))
     stored = check_export(recipe, options.format)
-    worked_on = recipe.make_method().scope == "model" or _on_kernels(model)
-    if not worked_on:
+    if recipe.make_method().scope != "model" and not packed_layers(model):
         # Else layers were to be looked at before parts were taken out or kernels put in.
         check_model(model, recipe, options.format)
     if engine.weights_digest(model) != report.weights_digest:
@@ -176,10 +174,6 @@ def asked_of(pretrained: str, options: ExportOptions) -> dict[str, Any]:
     return {"base_model": pretrained, "asked": how}
 
 
-def _on_kernels(model: nn.Module) -> bool:
-    return any(isinstance(module, PackedLinear) for module in model.modules())
-
-
 def _quantized_layers(model: nn.Module, report: Report) -> list[QuantizedLayer]:
     lost = [r.name for r in report.layers if r.bits is not None and r.name not in report.grids]
     if lost:
@@ -187,11 +181,7 @@ def _quantized_layers(model: nn.Module, report: Report) -> list[QuantizedLayer]:
             f"The report no longer holds the levels of {lost[0]} (an evaluation lets them go): "
             "export with export_dir=, or right after compress()."
         )
-    inputs = quantizers(model)
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            for replaced in module.replaced:
-                inputs |= quantizers(replaced, name)
+    inputs = input_quantizers(model)
     rounded = [row.name for row in report.layers if row.name in {*report.grids, *inputs}]
     return [
         QuantizedLayer(

@@ -18,11 +18,11 @@ from lm_calib_plugin.export.check import (
     PROBE,
     differs,
     loaded,
-    version_of,
     watched,
 )
 from lm_calib_plugin.export.gptq import TENSORS, unpacked
 from lm_calib_plugin.export.quantized import QuantizedLayer
+from lm_calib_plugin.storage import version_of
 
 # What transformers loads the format through.
 LOADERS = ("gptqmodel", "optimum")

@@ -23,9 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lm_calib_plugin.checks import check_calibration
 from lm_calib_plugin.compression import compress, is_main_process
 from lm_calib_plugin.engine.activations import quantizers
+from lm_calib_plugin.engine.fingerprint import packed_layers
 from lm_calib_plugin.engine.kv_cache import kv_bits
 from lm_calib_plugin.errors import UserError
-from lm_calib_plugin.execution import PackedLinear
 from lm_calib_plugin.export.architecture import described
 from lm_calib_plugin.guard import random_state_untouched
 from lm_calib_plugin.integrations.arguments import (
@@ -239,7 +239,7 @@ class CalibOnLoad(HfQuantizer):
 
 def _rounded_while_running(model: nn.Module) -> str:
     """Name what a live model does beside what its weights say, or return an empty text."""
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
+    if packed_layers(model):
         return "layers run on packed kernels (execution=packed)"
     if quantizers(model):
         return "inputs of layers are rounded while the model runs"

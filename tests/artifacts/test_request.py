@@ -177,7 +177,7 @@ def test_a_cast_that_reaches_the_frequencies_is_another_request(tmp_path: Path) 
     ("owner", "name", "value"),
     [
         (request, "REQUEST_VERSION", 2),
-        (request, "version", lambda package: "9.9"),
+        (request, "version_of", lambda package: "9.9"),
         (request, "PACKAGES", ("torch",)),
         (request.platform, "machine", lambda: "riscv64"),
         (torch.backends.cpu, "get_cpu_capability", lambda: "VSX"),
