@@ -14,7 +14,7 @@ from lm_calib_plugin.checks import check_calibration
 from lm_calib_plugin.compression import compress, is_main_process
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.export.card import base_license
-from lm_calib_plugin.export.folder import ExportResult, check_out, export_model
+from lm_calib_plugin.export.folder import ExportResult, asked_of, check_out, export_model
 from lm_calib_plugin.export.formats import check_export, check_model
 from lm_calib_plugin.export.options import ExportOptions, Provenance
 from lm_calib_plugin.integrations.arguments import (
@@ -132,7 +132,8 @@ class _Compressor(OptimumQuantizer):  # type: ignore[misc]
             check_calibration(recipe)
         if out is not None:
             check_export(recipe, options.format)
-            check_out(out, recipe, options.overwrite, name="save_dir")
+            asked = asked_of(self._provenance().pretrained, options)
+            check_out(out, recipe, options.overwrite, name="save_dir", asked=asked)
         if self._compressed:
             self._start_again()
         tokenizer = self.tokenizer if out is not None or (recipe.terms and ready is None) else None
