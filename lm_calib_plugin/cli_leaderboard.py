@@ -1,4 +1,4 @@
-"""``lm-calib leaderboard plan | run | status | report | verify``: grids of cells, and their table."""
+"""``lm-calib leaderboard plan | run | status | report | verify``: cells of a grid, their table."""
 
 from __future__ import annotations
 

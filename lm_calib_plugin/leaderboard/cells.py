@@ -1,4 +1,4 @@
-"""The cells of a grid: one model compressed in one way and evaluated once, each with its command."""
+"""The cells of a grid: one model, compressed in one way and evaluated, each with its command."""
 
 from __future__ import annotations
 
