@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,11 @@ SET: Any = typer.Option(
     [], "--set", metavar="PATH=VALUE", help="Replace a value of the grid, such as draws=2."
 )
 OUT: Any = typer.Option(None, help="Folder of the leaderboard. Default: leaderboards/NAME.")
+
+
+class _Engine(str, Enum):
+    local = "local"
+    ray = "ray"
 
 
 def add_to(root: typer.Typer) -> None:
@@ -55,28 +60,69 @@ def run(
     grid: str = GRID,
     changes: list[str] = SET,
     out: str = OUT,
+    jobs: str = typer.Option("1", metavar="N|auto", help="Processes; auto: as many as GPUs."),
     shard: str = typer.Option(None, metavar="I/N", help="Only this part of the cells."),
+    engine: _Engine = typer.Option("local", help="Where cells run."),
+    ray_address: str = typer.Option(None, help="Of a Ray cluster. Default: one on this machine."),
+    ray_resources: str = typer.Option(
+        None, metavar="CPU=2,GPU=1", help="What a group of cells holds."
+    ),
     retry_failed: bool = typer.Option(False, "--retry-failed", help="Run failed cells again."),
     quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
 ) -> None:
     """Measure every cell that has no record yet; run it again to go on."""
-    from lm_calib_plugin.leaderboard.local import run_cells, shard_of, waiting
-    from lm_calib_plugin.leaderboard.progress import Bar
-    from lm_calib_plugin.leaderboard.records import Records
+    from lm_calib_plugin.leaderboard.local import Stopped, stoppable
+    from lm_calib_plugin.leaderboard.start import Where, run_grid
 
     _, cells, folder = _read(grid, changes, out)
-    cells = shard_of(cells, shard)
-    left = waiting(cells, Records(folder), retry_failed)
-    if left:
-        from lm_calib_plugin.leaderboard.run import Bench
+    where = Where(jobs, shard, engine.value, ray_address, ray_resources)
+    try:
+        with stoppable():
+            outcome = run_grid(cells, folder, where, retry_failed=retry_failed, quiet=quiet)
+    except KeyboardInterrupt as stop:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(143 if isinstance(stop, Stopped) else 130) from None
+    typer.echo(outcome.words)
+    raise typer.Exit(outcome.code)
 
-        with Bar(cells, folder, quiet) as bar:
-            run_cells(
-                cells,
-                folder,
-                Bench(folder / "logs").measure,
-                retry_failed=retry_failed,
-                done=bar.done,
-            )
-    typer.echo(f"{len(cells)} cells in {folder}")
-    sys.stdout.flush()
+
+@app.command("status")
+def status(grid: str = GRID, changes: list[str] = SET, out: str = OUT) -> None:
+    """Print what is done, failed, running and open, with errors and costs; writes nothing."""
+    from lm_calib_plugin.leaderboard.status import status_lines
+
+    _, cells, folder = _read(grid, changes, out)
+    for line in status_lines(cells, folder):
+        typer.echo(line)
+
+
+@app.command("verify")
+def verify_cells(
+    grid: str = GRID,
+    changes: list[str] = SET,
+    out: str = OUT,
+    cell: str = typer.Option(None, help="Beginning of a key (see status), or part of a title."),
+    seed: int = typer.Option(None, min=0, help="Of the choice of cells. Default: another one."),
+    count: int = typer.Option(1, min=1, help="How many cells."),
+) -> None:
+    """Measure done cells again and compare every value; exit code 1 if one differs."""
+    import secrets
+
+    from lm_calib_plugin.leaderboard import verify
+
+    _, cells, folder = _read(grid, changes, out)
+    if seed is None:
+        seed = secrets.randbelow(10**6)
+    picked = verify.chosen(cells, folder, name=cell, seed=seed, count=count)
+    if cell is None:
+        typer.echo(f"{len(picked)} of the done cells, --seed {seed}")
+
+    from lm_calib_plugin.leaderboard.run import Bench
+
+    worst = 0
+    with verify.afresh() as logs:
+        # A result of the cache would be compared with itself.
+        for check in verify.verify(picked, folder, Bench(logs, {"cache": False}).measure):
+            typer.echo("\n".join(check.lines()))
+            worst = max(worst, int(bool(check.differences)))
+    raise typer.Exit(worst)

@@ -14,10 +14,19 @@ from lm_calib_plugin.storage import write_text
 FOLDER = "claims"
 # How often a process may end in the middle of a cell before that is taken for its fault.
 TRIALS = 3
+# Seconds to wait for a lock: whoever only looks whether it is held has it for a moment, too.
+PATIENCE = 0.2
 
 
 class Claims:
-    """Locks on cells, that the operating system frees when a process ends, however it ends."""
+    """Locks on cells, that the operating system frees when a process ends, however it ends.
+
+    Parameters
+    ----------
+    folder
+        That of the leaderboard; locks are in ``claims`` below it, beside how often a cell without
+        a record was begun.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / FOLDER
@@ -26,9 +35,9 @@ class Claims:
     def claim(self, key: str) -> Iterator[bool]:
         """Hold a cell while it is measured; yields False where another process holds it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / f"{key[:NAME_LENGTH]}.lock")
+        lock = FileLock(self._lock(key), timeout=PATIENCE, poll_interval=PATIENCE / 5)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire()
         except Timeout:
             yield False
             return
@@ -37,15 +46,35 @@ class Claims:
         finally:
             lock.release()
 
+    def is_held(self, key: str) -> bool:
+        """Tell whether a process measures this cell now; nothing is written."""
+        if not (self._trials(key).is_file() and self._lock(key).is_file()):
+            return False
+        try:
+            with FileLock(self._lock(key), blocking=False):
+                return False
+        except Timeout:
+            return True
+
+    def begun(self, key: str) -> int:
+        """Return how often a cell without a record was begun."""
+        try:
+            return int(self._trials(key).read_text())
+        except (OSError, ValueError):
+            return 0
+
     def begin(self, key: str) -> int:
         """Note that a held cell is begun; return how often it was begun before."""
-        path = self._trials(key)
-        try:
-            before = int(path.read_text())
-        except (OSError, ValueError):
-            before = 0
-        write_text(path, str(before + 1))
+        before = self.begun(key)
+        write_text(self._trials(key), str(before + 1))
         return before
+
+    def undo(self, key: str, before: int) -> None:
+        """Take a ``begin`` back: the process was stopped, and the cell is not to blame."""
+        if before:
+            write_text(self._trials(key), str(before))
+        else:
+            self.end(key)
 
     def end(self, key: str) -> None:
         """Forget what was begun: there is a record now."""
@@ -53,3 +82,6 @@ class Claims:
 
     def _trials(self, key: str) -> Path:
         return self.folder / f"{key[:NAME_LENGTH]}.trials"
+
+    def _lock(self, key: str) -> Path:
+        return self.folder / f"{key[:NAME_LENGTH]}.lock"

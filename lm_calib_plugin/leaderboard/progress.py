@@ -61,12 +61,35 @@ def duration(seconds: float) -> str:
 
 
 class Bar:
-    """A progress bar over cells, with the time that is left."""
+    """A progress bar over cells: how many are done and failed, and the time that is left.
 
-    def __init__(self, cells: Sequence[Cell], folder: Path, quiet: bool = False) -> None:
-        self.cells, self.records = list(cells), Records(folder)
-        done = len(cells) - len(waiting(cells, self.records))
-        self.bar = tqdm(total=len(cells), initial=done, desc="cells", unit="cell", disable=quiet)
+    Parameters
+    ----------
+    cells
+        All of them.
+    folder
+        That of the leaderboard; whoever writes records there is counted.
+    jobs
+        How many processes share the work.
+    quiet
+        Whether nothing but failures is shown.
+    """
+
+    def __init__(
+        self, cells: Sequence[Cell], folder: Path, jobs: int = 1, quiet: bool = False
+    ) -> None:
+        self.records, self.jobs = Records(folder), jobs
+        self.left = {cell.key: cell for cell in cells}
+        self.found: list[Record] = []
+        before = self._new()
+        self.bar = tqdm(
+            total=len(cells),
+            initial=len(before),
+            desc="cells",
+            disable=quiet,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
+        )
+        self._show()
 
     def __enter__(self) -> Bar:
         return self
@@ -79,9 +102,33 @@ class Bar:
     ) -> None:
         self.bar.close()
 
-    def done(self, cell: Cell, record: Record) -> None:
-        """Count a cell, and say so when it failed."""
-        if record.status == FAILED:
-            self.bar.write(f"failed: {cell.title}: {record.error}", file=sys.stderr)
-        self.bar.set_postfix_str(cell.title)
-        self.bar.update()
+    def look(self) -> int:
+        """Count the records that are new, tell of failed ones; return how many are new."""
+        new = self._new()
+        for record in new:
+            if record.status == FAILED:
+                self.say(f"failed: {record.cell['title']}: {record.error}")
+        if new:
+            self.bar.update(len(new))
+            self._show()
+        else:
+            self.bar.refresh()
+        return len(new)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.bar.write(text, file=sys.stderr)
+
+    def _new(self) -> list[Record]:
+        new = list(self.records.read_all(self.left))
+        for record in new:
+            del self.left[record.key]
+        self.found += new
+        return new
+
+    def _show(self) -> None:
+        failed = sum(record.status == FAILED for record in self.found)
+        seconds = expected_seconds(list(self.left.values()), self.found)
+        rest = f"{duration(seconds / self.jobs)} left" if seconds else ""
+        parts = (f"{failed} failed" if failed else "", rest)
+        self.bar.set_postfix_str(", ".join(part for part in parts if part))

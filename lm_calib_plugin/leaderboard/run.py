@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import platform
 import time
 import traceback
@@ -18,9 +19,11 @@ from typing import Any
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
+from lm_eval.loggers import utils as loggers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from torch.utils.collect_env import get_pretty_env_info
 
 from lm_calib_plugin import engine
 from lm_calib_plugin._autoload import register
@@ -69,7 +72,9 @@ class Bench:
         start = time.perf_counter()
         with self._output(cell):
             try:
-                return self._measured(cell)
+                record = self._measured(cell)
+                record.to_text()
+                return record
             except Exception as error:
                 # A broken cell must not stop the others.
                 traceback.print_exc()
@@ -96,13 +101,14 @@ class Bench:
         with _timed(seconds, "model"):
             model = self._model(cell, seconds)
         with _timed(seconds, "evaluation"):
-            results = simple_evaluate(
-                model=model,
-                tasks=tasks.objects,
-                task_manager=tasks.manager,
-                log_samples=True,
-                **_settings(cell),
-            )
+            with _environment_once():
+                results = simple_evaluate(
+                    model=model,
+                    tasks=tasks.objects,
+                    task_manager=tasks.manager,
+                    log_samples=True,
+                    **_settings(cell),
+                )
         found = {
             name: task_result(leaves, results, name, choices)
             for name, (leaves, choices) in tasks.parts.items()
@@ -282,6 +288,22 @@ def _costs(seconds: Mapping[str, float], summary: Mapping[str, Any] | None) -> d
         "machine": machine,
         "versions": {p: version_of(p) for p in VERSIONS} | {"lm-calib-plugin": own_version()},
     }
+
+
+@contextlib.contextmanager
+def _environment_once() -> Iterator[None]:
+    """Spare a list of all installed packages, made by other processes, for every cell."""
+    before = loggers.get_pretty_env_info
+    loggers.get_pretty_env_info = _environment
+    try:
+        yield
+    finally:
+        loggers.get_pretty_env_info = before
+
+
+@functools.cache
+def _environment() -> str:
+    return str(get_pretty_env_info())
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lm_calib_plugin.errors import CalibError, UserError, listed
 from lm_calib_plugin.leaderboard.records import EXPONENTIAL, MEAN, Metric, TaskResult
 from lm_calib_plugin.storage import digest
 
@@ -28,14 +29,23 @@ def task_result(
         The name that was asked for.
     choices
         Whether items are choices between answers, so that guessing has a score.
+
+    Raises
+    ------
+    UserError
+        For a group without a score of its own.
+    CalibError
+        When a score is infinite or not a number.
     """
-    scores = results.get("groups", {}).get(name) or results["results"][name]
+    scores = results.get("groups", {}).get(name) or results["results"].get(name, {})
     samples = {leaf: results["samples"][leaf] for leaf in leaves}
     metrics = {}
     for label, value in scores.items():
         metric, _, rule = label.partition(",")
         if not rule or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
+        if not math.isfinite(value):
+            raise CalibError(f"{name}: {label} is {value}: the model is broken, or the task is.")
         own = [_of_rule(samples[leaf], rule) for leaf in leaves]
         found = _items([[s.get(metric) for s in part] for part in own], float(value))
         better = results.get("higher_is_better", {}).get(leaves[0], {}).get(metric)
@@ -47,6 +57,13 @@ def task_result(
             better is not False,
             *found,
             stderr=float(error) if isinstance(error, (int, float)) else None,
+        )
+    if not metrics:
+        raise UserError(
+            "tasks",
+            f"{name} has no score of its own",
+            "tasks, and groups with aggregate_metric_list",
+            f"name its tasks instead: {listed(leaves)}",
         )
     first = [_of_rule(part, part[0]["filter"]) for part in samples.values()]
     asked = [
