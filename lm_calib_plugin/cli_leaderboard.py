@@ -62,7 +62,7 @@ def run(
     out: str = OUT,
     jobs: str = typer.Option("1", metavar="N|auto", help="Processes; auto: as many as GPUs."),
     shard: str = typer.Option(None, metavar="I/N", help="Only this part of the cells."),
-    engine: _Engine = typer.Option("local", help="Where cells run."),
+    engine: _Engine = typer.Option("local", help="Where cells run."),  # noqa: B008
     ray_address: str = typer.Option(None, help="Of a Ray cluster. Default: one on this machine."),
     ray_resources: str = typer.Option(
         None, metavar="CPU=2,GPU=1", help="What a group of cells holds."

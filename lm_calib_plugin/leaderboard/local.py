@@ -133,18 +133,30 @@ def _measured(
 ) -> Record:
     before = claims.begin(cell.key)
     try:
-        if before >= TRIALS:
-            from lm_calib_plugin.leaderboard.run import died
-
-            record = died(cell, before)
-        else:
-            record = measure(cell)
+        record = died(cell, before) if before >= TRIALS else measure(cell)
         records.write(record)
     except BaseException:
         claims.undo(cell.key, before)
         raise
     claims.end(cell.key)
     return record
+
+
+def place_of(cell: Cell) -> dict[str, Any]:
+    """Return the place of a cell in its grid, for its record."""
+    return cell.names | {
+        "role": cell.role,
+        "repeat": cell.repeat,
+        "title": cell.title,
+        "command": cell.command(),
+    }
+
+
+def died(cell: Cell, trials: int) -> Record:
+    """Return the record of a cell that nobody came back from."""
+    error = f"the process ended {trials} times while this cell was measured"
+    error += " (killed, or out of memory?)"
+    return Record(cell.key, place_of(cell), cell.identity(), FAILED, error=error)
 
 
 def cells_text(cells: Sequence[Cell]) -> str:

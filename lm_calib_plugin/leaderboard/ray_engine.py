@@ -7,8 +7,10 @@ both ends are one program, and what we send and take back are texts.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -30,7 +32,12 @@ DEFAULTS = {"CPU": 1.0, "GPU": 1.0}
 POLL = 1.0
 # Seconds that tasks have to give their cells back when everything is stopped.
 GRACE = 10.0
-LOOPBACK = "127.0.0.1"
+TELEMETRY = {"RAY_USAGE_STATS_ENABLED": "0"}
+# A cluster on this machine is reached from this machine only, and only with a password: whoever
+# reaches a cluster can run code on it. (The name is Ray's; it means clusters of many machines.)
+ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+TOKEN = "RAY_AUTH_TOKEN"  # noqa: S105 - the name of a variable
+OWN = {"include_dashboard": False}
 
 
 def require_ray() -> None:
@@ -109,11 +116,8 @@ def run_on_ray(
         When groups could not be brought to an end.
     """
     require_ray()
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-
     folder = folder.resolve()
-    with _connected(ray, address), _token(folder) as token:
+    with _connected(address) as ray, _token(folder) as token:
         wanted = _available(ray, resources)
         groups = groups_of(waiting(cells, Records(folder)))
         run = ray.remote(_run_group)
@@ -124,9 +128,7 @@ def run_on_ray(
                 resources={k: v for k, v in wanted.items() if k not in DEFAULTS},
                 # Every cell may be the one that ends its process, several times.
                 max_retries=TRIALS * len(group),
-            ).remote(
-                cells_text(group), str(folder), token, number, _place(wanted), measure
-            ): group
+            ).remote(cells_text(group), str(folder), token, number, _place(wanted), measure): group
             for number, group in enumerate(groups)
         }
         with Bar(cells, folder, _at_once(ray, wanted, len(groups)), quiet) as bar:
@@ -211,20 +213,34 @@ def _bench(logs: Path) -> Callable[[Cell], Any]:
 
 
 @contextlib.contextmanager
-def _connected(ray: Any, address: str | None) -> Iterator[None]:
-    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
-    try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            # Reached from this machine only: whoever reaches a cluster can run code on it.
-            ray.init(include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError("ray-address", _short(error), "that of a running cluster") from None
+def _connected(address: str | None) -> Iterator[Any]:
+    """Yield Ray, connected to a cluster, or to one of its own that ends with the block."""
+    alone = {} if address else {**ALONE, TOKEN: secrets.token_hex(32)}
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    with _environment({**TELEMETRY, **alone}):
+        ray: Any = importlib.import_module("ray")
+        try:
+            ray.init(address=address or "local", **({} if address else OWN), **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError("ray-address", _short(error), "that of a running cluster") from None
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables that Ray and its processes read."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        ray.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import functools
 import platform
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
-from lm_eval.loggers import utils as loggers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
-from torch.utils.collect_env import get_pretty_env_info
+from torch.utils import collect_env
 
 from lm_calib_plugin import engine
 from lm_calib_plugin._autoload import register
@@ -31,6 +30,7 @@ from lm_calib_plugin.builtin_models import resolve_pretrained
 from lm_calib_plugin.calibration.tokens import tokenizer_digest
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.leaderboard.cells import Cell
+from lm_calib_plugin.leaderboard.local import place_of
 from lm_calib_plugin.leaderboard.records import DONE, FAILED, NAME_LENGTH, Record
 from lm_calib_plugin.leaderboard.scores import task_result
 from lm_calib_plugin.storage import digest, own_version, version_of
@@ -47,7 +47,6 @@ SPREAD = ("parallelize", "max_memory_per_gpu", "offload_folder")
 # What of a summary depends on when and where it was made.
 _BY_THE_CLOCK = ("seconds", "evaluation", "peak_memory_gib", "report_file", "cache", "exported")
 VERSIONS = ("lm-eval", "transformers", "torch", "datasets")
-_TRIALS = "the process ended {} times while this cell was measured (killed, or out of memory?)"
 
 
 class Bench:
@@ -100,15 +99,14 @@ class Bench:
             tasks = self._loaded_tasks(cell)
         with _timed(seconds, "model"):
             model = self._model(cell, seconds)
-        with _timed(seconds, "evaluation"):
-            with _environment_once():
-                results = simple_evaluate(
-                    model=model,
-                    tasks=tasks.objects,
-                    task_manager=tasks.manager,
-                    log_samples=True,
-                    **_settings(cell),
-                )
+        with _timed(seconds, "evaluation"), _environment_once():
+            results = simple_evaluate(
+                model=model,
+                tasks=tasks.objects,
+                task_manager=tasks.manager,
+                log_samples=True,
+                **_settings(cell),
+            )
         found = {
             name: task_result(leaves, results, name, choices)
             for name, (leaves, choices) in tasks.parts.items()
@@ -228,21 +226,6 @@ def failed(cell: Cell, error: str, seconds: float = 0.0) -> Record:
     return Record(cell.key, place_of(cell), cell.identity(), FAILED, error=error, costs=costs)
 
 
-def died(cell: Cell, trials: int) -> Record:
-    """Return the record of a cell that nobody came back from."""
-    return failed(cell, _TRIALS.format(trials))
-
-
-def place_of(cell: Cell) -> dict[str, Any]:
-    """Return the place of a cell in its grid, for its record."""
-    return cell.names | {
-        "role": cell.role,
-        "repeat": cell.repeat,
-        "title": cell.title,
-        "command": cell.command(),
-    }
-
-
 def describe(error: Exception) -> str:
     """Return an error on one line, with its kind where that is no message to users."""
     text = " ".join(str(error).split())[:600]
@@ -293,17 +276,17 @@ def _costs(seconds: Mapping[str, float], summary: Mapping[str, Any] | None) -> d
 @contextlib.contextmanager
 def _environment_once() -> Iterator[None]:
     """Spare a list of all installed packages, made by other processes, for every cell."""
-    before = loggers.get_pretty_env_info
-    loggers.get_pretty_env_info = _environment
+    before = collect_env.get_pretty_env_info
+    collect_env.get_pretty_env_info = _environment
     try:
         yield
     finally:
-        loggers.get_pretty_env_info = before
+        collect_env.get_pretty_env_info = before
 
 
 @functools.cache
-def _environment() -> str:
-    return str(get_pretty_env_info())
+def _environment(listing: Callable[[], str] = collect_env.get_pretty_env_info) -> str:
+    return listing()
 
 
 @contextlib.contextmanager

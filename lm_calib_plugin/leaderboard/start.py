@@ -89,9 +89,7 @@ def run_grid(
     if not waiting(cells, Records(folder)):
         return outcome(cells, folder)
     if where.engine == "ray":
-        run_on_ray(
-            cells, folder, address=where.ray_address, resources=resources, quiet=quiet
-        )
+        run_on_ray(cells, folder, address=where.ray_address, resources=resources, quiet=quiet)
     elif jobs > 1:
         run_workers(cells, folder, jobs, gpus=gpus, quiet=quiet)
     else:

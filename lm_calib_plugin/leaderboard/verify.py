@@ -137,7 +137,7 @@ def circumstances(before: Record, again: Record) -> Iterator[str]:
 
 
 def _without(values: Mapping[str, Any] | None, name: str) -> dict[str, Any] | None:
-    return values and {k: v for k, v in values.items() if k != name}
+    return None if values is None else {k: v for k, v in values.items() if k != name}
 
 
 def _as_read(record: Record) -> Record:

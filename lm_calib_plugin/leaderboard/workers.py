@@ -88,7 +88,7 @@ class _Worker:
 
     def start(self, command: Sequence[str], cells: str) -> None:
         self.written.close()
-        self.written = tempfile.TemporaryFile()
+        self.written = tempfile.TemporaryFile()  # noqa: SIM115 - as long as its process
         with tempfile.TemporaryFile() as given, self.log.open("ab") as log:
             given.write(cells.encode())
             given.seek(0)

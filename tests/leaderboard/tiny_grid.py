@@ -14,7 +14,29 @@ from lm_calib_plugin.leaderboard.grid import check_grid
 from lm_calib_plugin.leaderboard.records import DONE, Metric, Record, TaskResult
 from tests.tiny import saved_model
 
-WORDS = "the of and to in a is that it was for on are as with his they at be this from".split()
+WORDS = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "a",
+    "is",
+    "that",
+    "it",
+    "was",
+    "for",
+    "on",
+    "are",
+    "as",
+    "with",
+    "his",
+    "they",
+    "at",
+    "be",
+    "this",
+    "from",
+]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
