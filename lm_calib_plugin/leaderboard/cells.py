@@ -156,7 +156,7 @@ def cells_of(grid: Grid) -> list[Cell]:
 def _compressed(grid: Grid, model: str) -> Iterable[Cell]:
     methods = {**grid.methods, **_data_free_methods(grid)}
     free = [name for name in methods if not _needs_data(grid, methods[name])]
-    if not grid.calibrations and len(free) < len(grid.methods):
+    if not grid.calibrations and any(name not in free for name in grid.methods):
         raise UserError(
             "calibrations",
             "missing",

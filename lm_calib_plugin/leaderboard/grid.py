@@ -134,9 +134,7 @@ def check_grid(content: Mapping[str, Any], name: str = "leaderboard") -> Grid:
             raise UserError(key, "no key of a grid", nearest(key, KEYS), f"keys: {listed(KEYS)}")
     for key in ("models", "methods", "levels", "tasks"):
         if not content.get(key):
-            raise UserError(
-                key, "missing", f"a grid needs models, methods, levels and tasks, {key}"
-            )
+            raise UserError(key, "missing", "a grid needs models, methods, levels and tasks")
     calibrations = _named("calibrations", content.get("calibrations"), "calibration")
     controls = _controls(content.get("controls", True))
     if controls.null and calibrations and not any(map(_is_null, calibrations.values())):
@@ -154,7 +152,7 @@ def check_grid(content: Mapping[str, Any], name: str = "leaderboard") -> Grid:
         metrics=_mapping("metrics", content.get("metrics") or {}),
         chance=_chance(content.get("chance") or {}),
         harness=_harness(content.get("harness") or {}),
-        baseline=content.get("baseline"),
+        baseline=None if (base := content.get("baseline")) is None else str(base),
         controls=controls,
     )
     for model, arguments in grid.models.items():
@@ -163,7 +161,7 @@ def check_grid(content: Mapping[str, Any], name: str = "leaderboard") -> Grid:
     if grid.baseline is not None and grid.baseline not in grid.calibrations:
         names = grid.calibrations
         raise UserError(
-            "baseline", f"got {grid.baseline!r}", nearest(str(grid.baseline), names), listed(names)
+            "baseline", f"got {grid.baseline!r}", nearest(grid.baseline, names), listed(names)
         )
     for what in ("metrics", "chance"):
         for task in getattr(grid, what):
@@ -226,7 +224,9 @@ def _named(place: str, given: Any, main: str) -> dict[str, dict[str, Any]]:
         if main == "method":
             fields.setdefault(main, name)
         if not all(isinstance(key, str) for key in fields) or fields.get(main, "") is None:
-            raise UserError(f"{place}.{name}", f"got {one!r}", f"a text, or `{main}: ...` and more")
+            raise UserError(
+                f"{place}.{name}", f"got {one!r}", f"a text, or fields and `{main}: NAME`"
+            )
         found[str(name)] = fields
     return found
 

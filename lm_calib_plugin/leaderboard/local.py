@@ -87,6 +87,7 @@ def forget_failed(cells: Sequence[Cell], folder: Path) -> int:
         with claims.claim(key) as mine:
             if mine:
                 records.path(key).unlink(missing_ok=True)
+                claims.end(key)
                 count += 1
     return count
 

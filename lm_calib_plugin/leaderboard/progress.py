@@ -111,7 +111,7 @@ class Bar:
         if new:
             self.bar.update(len(new))
             self._show()
-        else:
+        elif sys.stderr.isatty():
             self.bar.refresh()
         return len(new)
 

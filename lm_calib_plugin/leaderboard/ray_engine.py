@@ -68,7 +68,10 @@ def resources_of(text: str | None) -> dict[str, float]:
             equals = ""
         if not (equals and name.strip() and 0 <= found[name.strip()] < float("inf")):
             raise UserError(
-                "ray-resources", f"got {pair!r}", "NAME=AMOUNT,...", "for instance CPU=2,GPU=1"
+                "ray-resources",
+                f"got {pair!r}",
+                "NAME=AMOUNT, joined by commas",
+                "for instance CPU=2,GPU=1",
             )
     return found
 

@@ -1,7 +1,8 @@
 """Every bad input gets a message that says what was given, what is allowed and what to type.
 
 The texts are kept in ``messages/*.txt``; ``pytest --update-messages`` rewrites them. The words
-that each message must hold stand in ``bad_inputs.py``, so that a rewrite can not lose the lesson.
+that each message must hold stand in ``bad_inputs.py`` and ``bad_grids.py``, so that a rewrite can
+not lose the lesson.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from lm_calib_plugin import registry
 from lm_calib_plugin.errors import CalibError, NumericalError, UserError
 from lm_calib_plugin.expression import parse_calibration
 from lm_calib_plugin.recipe import Recipe
-from tests.contracts.bad_inputs import CASES, Case, yaml_file
+from tests.contracts.bad_grids import GRIDS
+from tests.contracts.bad_inputs import CASES as INPUTS
+from tests.contracts.bad_inputs import Case, yaml_file
 
 FOLDER = Path(__file__).parent / "messages"
+CASES = [*INPUTS, *GRIDS]
 
 
 @pytest.fixture(autouse=True)
