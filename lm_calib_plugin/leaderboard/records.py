@@ -20,6 +20,8 @@ DONE, FAILED = "done", "failed"
 NAME_LENGTH = 16
 # How per-item values make the score: their weighted mean, or its exponential.
 MEAN, EXPONENTIAL = "mean", "exp"
+# Ends of names of what a clock gave.
+TIMES = ("seconds", "per_second")
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,13 @@ class Record:
                 str(path), f"cannot be used ({error})", "a record as it was written",
                 "delete it; its cell is then run again",
             ) from None  # fmt: skip
+
+
+def without_times(value: Any) -> Any:
+    """Return plain values without those that a clock gave: ``seconds``, ``tokens_per_second``."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if not k.endswith(TIMES)}
+    return [without_times(one) for one in value] if isinstance(value, list) else value
 
 
 class Records:

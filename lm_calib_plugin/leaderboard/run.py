@@ -31,7 +31,7 @@ from lm_calib_plugin.calibration.tokens import tokenizer_digest
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.leaderboard.cells import Cell
 from lm_calib_plugin.leaderboard.local import place_of
-from lm_calib_plugin.leaderboard.records import DONE, FAILED, NAME_LENGTH, Record
+from lm_calib_plugin.leaderboard.records import DONE, FAILED, NAME_LENGTH, Record, without_times
 from lm_calib_plugin.leaderboard.scores import task_result
 from lm_calib_plugin.storage import digest, own_version, version_of
 
@@ -45,7 +45,7 @@ WHILE_LOADING = (
 # With these a model lies on several devices, and can not be copied.
 SPREAD = ("parallelize", "max_memory_per_gpu", "offload_folder")
 # What of a summary depends on when and where it was made.
-_BY_THE_CLOCK = ("seconds", "evaluation", "peak_memory_gib", "report_file", "cache", "exported")
+_BY_THE_CLOCK = ("evaluation", "peak_memory_gib", "report_file", "cache", "exported")
 VERSIONS = ("lm-eval", "transformers", "torch", "datasets")
 
 
@@ -257,7 +257,7 @@ def _place(device: Any) -> torch.device:
 
 
 def _lasting(summary: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in summary.items() if k not in _BY_THE_CLOCK}
+    return dict(without_times({k: v for k, v in summary.items() if k not in _BY_THE_CLOCK}))
 
 
 def _costs(seconds: Mapping[str, float], summary: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.leaderboard.cells import Cell
-from lm_calib_plugin.leaderboard.records import DONE, NAME_LENGTH, Record, Records
+from lm_calib_plugin.leaderboard.records import DONE, NAME_LENGTH, Record, Records, without_times
 from lm_calib_plugin.storage import cache_dir
 
 # Parts of a record that two measurements of a cell have to agree on; `costs` is none.
@@ -122,7 +122,7 @@ def differences(before: Record, again: Record) -> Iterator[str]:
     one, two = asdict(before), asdict(again)
     for record in (one, two):
         # Versions are circumstances: they alone make no other result.
-        record["compression"] = _without(record["compression"], "versions")
+        record["compression"] = _without(without_times(record["compression"]), "versions")
     for part in COMPARED:
         yield from _compared(part, one[part], two[part])
 
@@ -154,6 +154,9 @@ def _compared(name: str, then: Any, now: Any) -> Iterator[str]:
         gaps = [abs(a - b) for a, b in zip(then, now, strict=True) if a != b]
         if gaps:
             yield f"{name}: {len(gaps)} of {len(then)} values, by up to {max(gaps):.3g}"
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        for number, (one, two) in enumerate(zip(then, now, strict=True)):
+            yield from _compared(f"{name}[{number}]", one, two)
     elif then != now:
         gap = f", by {abs(then - now):.3g}" if _numbers([then, now]) else ""
         yield f"{name}: {_brief(then)} then, {_brief(now)} now{gap}"
