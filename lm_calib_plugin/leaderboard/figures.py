@@ -13,8 +13,16 @@ from lm_calib_plugin.export.card_text import one_line
 from lm_calib_plugin.leaderboard import wording
 from lm_calib_plugin.leaderboard.arrange import Group
 from lm_calib_plugin.leaderboard.svg import Palette
-from lm_calib_plugin.leaderboard.tables import DATA_FREE, DENSE, Analysis, Column, Entry
-from lm_calib_plugin.leaderboard.tables import Heat, Ranking, Shares
+from lm_calib_plugin.leaderboard.tables import (
+    DATA_FREE,
+    DENSE,
+    Analysis,
+    Column,
+    Entry,
+    Heat,
+    Ranking,
+    Shares,
+)
 
 WIDTH = 4.5  # inches of 72 units: what a phone shows without making texts smaller
 _MARKERS = "osD^vPX"
