@@ -47,8 +47,12 @@ def _verdicts(analysis: Analysis) -> list[str]:
     return [
         part
         for title, sentences in verdicts.lines(analysis)
-        for part in _list(title, map(plain, sentences))
+        for part in _list(title, map(_sentence, sentences))
     ]
+
+
+def _sentence(said: verdicts.Sentence) -> str:
+    return (f"**{plain(said.lead)}**: " if said.lead else "") + plain(said.text)
 
 
 def _list(title: str, lines: Iterable[str]) -> list[str]:
@@ -74,7 +78,7 @@ def _tables(analysis: Analysis) -> list[str]:
         "Rows are sorted by the retention of their worst task, then by the geometric mean."
         " Retention is (score − chance) / (dense − chance). A rank such as 1–3 says that no"
         " resolved difference tells more. Behind each mean: standard deviation and number of draws,"
-        " and the 95 % interval over draws and items."
+        " and the 95% interval over draws and items."
     )
     for group in groups(analysis):
         parts.append(f"## {plain(group.title)}")
@@ -150,7 +154,7 @@ def _comparisons(analysis: Analysis) -> list[str]:
         return []
     parts = [
         "## Comparisons",
-        "Difference of a and b with its 95 % interval, paired by item and draw; items on which a"
+        "Difference of a and b with its 95% interval, paired by item and draw; items on which a"
         " is better / worse; P: the chance that one draw of a beats one of b; p after Holm over"
         " the table.",
     ]
@@ -214,7 +218,7 @@ def _shares(analysis: Analysis) -> list[str]:
     estimators = ", ".join(dict.fromkeys(shares.estimator for shares in analysis.shares))
     return [
         "## What varies",
-        f"Shares of the variance of one draw's score, with 95 % intervals (estimator:"
+        f"Shares of the variance of one draw's score, with 95% intervals (estimator:"
         f" {plain(estimators)}). Naive: not corrected for draw noise, as papers print them.",
         table(["model, level", "task", *map(plain, names)], rows),
     ]

@@ -137,7 +137,7 @@ def _quality(analysis: Analysis, columns: list[Column]) -> Iterator[_Plan]:
                 "",
                 (panel.method, panel.axis, column.task),
                 f"{panel.model} · {panel.method}: {column.task} against {panel.axis}",
-                "Mean over draws with its 95 % interval over draws and items.",
+                "Mean over draws with its 95% interval over draws and items.",
                 f"{figures.name_of(column)} against {panel.axis}. "
                 + " ".join(line.words(column) for line in lines),
                 lambda colors, panel=panel, column=column, lines=lines: figures.quality(

@@ -3,33 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from lm_calib_plugin.leaderboard import wording
 from lm_calib_plugin.leaderboard.arrange import Group, Row, groups, headline, is_resolved
-from lm_calib_plugin.leaderboard.tables import DENSE, NULL, Analysis, Comparison, Shares
+from lm_calib_plugin.leaderboard.tables import DENSE, NULL, Analysis, Comparison, Share
 
 UNRANKED = "Implementation noise: not ranked"
 PARTS = {
-    "source": "the calibration source",
-    "method": "the method",
+    "source": "source",
+    "method": "method",
     "interaction": "source and method together",
-    "draw": "the draw alone",
+    "draw": "draw",
 }
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence, and what it is about: a base model and level, or nothing of its own."""
+
+    lead: str
+    text: str
+
+
 # More names than these are counted, not listed.
 _NAMES = 4
 
 
-def says(analysis: Analysis) -> list[str]:
+def says(analysis: Analysis) -> list[Sentence]:
     """Return what is resolved, one sentence each: leaders, differences, what varies."""
     if analysis.no_ranking:
         return []
-    found = [_leaders(group) for group in groups(analysis)]
-    found += [_differences(analysis, against) for against in ("baseline", "method", "dense")]
-    found += [_varies(shares, analysis) for shares in analysis.shares]
-    return [sentence for sentence in found if sentence]
+    found = [Sentence(group.title, _leaders(group)) for group in groups(analysis)]
+    for against in ("baseline", "method", "dense"):
+        found.append(Sentence("", _differences(analysis, against)))
+    models = dict.fromkeys(shares.model for shares in analysis.shares)
+    found += [Sentence(model, _varies(analysis, model)) for model in models]
+    return [sentence for sentence in found if sentence.text]
 
 
-def says_not(analysis: Analysis) -> list[str]:
+def says_not(analysis: Analysis) -> list[Sentence]:
     """Return what the numbers do not carry: what is open, thin, failed, missing or leaked."""
     found = [_open(analysis), _nulls(analysis), _thin(analysis), _leaked(analysis)]
     if analysis.failures or analysis.missing:
@@ -44,7 +57,7 @@ def says_not(analysis: Analysis) -> list[str]:
         "Only these base models, levels, tasks and conditions were measured;"
         " nothing follows for others."
     )
-    return [sentence for sentence in found if sentence]
+    return [Sentence("", text) for text in found if text]
 
 
 def sentence_of(pair: Comparison, analysis: Analysis) -> str:
@@ -69,9 +82,9 @@ def _leaders(group: Group) -> str:
             f" It keeps {wording.percent(worst)} of the dense model on its worst task"
             f" ({first.entry.kept.worst_task})."
         )
-    lead = f"{group.title}: {wording.phrase(first.entry)} stands first"
+    lead = f"{wording.phrase(first.entry)} stands first"
     if len(ranked) == 1:
-        return f"{group.title}: {wording.phrase(first.entry)} was measured alone.{keeps}"
+        return f"{wording.phrase(first.entry)} was measured alone.{keeps}"
     if len(able) == 1:
         return f"{lead}, resolved against all {len(ranked) - 1} others.{keeps}"
     rest = _names([row for row in able if row is not first])
@@ -129,23 +142,28 @@ def _where(analysis: Analysis, pair: Comparison) -> str:
     return f"{entry.model}, {entry.level}"
 
 
-def _varies(shares: Shares, analysis: Analysis) -> str:
+def _varies(analysis: Analysis, model: str) -> str:
+    """Tell the two largest shares of the variance, level by level."""
     column = headline(analysis)
-    if column is None or shares.column != column.task or not shares.parts:
+    levels = []
+    for shares in analysis.shares:
+        if column is None or (shares.model, shares.column) != (model, column.task):
+            continue
+        order = sorted(shares.parts, key=lambda part: -shares.parts[part].value)
+        texts = [f"{PARTS.get(part, part)} {_share(shares.parts[part])}" for part in order[:2]]
+        if texts:
+            levels.append(" and ".join(texts) + (f" at {shares.level}" if shares.level else ""))
+    if column is None or not levels:
         return ""
-    order = sorted(shares.parts, key=lambda part: -shares.parts[part].value)
-    texts = []
-    for part in order[:2]:
-        share = shares.parts[part]
-        bounds = ""
-        if share.low is not None and share.high is not None:
-            low, high = wording.percent(share.low, 0), wording.percent(share.high, 0)
-            bounds = f" (95 % interval {low} to {high})"
-        texts.append(f"{PARTS.get(part, part)} {wording.percent(share.value, 0)}{bounds}")
-    return (
-        f"{shares.model}, {shares.level}: of the variance of one draw's"
-        f" {wording.heading(column)}, {' and '.join(texts)}."
-    )
+    name = wording.heading(column)
+    return f"of the variance of one draw's {name}, {'; '.join(levels)} (95% intervals)."
+
+
+def _share(share: Share) -> str:
+    text = wording.percent(share.value, 0)
+    if share.low is None or share.high is None:
+        return text
+    return f"{text} [{wording.percent(share.low, 0)}, {wording.percent(share.high, 0)}]"
 
 
 def _open(analysis: Analysis) -> str:
@@ -202,7 +220,7 @@ def _leaked(analysis: Analysis) -> str:
     )
 
 
-def lines(analysis: Analysis) -> Iterable[tuple[str, list[str]]]:
+def lines(analysis: Analysis) -> Iterable[tuple[str, list[Sentence]]]:
     """Yield both headings with their sentences."""
     yield "What this says", says(analysis)
     yield "What this does not say", says_not(analysis)

@@ -39,7 +39,7 @@ def percent(value: float | None, digits: int = 1) -> str:
     if value is None or not math.isfinite(value):
         return NOTHING
     text = f"{abs(value) * 100:.{digits}f}"
-    return (MINUS if value < 0 and text.strip("0.") else "") + text + " %"
+    return (MINUS if value < 0 and text.strip("0.") else "") + text + "%"
 
 
 def interval(
@@ -50,7 +50,7 @@ def interval(
     signed: bool = False,
     like: float | None = None,
 ) -> str:
-    """Return a 95 % interval in brackets, a dash where there is none."""
+    """Return a 95% interval in brackets, a dash where there is none."""
     if low is None or high is None:
         return NOTHING
     bounds = (number(bound, unit, signed=signed, like=like) for bound in (low, high))

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from lm_calib_plugin.export.card_text import one_line
 
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
-_EMPTY = {"input", "br", "hr", "rect", "line", "circle"}
+_EMPTY = {"input"}
+_SHAPES = {"rect", "line", "circle"}  # of SVG, where an element without content must say so
 
 
 class Markup(str):
@@ -22,8 +23,11 @@ Content = str | Markup | None
 
 
 def escape(value: str) -> Markup:
-    """Return a text as it reads; a Markup as it is."""
-    return value if isinstance(value, Markup) else Markup(html.escape(one_line(value)))
+    """Return a text as it reads, on one line; a Markup as it is."""
+    if isinstance(value, Markup):
+        return value
+    before, after = (" " if edge.isspace() else "" for edge in (value[:1], value[-1:]))
+    return Markup(before + html.escape(one_line(value)) + after)
 
 
 def lines(value: str) -> Markup:
@@ -49,6 +53,8 @@ def tag(
         elif value is not None and value is not False:
             parts.append(f'{name}="{html.escape(one_line(value))}"')
     start = f"<{' '.join(parts)}>"
+    if tag_name in _SHAPES:
+        return Markup(f"{start[:-1]}/>")
     if tag_name in _EMPTY:
         return Markup(start)
     return Markup(f"{start}{join(content)}</{tag_name}>")

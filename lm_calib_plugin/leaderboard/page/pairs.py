@@ -29,7 +29,7 @@ def comparisons(analysis: Analysis) -> Markup | None:
     if not analysis.comparisons:
         return None
     hint = (
-        "Differences are paired by draw and item and stand with their 95 % intervals. P(a > b) is"
+        "Differences are paired by draw and item and stand with their 95% intervals. P(a > b) is"
         " the chance that one draw of a scores more than one of b; p is corrected after Holm over"
         " the table."
     )

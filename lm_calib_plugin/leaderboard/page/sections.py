@@ -23,9 +23,13 @@ def verdict(analysis: Analysis) -> Markup:
     found = []
     for title, sentences in verdicts.lines(analysis):
         if sentences:
-            items = tag("ul", *(tag("li", sentence) for sentence in sentences))
+            items = tag("ul", *(tag("li", _bold(s.lead), s.text) for s in sentences))
             found.append(tag("div", tag("h2", title), items))
     return tag("div", *found, cls="verdicts")
+
+
+def _bold(lead: str) -> Markup | None:
+    return join([tag("b", lead), ": "]) if lead else None
 
 
 def checks(analysis: Analysis) -> Markup | None:
@@ -110,7 +114,7 @@ def _shares(analysis: Analysis) -> Markup:
     ]
     estimators = ", ".join(dict.fromkeys(shares.estimator for shares in analysis.shares))
     hint = (
-        f"Shares of the variance of one draw's score with their 95 % intervals (estimator:"
+        f"Shares of the variance of one draw's score with their 95% intervals (estimator:"
         f" {estimators}). Naive: not corrected for the noise of draws, as papers print them."
     )
     return join([tag("p", hint, cls="hint"), _plain_table("Shares of the variance", heads, rows)])
@@ -123,7 +127,7 @@ def _share(shares: Shares, name: str) -> list[Markup | str]:
     parts: list[Markup | str] = [tag("b", wording.percent(share.value, 0))]
     if share.low is not None and share.high is not None:
         low, high = (f"{bound * 100:.0f}" for bound in (share.low, share.high))
-        parts.append(tag("small", f"[{low}, {high}] %"))
+        parts.append(tag("small", f"[{low}%, {high}%]"))
     if name in shares.naive:
         parts.append(tag("small", f"naive {wording.percent(shares.naive[name], 0)}"))
     if share.clipped:
