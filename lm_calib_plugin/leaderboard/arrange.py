@@ -16,7 +16,9 @@ from lm_calib_plugin.leaderboard.tables import (
     Score,
 )
 
-RESOLVED = "resolved"
+RESOLVED = ("resolved_better", "resolved_worse")
+# Columns that sum up the tasks of one unit; the first that is there ranks.
+AVERAGES = (AVERAGE, "average perplexity")
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,15 @@ def groups(analysis: Analysis) -> tuple[Group, ...]:
 
 
 def headline(analysis: Analysis) -> Column | None:
-    """Return the column that ranks are told by: the average of all tasks, else the first one."""
-    named = [column for column in analysis.columns if column.task == AVERAGE]
-    return (named or list(analysis.columns) or [None])[0]
+    """Return the column that ranks are told by: an average of tasks, else the first one."""
+    by_name = {column.task: column for column in analysis.columns}
+    named = [by_name[name] for name in AVERAGES if name in by_name]
+    return next(iter([*named, *analysis.columns]), None)
 
 
 def is_resolved(comparison: Comparison) -> bool:
     """Tell whether a difference may be called one."""
-    return comparison.verdict == RESOLVED
+    return comparison.verdict in RESOLVED
 
 
 def resolved_pairs(analysis: Analysis) -> dict[tuple[str, str], float | None]:

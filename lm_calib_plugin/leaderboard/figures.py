@@ -151,16 +151,18 @@ def strips(analysis: Analysis, group: Group, column: Column, colors: Palette) ->
     methods = list(dict.fromkeys(entry.method for entry in own if entry.role != DENSE))
     rows: list[Entry | str] = []
     for method in methods:
-        found = [entry for entry in own if entry.method == method and entry.role != DENSE]
+        found = [e for e in own if e.method == method and e.role != DENSE]
         if len(found) > 1 or found[0].calibration:
             rows.append(method)
-        rows += sorted(found, key=lambda entry: names.get(entry.calibration, -1))
+        rows += sorted(found, key=lambda e: names.get(e.calibration, -1))
     title = f"{group.title} · single draws"
     figure, axis = _figure(1.1 + _ROW * len(rows), title, name_of(column), colors)
     for y, row in enumerate(rows):
         if isinstance(row, str):
             continue
-        color = colors["muted"] if row.role == DATA_FREE else colors.series(names[row.calibration])
+        color = colors["muted"]
+        if row.role != DATA_FREE:
+            color = colors.series(names[row.calibration])
         values = np.array(row.scores[column.task].draws)
         _outline(axis, values, y, color)
         axis.plot(values, np.full(len(values), y), "o", color=color, markersize=4, alpha=0.75)
@@ -170,7 +172,7 @@ def strips(analysis: Analysis, group: Group, column: Column, colors: Palette) ->
     if dense is not None:
         axis.axvline(dense, color=colors["ink"], linewidth=1, linestyle=":")
         axis.annotate("dense ", (dense, -0.55), ha="right", va="center", color=colors["ink"])
-    labels = [row if isinstance(row, str) else row.calibration or row.method for row in rows]
+    labels = [r if isinstance(r, str) else r.calibration or r.method for r in rows]
     axis.set_yticks(range(len(rows)), [_wrapped(label) for label in labels])
     for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
         tick.set_color(colors["ink"])
@@ -366,6 +368,10 @@ def _legend(figure: Any, axis: Any, colors: Palette) -> None:
     )  # fmt: skip
 
 
+def _engine(figure: Any) -> Any:
+    return figure.get_layout_engine()
+
+
 def _figure(height: float, title: str, subtitle: str, colors: Palette) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -375,9 +381,9 @@ def _figure(height: float, title: str, subtitle: str, colors: Palette) -> tuple[
     height += head - 0.54
     figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor=colors["paper"])
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(rect=(0.01, 0.01, 0.97, 0.99 - head / height))
+    _engine(figure).set(rect=(0.01, 0.01, 0.97, 0.99 - head / height))
     ink, top = colors["ink"], 1 - 0.07 / height
-    size = {"ha": "left", "va": "top", "linespacing": 1.25}
+    size: dict[str, Any] = {"ha": "left", "va": "top", "linespacing": 1.25}
     below = top - (0.19 + 0.18 * title.count("\n")) / height
     figure.text(0.02, top, title, fontsize=10.5, fontweight="bold", color=ink, **size)
     figure.text(0.02, below, subtitle, fontsize=9, color=colors["muted"], **size)

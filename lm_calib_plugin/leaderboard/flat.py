@@ -12,9 +12,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lm_calib_plugin.leaderboard.arrange import Row, groups
+from lm_calib_plugin.leaderboard.arrange import AVERAGES, Row, groups
 from lm_calib_plugin.leaderboard.tables import (
-    AVERAGE,
     POINTS,
     Analysis,
     Column,
@@ -58,7 +57,7 @@ def hub_json(analysis: Analysis) -> dict[str, str]:
 
     Scores are means over draws; those in points are shares, 0 to 1.
     """
-    metrics = {c.task: c for c in analysis.columns if c.task != AVERAGE}
+    metrics = {c.task: c for c in analysis.columns if c.task not in AVERAGES}
     found = {}
     for entry in analysis.entries:
         parts = (entry.model, entry.level, entry.method, entry.calibration)
@@ -98,7 +97,7 @@ def text(value: str) -> str:
 
 
 def _names(column: Column) -> list[str]:
-    task = column.task if column.task == AVERAGE else f"{column.task} {column.metric}"
+    task = column.task if column.task in AVERAGES else f"{column.task} {column.metric}"
     return [
         f"{task} {part}"
         for part in (f"[{column.unit}]", "sd", "draws", "item_error", "low", "high")

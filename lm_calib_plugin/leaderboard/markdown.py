@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from lm_calib_plugin.export.card_text import block, code, plain, table
 from lm_calib_plugin.leaderboard import verdicts, wording
-from lm_calib_plugin.leaderboard.arrange import Group, groups
-from lm_calib_plugin.leaderboard.tables import AVERAGE, Analysis, Column, Comparison, Entry, Score
+from lm_calib_plugin.leaderboard.arrange import AVERAGES, Group, groups
+from lm_calib_plugin.leaderboard.tables import Analysis, Column, Comparison, Entry, Score
 
 
 def markdown(
@@ -39,8 +39,9 @@ def markdown(
 def _head(analysis: Analysis) -> list[str]:
     if not analysis.no_ranking:
         return []
+    title = verdicts.unranked(analysis)
     reasons = "\n".join(f"> * {plain(reason)}" for reason in analysis.no_ranking)
-    return [f"> **{verdicts.UNRANKED}.** Rows stand as in the grid.\n>\n{reasons}"]
+    return [f"> **{title}.** Rows stand as in the grid.\n>\n{reasons}"]
 
 
 def _verdicts(analysis: Analysis) -> list[str]:
@@ -63,7 +64,7 @@ def _list(title: str, lines: Iterable[str]) -> list[str]:
 def _tables(analysis: Analysis) -> list[str]:
     parts = []
     if analysis.controls:
-        word = {True: "passed", False: "**failed**", None: "not checked"}
+        word = {True: "passed", False: "**failed**", None: wording.NOTHING}
         rows = [[plain(c.name), word[c.passed], plain(c.words)] for c in analysis.controls]
         parts += ["## Controls", table(["control", "", "what was seen"], rows)]
     if analysis.conditions:
@@ -78,12 +79,12 @@ def _tables(analysis: Analysis) -> list[str]:
         "Rows are sorted by the retention of their worst task, then by the geometric mean."
         " Retention is (score − chance) / (dense − chance). A rank such as 1–3 says that no"
         " resolved difference tells more. Behind each mean: standard deviation and number of draws,"
-        " and the 95% interval over draws and items."
+        " and the 95 % interval over draws and items."
     )
     for group in groups(analysis):
         parts.append(f"## {plain(group.title)}")
         if analysis.no_ranking:
-            parts.append(f"*{verdicts.UNRANKED}.*")
+            parts.append(f"*{verdicts.unranked(analysis)}.*")
         else:
             parts.append(how)
             how = ""
@@ -121,7 +122,7 @@ def _table(analysis: Analysis, group: Group) -> str:
 
 def _columns(analysis: Analysis) -> list[Column]:
     """Return the average first, then the tasks."""
-    return sorted(analysis.columns, key=lambda column: column.task != AVERAGE)
+    return sorted(analysis.columns, key=lambda column: column.task not in AVERAGES)
 
 
 def _draws(entry: Entry) -> str:
@@ -154,9 +155,9 @@ def _comparisons(analysis: Analysis) -> list[str]:
         return []
     parts = [
         "## Comparisons",
-        "Difference of a and b with its 95% interval, paired by item and draw; items on which a"
-        " is better / worse; P: the chance that one draw of a beats one of b; p after Holm over"
-        " the table.",
+        "Difference of a and b with its 95 % interval, paired by item and draw; items on which a"
+        " is better / worse; P: the chance that one draw of a is better than one of b; p after Holm"
+        " within a model and level.",
     ]
     kinds = dict.fromkeys(pair.against for pair in analysis.comparisons)
     for against in kinds:
@@ -183,7 +184,7 @@ def _pairs(analysis: Analysis, pairs: Sequence[Comparison]) -> str:
                 wording.flips(pair),
                 plain(wording.probability(pair.probability_better)),
                 plain(wording.probability(pair.p_holm)),
-                f"**{plain(pair.verdict)}**: {plain(verdicts.sentence_of(pair, analysis))}",
+                f"**{plain(wording.verdict(pair))}**: {plain(pair.words)}",
             ]
         )
     return table(head, rows)
@@ -218,7 +219,7 @@ def _shares(analysis: Analysis) -> list[str]:
     estimators = ", ".join(dict.fromkeys(shares.estimator for shares in analysis.shares))
     return [
         "## What varies",
-        f"Shares of the variance of one draw's score, with 95% intervals (estimator:"
+        f"Shares of the variance of one draw's score, with 95 % intervals (estimator:"
         f" {plain(estimators)}). Naive: not corrected for draw noise, as papers print them.",
         table(["model, level", "task", *map(plain, names)], rows),
     ]

@@ -12,11 +12,12 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lm_calib_plugin.export.card_text import one_line
 from lm_calib_plugin.leaderboard import figures, flat, svg
-from lm_calib_plugin.leaderboard.arrange import Group, groups, headline
+from lm_calib_plugin.leaderboard.arrange import AVERAGES, Group, groups, headline
 from lm_calib_plugin.leaderboard.tables import POINTS, Analysis, Column
 
 KINDS = ("quality", "draws", "tasks", "ranks", "shares")
@@ -81,7 +82,8 @@ def draw(analysis: Analysis) -> list[Plot]:
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(SETTINGS)
+        settings: Any = matplotlib.rcParams
+        settings.update(SETTINGS)
         # Fonts do not know every name that people give; the table and the description do.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         return [_drawn(plan) for plan in _plans(analysis)]
@@ -121,8 +123,12 @@ def _plans(analysis: Analysis) -> Iterator[_Plan]:
 def shown_columns(analysis: Analysis) -> list[Column]:
     """Return what is plotted: the headline, and tasks of which no average is taken."""
     first = headline(analysis)
-    rest = [c for c in analysis.columns if c is not first and c.unit != POINTS]
-    return ([first] if first else []) + rest
+    averaged = {c.unit for c in analysis.columns if c.task in AVERAGES}
+    return [
+        c
+        for c in analysis.columns
+        if c is first or c.task in AVERAGES or (c.unit != POINTS and c.unit not in averaged)
+    ]
 
 
 def _quality(analysis: Analysis, columns: list[Column]) -> Iterator[_Plan]:
@@ -137,12 +143,10 @@ def _quality(analysis: Analysis, columns: list[Column]) -> Iterator[_Plan]:
                 "",
                 (panel.method, panel.axis, column.task),
                 f"{panel.model} · {panel.method}: {column.task} against {panel.axis}",
-                "Mean over draws with its 95% interval over draws and items.",
+                "Mean over draws with its 95 % interval over draws and items.",
                 f"{figures.name_of(column)} against {panel.axis}. "
                 + " ".join(line.words(column) for line in lines),
-                lambda colors, panel=panel, column=column, lines=lines: figures.quality(
-                    analysis, panel, column, lines, colors
-                ),
+                partial(figures.quality, analysis, panel, column, lines),
             )
 
 
@@ -159,7 +163,7 @@ def _draws(analysis: Analysis, group: Group, column: Column) -> Iterator[_Plan]:
         "One point a draw, a bar at the mean; an outline from five draws up.",
         f"{figures.name_of(column)} of single draws. "
         + " ".join(figures.draw_words(entry, column) for entry in rows),
-        lambda colors: figures.strips(analysis, group, column, colors),
+        partial(figures.strips, analysis, group, column),
     )
 
 
@@ -176,7 +180,7 @@ def _heats(analysis: Analysis) -> Iterator[_Plan]:
             if retention
             else "Log of the perplexity over that of the dense model, mean over draws; 0 is dense.",
             f"{heat.quantity} by calibration and task. " + figures.heat_words(heat),
-            lambda colors, heat=heat: figures.tasks(analysis, heat, colors),
+            partial(figures.tasks, analysis, heat),
         )
 
 
@@ -190,7 +194,7 @@ def _ranks(analysis: Analysis) -> Iterator[_Plan]:
             f"{ranking.model} · {ranking.level} · {ranking.fixed}: rank stability",
             "How often a row takes each rank when every row has one draw.",
             figures.rank_words(analysis, ranking),
-            lambda colors, ranking=ranking: figures.ranks(analysis, ranking, colors),
+            partial(figures.ranks, analysis, ranking),
         )
 
 
@@ -208,5 +212,5 @@ def _shares(analysis: Analysis) -> Iterator[_Plan]:
             f"{model} · {level}: what varies",
             "Shares of the variance of one draw's score; intervals stand in the table.",
             " ".join(figures.share_words(analysis, shares) for shares in own),
-            lambda colors, own=own: figures.shares(analysis, own, colors),
+            partial(figures.shares, analysis, own),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,6 @@ from lm_calib_plugin.leaderboard import wording
 from lm_calib_plugin.leaderboard.arrange import Group, Row, groups, headline, is_resolved
 from lm_calib_plugin.leaderboard.tables import DENSE, NULL, Analysis, Comparison, Share
 
-UNRANKED = "Implementation noise: not ranked"
 PARTS = {
     "source": "source",
     "method": "method",
@@ -28,6 +28,14 @@ class Sentence:
 
 # More names than these are counted, not listed.
 _NAMES = 4
+
+
+def unranked(analysis: Analysis) -> str:
+    """Return the headline of a leaderboard that must not be ranked, else nothing."""
+    if not analysis.no_ranking:
+        return ""
+    noise = any("implementation noise" in reason for reason in analysis.no_ranking)
+    return "Implementation noise: not ranked" if noise else "Incomplete: not ranked"
 
 
 def says(analysis: Analysis) -> list[Sentence]:
@@ -62,11 +70,9 @@ def says_not(analysis: Analysis) -> list[Sentence]:
 
 def sentence_of(pair: Comparison, analysis: Analysis) -> str:
     """Return a comparison in words, ending as a sentence does."""
-    words = pair.words.strip()
-    if not words:
-        a, b = analysis.entry(pair.a), analysis.entry(pair.b)
-        words = f"{wording.phrase(a)} against {wording.phrase(b)}: {pair.verdict}"
-    return words if words.endswith((".", "!", "?")) else words + "."
+    a, b = analysis.entry(pair.a), analysis.entry(pair.b)
+    words = (pair.words.strip() or wording.verdict(pair)).removesuffix(".")
+    return f"{wording.phrase(a)} against {wording.phrase(b)}: {words}."
 
 
 def _leaders(group: Group) -> str:
@@ -131,15 +137,11 @@ def _differences(analysis: Analysis, against: str) -> str:
     if not sure or against == "dense":
         return f"{total} {verb} resolved."
     largest = max(sure, key=lambda pair: abs(pair.delta))
+    entry = analysis.entry(largest.a)
     return (
-        f"{total} {verb} resolved; the largest: {_where(analysis, largest)}:"
+        f"{total} {verb} resolved. The largest, {entry.model} at {entry.level}:"
         f" {sentence_of(largest, analysis)}"
     )
-
-
-def _where(analysis: Analysis, pair: Comparison) -> str:
-    entry = analysis.entry(pair.a)
-    return f"{entry.model}, {entry.level}"
 
 
 def _varies(analysis: Analysis, model: str) -> str:
@@ -156,7 +158,7 @@ def _varies(analysis: Analysis, model: str) -> str:
     if column is None or not levels:
         return ""
     name = wording.heading(column)
-    return f"of the variance of one draw's {name}, {'; '.join(levels)} (95% intervals)."
+    return f"of the variance of one draw's {name}, {'; '.join(levels)} (95 % intervals)."
 
 
 def _share(share: Share) -> str:
@@ -172,8 +174,10 @@ def _open(analysis: Analysis) -> str:
     if not unsure:
         return ""
     verb = "is" if len(unsure) == 1 else "are"
-    text = f"{len(unsure)} of {_count(len(pairs), 'comparison')} {verb} not resolved"
-    more = [pair.more_draws for pair in unsure if pair.more_draws is not None]
+    kinds = Counter(wording.verdict(pair) for pair in unsure)
+    listed = _list([f"{number} {kind}" for kind, number in kinds.most_common()])
+    text = f"{len(unsure)} of {_count(len(pairs), 'comparison')} {verb} not resolved ({listed})"
+    more = [pair.more_draws for pair in unsure if pair.more_draws]
     if more:
         text += (
             f"; {len(more)} of them would need about {min(more)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lm_calib_plugin.leaderboard.tables import AVERAGE, POINTS, Column, Comparison, Entry, Score
+from lm_calib_plugin.leaderboard.tables import POINTS, Column, Comparison, Entry, Score
 
 NOTHING = "–"
 MINUS = "−"
@@ -13,7 +13,7 @@ MINUS = "−"
 
 def decimals(value: float, unit: str) -> int:
     """Return how many decimals a score has: two for points, else four digits in all."""
-    if unit == POINTS:
+    if unit == POINTS or unit.startswith("%"):
         return 2
     whole = len(str(int(abs(value)))) if 1 <= abs(value) < math.inf else 0
     return min(4, max(0, 4 - whole))
@@ -39,7 +39,7 @@ def percent(value: float | None, digits: int = 1) -> str:
     if value is None or not math.isfinite(value):
         return NOTHING
     text = f"{abs(value) * 100:.{digits}f}"
-    return (MINUS if value < 0 and text.strip("0.") else "") + text + "%"
+    return (MINUS if value < 0 and text.strip("0.") else "") + text + " %"
 
 
 def interval(
@@ -50,7 +50,7 @@ def interval(
     signed: bool = False,
     like: float | None = None,
 ) -> str:
-    """Return a 95% interval in brackets, a dash where there is none."""
+    """Return a 95 % interval in brackets, a dash where there is none."""
     if low is None or high is None:
         return NOTHING
     bounds = (number(bound, unit, signed=signed, like=like) for bound in (low, high))
@@ -90,7 +90,7 @@ def phrase(entry: Entry) -> str:
 
 def heading(column: Column) -> str:
     """Return the heading of a column, without its unit."""
-    return "average" if column.task == AVERAGE else column.task
+    return column.task
 
 
 def meaning(column: Column) -> str:
@@ -101,6 +101,11 @@ def meaning(column: Column) -> str:
     if column.chance is not None:
         parts.append(f"chance {number(column.chance, column.unit)}")
     return ", ".join(part for part in parts if part)
+
+
+def verdict(pair: Comparison) -> str:
+    """Return the kind of a verdict as words."""
+    return pair.verdict.replace("_", " ")
 
 
 def flips(pair: Comparison) -> str:

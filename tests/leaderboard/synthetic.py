@@ -139,11 +139,11 @@ def comparison(a: Entry, b: Entry, against: str, column: Column) -> Comparison:
     half = 1.96 * math.hypot(first.sd or 0, second.sd or 0)
     resolved = abs(delta) > half
     chance = float(np.mean([x > y for x in first.draws for y in second.draws]))
-    words = (
-        f"{a.method} on {a.calibration} differs from {b.method or 'the dense model'} on"
-        f" {b.calibration or 'nothing'} by {delta:+.2f}: "
-    )
-    words += "resolved." if resolved else "a coin flip at 5 draws; about 12 more needed."
+    good = (delta > 0) == column.higher_is_better
+    word, seen = "better" if good else "worse", f"{delta:+.2f} {column.unit}"
+    words = f"a coin flip at 5 draws: {seen}; about 12 more draws needed for the average"
+    if resolved:
+        words = f"resolved, {word}: {seen}, {word} in 96 % of draw pairs"
     flips = (0.05, 0.09) if column.unit == POINTS and column.task != AVERAGE else (None, None)
     return Comparison(
         a.id,
@@ -158,7 +158,7 @@ def comparison(a: Entry, b: Entry, against: str, column: Column) -> Comparison:
         0.0004 if resolved else 0.31,
         0.0009 if resolved else 0.62,
         chance,
-        "resolved" if resolved else "coin flip",
+        f"resolved_{word}" if resolved else "coin_flip",
         words,
         None if resolved else 12,
     )
@@ -208,7 +208,7 @@ def analysis(**changes) -> Analysis:
         controls=(
             Control("data-free spread", True, "Draws of magnitude agree to the last bit."),
             Control("repeat", True, "One cell run twice gave the same scores."),
-            Control("null calibration", None, "Not part of this grid for N:M levels."),
+            Control("null calibration", None, "Without meaning, it scores above 0 of 3."),
         ),
         conditions={
             "lm_eval": "0.4.13",

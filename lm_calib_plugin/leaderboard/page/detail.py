@@ -54,7 +54,7 @@ def _scores(analysis: Analysis, entry: Entry) -> Markup | None:
         )
     if not rows:
         return None
-    heads = ["", "Mean", "95% interval", "Over draws", "Item error", "Kept", "Single draws"]
+    heads = ["", "Mean", "95 % interval", "Over draws", "Item error", "Kept", "Single draws"]
     cells = (
         tag("th", head, scope="col", cls="num" if 0 < n < 6 else "") for n, head in enumerate(heads)
     )

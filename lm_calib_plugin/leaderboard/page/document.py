@@ -118,7 +118,7 @@ def _unranked(analysis: Analysis) -> Markup | None:
         return None
     return tag(
         "div",
-        tag("strong", verdicts.UNRANKED + "."),
+        tag("strong", verdicts.unranked(analysis) + "."),
         " Rows stand as in the grid and can not be sorted.",
         tag("ul", *(tag("li", reason) for reason in analysis.no_ranking)),
         cls="banner",

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from lm_calib_plugin.export.card_text import one_line
 
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
+_PERCENT = re.compile(r"(\d) %")  # a line does not end in between
 _EMPTY = {"input"}
 _SHAPES = {"rect", "line", "circle"}  # of SVG, where an element without content must say so
 
@@ -27,7 +28,8 @@ def escape(value: str) -> Markup:
     if isinstance(value, Markup):
         return value
     before, after = (" " if edge.isspace() else "" for edge in (value[:1], value[-1:]))
-    return Markup(before + html.escape(one_line(value)) + after)
+    text = _PERCENT.sub("\\1\u00a0%", html.escape(one_line(value)))
+    return Markup(before + text + after)
 
 
 def lines(value: str) -> Markup:

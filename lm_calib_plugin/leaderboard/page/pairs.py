@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lm_calib_plugin.leaderboard import verdicts, wording
+from lm_calib_plugin.leaderboard import wording
 from lm_calib_plugin.leaderboard.arrange import headline, is_resolved
 from lm_calib_plugin.leaderboard.page.markup import Markup, join, tag
 from lm_calib_plugin.leaderboard.tables import Analysis, Comparison
@@ -13,7 +13,7 @@ _HEADS = (
     ("task", "Task", "text", "ascending"),
     ("delta", "a − b", "number", "descending"),
     ("flips", "Items better / worse", "number", "descending"),
-    ("chance", "P(a > b)", "number", "descending"),
+    ("chance", "P(a better)", "number", "descending"),
     ("p", "p (Holm)", "number", "ascending"),
     ("words", "In words", "", ""),
 )
@@ -29,9 +29,9 @@ def comparisons(analysis: Analysis) -> Markup | None:
     if not analysis.comparisons:
         return None
     hint = (
-        "Differences are paired by draw and item and stand with their 95% intervals. P(a > b) is"
-        " the chance that one draw of a scores more than one of b; p is corrected after Holm over"
-        " the table."
+        "Differences are paired by draw and item and stand with their 95 % intervals. P(a better)"
+        " is the chance that one draw of a is better than one of b; p is adjusted by Holm"
+        " within a model and level."
     )
     head = tag("tr", *(_head(*each) for each in _HEADS))
     scales = _scales(analysis)
@@ -83,13 +83,18 @@ def _head(key: str, title: str, kind: str, first: str) -> Markup:
 
 def _row(analysis: Analysis, pair: Comparison, scales: dict[str, float]) -> Markup:
     a, b = analysis.entry(pair.a), analysis.entry(pair.b)
+    kind = wording.verdict(pair)
     state = "good" if is_resolved(pair) else "open"
     where = tag("small", f"{a.model} · {a.level}")
     names = [tag("b", wording.name(a)), " against ", tag("span", wording.name(b)), where]
     bounds = wording.interval(pair.low, pair.high, pair.unit, signed=True, like=pair.delta)
     delta = [
-        tag("b", wording.number(pair.delta, pair.unit, signed=True)),
-        _forest(pair, scales.get(pair.column, 0.0)),
+        tag(
+            "div",
+            _forest(pair, scales.get(pair.column, 0.0)),
+            tag("b", wording.number(pair.delta, pair.unit, signed=True)),
+            cls="lead",
+        ),
         tag("small", bounds),
     ]
     task = next(
@@ -97,14 +102,14 @@ def _row(analysis: Analysis, pair: Comparison, scales: dict[str, float]) -> Mark
     )
     items = wording.NOTHING if pair.beneficial is None else wording.flips(pair)
     cells: list[tuple[float | str | None, list[Markup | str], str]] = [
-        (pair.verdict, [tag("span", pair.verdict, cls=f"verdict {state}")], ""),
+        (kind, [tag("span", kind, cls=f"verdict {state}")], ""),
         (f"{wording.name(a)} {wording.name(b)}", [*names], ""),
         (task, [task, tag("small", pair.unit)], ""),
         (pair.delta, [*delta], "num"),
         (pair.beneficial, [items], "num"),
         (pair.probability_better, [wording.probability(pair.probability_better)], "num"),
         (pair.p_holm, [wording.probability(pair.p_holm)], "num"),
-        (None, [verdicts.sentence_of(pair, analysis)], "words"),
+        (None, [pair.words], "words"),
     ]
     found = []
     for (key, title, *_), (value, content, cls) in zip(_HEADS, cells, strict=True):
@@ -124,7 +129,7 @@ def _row(analysis: Analysis, pair: Comparison, scales: dict[str, float]) -> Mark
         data_task=pair.column,
         data_against=pair.against,
         data_resolved="1" if is_resolved(pair) else None,
-        data_words=f"{a.id} {b.id} {pair.verdict}".lower(),
+        data_words=f"{a.id} {b.id} {kind}".lower(),
     )
 
 

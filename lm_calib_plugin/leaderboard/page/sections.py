@@ -34,7 +34,7 @@ def _bold(lead: str) -> Markup | None:
 
 def checks(analysis: Analysis) -> Markup | None:
     """Return controls, and the conditions that all records share."""
-    marks = {True: ("✓", "passed"), False: ("✗", "failed"), None: ("–", "not checked")}
+    marks = {True: ("✓", " passed: "), False: ("✗", " failed: "), None: ("–", ": ")}
     controls = []
     for control in analysis.controls:
         mark, word = marks[control.passed]
@@ -43,7 +43,7 @@ def checks(analysis: Analysis) -> Markup | None:
             tag(
                 "li",
                 tag("span", mark, cls=f"mark {state}", aria_hidden="true"),
-                tag("span", tag("strong", control.name), f" {word}. ", control.words),
+                tag("span", tag("strong", control.name), word, control.words),
             )
         )
     parts: list[Markup] = []
@@ -114,7 +114,7 @@ def _shares(analysis: Analysis) -> Markup:
     ]
     estimators = ", ".join(dict.fromkeys(shares.estimator for shares in analysis.shares))
     hint = (
-        f"Shares of the variance of one draw's score with their 95% intervals (estimator:"
+        f"Shares of the variance of one draw's score with their 95 % intervals (estimator:"
         f" {estimators}). Naive: not corrected for the noise of draws, as papers print them."
     )
     return join([tag("p", hint, cls="hint"), _plain_table("Shares of the variance", heads, rows)])
@@ -127,7 +127,7 @@ def _share(shares: Shares, name: str) -> list[Markup | str]:
     parts: list[Markup | str] = [tag("b", wording.percent(share.value, 0))]
     if share.low is not None and share.high is not None:
         low, high = (f"{bound * 100:.0f}" for bound in (share.low, share.high))
-        parts.append(tag("small", f"[{low}%, {high}%]"))
+        parts.append(tag("small", f"[{low}, {high}] %"))
     if name in shares.naive:
         parts.append(tag("small", f"naive {wording.percent(shares.naive[name], 0)}"))
     if share.clipped:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lm_calib_plugin.leaderboard import wording
-from lm_calib_plugin.leaderboard.arrange import Group, Row, groups, headline
+from lm_calib_plugin.leaderboard.arrange import AVERAGES, Group, Row, groups, headline
 from lm_calib_plugin.leaderboard.page import detail
 from lm_calib_plugin.leaderboard.page.markup import Markup, join, tag
 from lm_calib_plugin.leaderboard.tables import (
-    AVERAGE,
     COMPRESSED,
     DENSE,
     POINTS,
@@ -195,7 +194,7 @@ def fields(analysis: Analysis) -> list[Field]:
         Field("worst", "Worst task", "kept", "number", _worst, help="retention of the worst task"),
         Field("geometric", "Geom. mean", "kept", "number", _kept("geometric_mean")),
     ]
-    for column in sorted(analysis.columns, key=lambda column: column is not first):
+    for column in sorted(analysis.columns, key=lambda c: (c is not first, c.task not in AVERAGES)):
         found.append(_score_field(analysis, column, column is first))
     found += [
         Field("mean", "Mean", "kept", "number", _kept("mean"), more=True),
@@ -283,14 +282,16 @@ def _score_field(analysis: Analysis, column: Column, first: bool) -> Field:
         score = row.entry.scores.get(column.task)
         if score is None:
             return None, [wording.NOTHING]
-        parts: list[Markup | str] = [tag("b", wording.number(score.mean, column.unit))]
+        mean = tag("b", wording.number(score.mean, column.unit))
+        parts: list[Markup | str] = [mean]
         if first:
             bounds = wording.interval(score.low, score.high, column.unit, like=score.mean)
-            parts += [_forest(score, group, column), tag("small", bounds)]
+            parts = [tag("div", _forest(score, group, column), mean, cls="lead")]
+            parts.append(tag("small", bounds))
         parts.append(tag("small", wording.spread(score, column.unit)))
         return score.mean, parts
 
-    unit = column.unit if column.unit != POINTS or column.task == AVERAGE else ""
+    unit = column.unit if column.unit != POINTS or first else ""
     place = list(analysis.columns).index(column)
     help = wording.meaning(column)
     key = f"t{place}"
