@@ -182,7 +182,7 @@ def _pairs(analysis: Analysis, pairs: Sequence[Comparison]) -> str:
                 plain(names.get(pair.column, pair.column)),
                 f"{wording.number(pair.delta, pair.unit, signed=True)} {plain(bounds)}",
                 wording.flips(pair),
-                plain(wording.probability(pair.probability_better)),
+                wording.percent(pair.probability_better, 0),
                 plain(wording.probability(pair.p_holm)),
                 f"**{plain(wording.verdict(pair))}**: {plain(pair.words)}",
             ]

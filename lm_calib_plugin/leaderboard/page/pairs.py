@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lm_calib_plugin.leaderboard import wording
-from lm_calib_plugin.leaderboard.arrange import headline, is_resolved
+from lm_calib_plugin.leaderboard.arrange import RESOLVED, headline, is_resolved
 from lm_calib_plugin.leaderboard.page.markup import Markup, join, tag
 from lm_calib_plugin.leaderboard.tables import Analysis, Comparison
 
@@ -38,7 +38,7 @@ def comparisons(analysis: Analysis) -> Markup | None:
     rows = [_row(analysis, pair, scales) for pair in analysis.comparisons]
     whole = tag(
         "table",
-        tag("caption", "All comparisons"),
+        tag("caption", tag("span", "All comparisons", cls="unseen")),
         tag("thead", head),
         tag("tbody", *rows),
         cls="cards",
@@ -81,17 +81,18 @@ def _head(key: str, title: str, kind: str, first: str) -> Markup:
     return tag("th", button, scope="col", data_c=key, data_kind=kind, cls=cls)
 
 
-def _row(analysis: Analysis, pair: Comparison, scales: dict[str, float]) -> Markup:
+def _row(analysis: Analysis, pair: Comparison, scales: dict[tuple[str, str], float]) -> Markup:
     a, b = analysis.entry(pair.a), analysis.entry(pair.b)
     kind = wording.verdict(pair)
-    state = "good" if is_resolved(pair) else "open"
+    good, bad = RESOLVED
+    state = {good: "good", bad: "bad"}.get(pair.verdict, "open")
     where = tag("small", f"{a.model} · {a.level}")
     names = [tag("b", wording.name(a)), " against ", tag("span", wording.name(b)), where]
     bounds = wording.interval(pair.low, pair.high, pair.unit, signed=True, like=pair.delta)
     delta = [
         tag(
             "div",
-            _forest(pair, scales.get(pair.column, 0.0)),
+            _forest(pair, scales[pair.column, pair.against]),
             tag("b", wording.number(pair.delta, pair.unit, signed=True)),
             cls="lead",
         ),
@@ -107,7 +108,7 @@ def _row(analysis: Analysis, pair: Comparison, scales: dict[str, float]) -> Mark
         (task, [task, tag("small", pair.unit)], ""),
         (pair.delta, [*delta], "num"),
         (pair.beneficial, [items], "num"),
-        (pair.probability_better, [wording.probability(pair.probability_better)], "num"),
+        (pair.probability_better, [wording.percent(pair.probability_better, 0)], "num"),
         (pair.p_holm, [wording.probability(pair.p_holm)], "num"),
         (None, [pair.words], "words"),
     ]
@@ -133,12 +134,13 @@ def _row(analysis: Analysis, pair: Comparison, scales: dict[str, float]) -> Mark
     )
 
 
-def _scales(analysis: Analysis) -> dict[str, float]:
-    """Return how far the differences of each column reach from 0."""
-    found: dict[str, float] = {}
+def _scales(analysis: Analysis) -> dict[tuple[str, str], float]:
+    """Return how far differences of each column and kind reach from 0."""
+    found: dict[tuple[str, str], float] = {}
     for pair in analysis.comparisons:
         reach = [abs(v) for v in (pair.low, pair.high, pair.delta) if v is not None]
-        found[pair.column] = max(found.get(pair.column, 0.0), *reach)
+        key = (pair.column, pair.against)
+        found[key] = max(found.get(key, 0.0), *reach)
     return found
 
 
