@@ -229,7 +229,7 @@ def _on_layers(job: Job) -> Done:
         job.recipe.propagate,
         methods,
         job.recipe.true_sequential,
-        job.inputs if engine.is_sharing() else None,
+        _shared_inputs(job),
     )
     result = engine.run(model, blocks, job.chunks(), plan, job.device, progress)
     start = time.perf_counter()
@@ -278,12 +278,19 @@ def _divided(job: Job) -> tuple[Method, dict[str, Method]]:
     rule = pruning.allocation if pruning is not None else None
     if rule is not None and not (method.does_nothing and rule.keeps_budget):
         assert pruning is not None
-        found = allocate(model, blocks, job.chunks, layers, pruning, job.device, progress)
+        inputs = _shared_inputs(job)
+        found = allocate(model, blocks, job.chunks, layers, pruning, job.device, progress, inputs)
         pruning = strength_found(pruning, layers, found, job.recipe.sparsity)
         for name, own in found.items():
             methods[name] = with_part(methods.get(name, method), own)
         method = with_part(method, pruning)
     return method, methods
+
+
+def _shared_inputs(job: Job) -> str | None:
+    """Return the name of what goes through the model, where others may see the same."""
+    rotated = job.method.transform is not None and job.method.transform.level == "model"
+    return job.inputs if engine.shared_here() is not None and not rotated else None
 
 
 def with_widths(method: Quantizer, widths: dict[str, int]) -> dict[str, Method]:

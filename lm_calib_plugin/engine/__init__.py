@@ -28,7 +28,7 @@ from lm_calib_plugin.engine.reach import check_reach
 from lm_calib_plugin.engine.reshape import ReshapeResult, check_reshape, reshape
 from lm_calib_plugin.engine.rotation import rotate
 from lm_calib_plugin.engine.selection import select_layers
-from lm_calib_plugin.engine.sharing import Shared, is_sharing, shared_statistics
+from lm_calib_plugin.engine.sharing import Shared, shared_here, shared_statistics
 from lm_calib_plugin.engine.walk import Plan, WalkResult, run
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
     "find_blocks",
     "find_layers",
     "heldout_indices",
-    "is_sharing",
     "matches",
     "model_digest",
     "parameter_hashes",
@@ -59,6 +58,7 @@ __all__ = [
     "rotate",
     "run",
     "select_layers",
+    "shared_here",
     "shared_statistics",
     "text_config",
     "untied",

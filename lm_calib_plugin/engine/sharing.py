@@ -12,6 +12,9 @@ Inputs that are rounded token by token (``act_dynamic``) do not matter either: t
 from when a block is done, behind everything that is watched of it, and the next block gets the
 outputs from before.
 
+The pass in which an allocation such as ``owl`` looks at the dense model is shared, too, whatever
+the run does afterwards. So are calibration sets (:mod:`lm_calib_plugin.bank.once`).
+
 **Not shared** are runs
 
 - with ``propagate=compressed`` (and so all that corrects errors of earlier blocks) or
@@ -20,7 +23,7 @@ outputs from before.
 - with static ranges of inputs, or with rounding of whole blocks: both run blocks again, which takes
   the hidden states, and these are not kept;
 - whose chunks were halved when memory was short: their sums have other last bits;
-- of structural methods, which look at the model in ways of their own.
+- of structural methods and ``bits=auto``, which look at the model in ways of their own.
 
 What a caller's own forward hooks change is not known here, as little as to the key of a recipe.
 """
@@ -49,7 +52,8 @@ if TYPE_CHECKING:
     from lm_calib_plugin.engine.walk import Plan
 
 _CGROUP = Path("/sys/fs/cgroup")
-_CPU = torch.device("cpu")
+# Where everything is kept.
+HOST = torch.device("cpu")
 
 
 class Shared:
@@ -112,8 +116,10 @@ _ACTIVE: ContextVar[Shared | None] = ContextVar("lm_calib_plugin_shared", defaul
 def shared_statistics(limit_bytes: int | None = None) -> Iterator[Shared]:
     """Share calibration sets and statistics of dense models between compressions in this context.
 
-    Holds for this thread, until the context is left; one inside another starts empty. See
-    :mod:`lm_calib_plugin.engine.sharing` for what is shared.
+    Holds for this thread, until the context is left; one inside another starts empty. Weights and
+    reports are those of runs without it, apart from seconds. Runs with ``propagate=dense`` share,
+    as far as nothing that they do changes what is watched:
+    :mod:`lm_calib_plugin.engine.sharing` says which, and why others do not.
 
     Parameters
     ----------
@@ -142,14 +148,9 @@ def shared_statistics(limit_bytes: int | None = None) -> Iterator[Shared]:
         shared.clear()
 
 
-def active() -> Shared | None:
+def shared_here() -> Shared | None:
     """Return what is shared here, None outside of :func:`shared_statistics`."""
     return _ACTIVE.get()
-
-
-def is_sharing() -> bool:
-    """Tell whether anything is shared here."""
-    return active() is not None
 
 
 def is_shareable(plan: Plan) -> bool:
@@ -167,7 +168,7 @@ def is_shareable(plan: Plan) -> bool:
 
 def run_statistics(model: nn.Module, plan: Plan) -> RunStatistics | None:
     """Return the statistics of a run that shares them; None for one that does not."""
-    shared = active()
+    shared = shared_here()
     if shared is None or not is_shareable(plan):
         return None
     layers = tuple((layer.name, layer.shape) for layer in plan.layers)
@@ -226,7 +227,7 @@ class RunStatistics:
         numbers = {layer.name: layer for layer in layers}
         found: dict[int, Watched] = {}
         for names, seen in self._known[index].inputs:
-            own = _copied(seen, numbers[names[0]].parameter.device)
+            own = copied(seen, numbers[names[0]].parameter.device)
             found |= {id(numbers[name]): own for name in names}
         return found, self._known[index].borrowed
 
@@ -239,7 +240,7 @@ class RunStatistics:
     ) -> None:
         """Note what was watched of one block: a copy, taken before any method sees it."""
         first = not self._size
-        self._size += sum(_bytes(seen) for seen in watched)
+        self._size += sum(bytes_of(seen) for seen in watched)
         # Blocks are mostly alike: what can not fit in the end drives nothing else out.
         likely = self._size * self._count if first else self._size
         if not self._fits or likely > self._allowed:
@@ -248,7 +249,7 @@ class RunStatistics:
         self._shared.make_room(self._size, self._allowed)
         self._blocks[index] = _Block(
             [
-                ([layer.name for layer in group], _copied(seen, _CPU))
+                ([layer.name for layer in group], copied(seen, HOST))
                 for group, seen in zip(groups, watched, strict=True)
             ],
             dict(borrowed),
@@ -303,30 +304,37 @@ def free_memory() -> int:
     return free
 
 
-def _copied(value: Any, device: torch.device) -> Any:
-    """Return a copy on a device of what was watched, down to the last tensor."""
+def copied(value: Any, device: torch.device) -> Any:
+    """Return a copy on a device of what was watched, down to the last tensor.
+
+    Equal bits in the same order of memory. Anything that is no statistic stays as it is.
+    """
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     if isinstance(value, torch.device):
         return device
     if isinstance(value, list):
-        return [_copied(part, device) for part in value]
+        return [copied(part, device) for part in value]
+    if isinstance(value, dict):
+        return {name: copied(part, device) for name, part in value.items()}
     if isinstance(value, (Watched, LayerStats, TokenSample)):
         made = copy.copy(value)
         for name, part in vars(value).items():
-            setattr(made, name, _copied(part, device))
+            setattr(made, name, copied(part, device))
         return made
     return value
 
 
-def _bytes(value: Any) -> int:
+def bytes_of(value: Any) -> int:
     """Return how many bytes the tensors of what was watched take."""
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, list):
-        return sum(map(_bytes, value))
+        return sum(map(bytes_of, value))
+    if isinstance(value, dict):
+        return sum(map(bytes_of, value.values()))
     if isinstance(value, (Watched, LayerStats, TokenSample)):
-        return sum(map(_bytes, vars(value).values()))
+        return bytes_of(vars(value))
     return 0
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lm_calib_plugin import CalibrationSet, Recipe, Report, Runtime, compress
+from lm_calib_plugin import CalibrationSet, Recipe, Report, Runtime, allocation, compress
 from lm_calib_plugin.engine import shared_statistics, sharing, walk
 from lm_calib_plugin.engine.sharing import Shared
 from lm_calib_plugin.errors import NumericalError, UserError
@@ -146,11 +146,9 @@ def test_experts_borrow_as_they_do_alone(name: str) -> None:
 
 def test_the_head_and_rounded_inputs_share_too() -> None:
     """The head is behind all blocks; inputs are rounded behind what is watched."""
-    head = {"targets": ("*",), "untie": True}
+    head = {"targets": ("*_proj", "lm_head"), "untie": True}
     cells = [recipe("wanda", sparsity=s, **head) for s in (0.3, 0.5)]
     cells += [recipe("gptq", bits=4, group_size=8, act_bits=b) for b in (8, 16, 6)]
-    for one in (*cells, *cells[2:]):
-        assert one.propagate == "dense"
     names = ["llama_tied"] * 2 + ["llama"] * 3
     alone = [run(one, name) for one, name in zip(cells, names, strict=True)]
     assert any("lm_head" in row.name for row in alone[0][1].layers)
@@ -180,8 +178,8 @@ def test_one_pass_serves_all_levels(passes: list[str]) -> None:
 
 def test_layers_with_options_of_their_own() -> None:
     """Statistics of one kind serve them all; another kind is watched anew."""
-    own = {"overrides": {"*.q_proj": {"sparsity": 0.1}, "*.1.mlp.*": {"sparsity": 0}}}
-    cells = [recipe("wanda", sparsity=0.5), recipe("wanda", sparsity=0.5, **own)]
+    own = {"overrides": {"*.q_proj": {"bits": 8}, "*.1.mlp.*": {"bits": 16}}}
+    cells = [recipe("gptq", bits=4, group_size=8), recipe("gptq", bits=3, group_size=8, **own)]
     alone = [run(one) for one in cells]
     with shared_statistics() as shared:
         for one, expected in zip(cells, alone, strict=True):
@@ -227,11 +225,16 @@ def test_whatever_is_watched_otherwise_is_not_shared(change: str) -> None:
     [
         {"method": "wanda", "sparsity": 0.5, "propagate": "compressed"},
         {"method": "sparsegpt", "sparsity": 0.5, "correction": 0.3, "propagate": "compressed"},
-        {"method": "sparsegpt", "sparsity": 0.5, "true_sequential": True},
+        {
+            "method": "sparsegpt",
+            "sparsity": 0.5,
+            "true_sequential": True,
+            "propagate": "compressed",
+        },
         {"method": "awq", "bits": 4, "group_size": 8},
         {"method": "rtn", "bits": 4, "group_size": 8, "transform": "rotation"},
         {"method": "gptq", "bits": 4, "group_size": 8, "act_bits": 8, "act_dynamic": False},
-        {"method": "autoround", "bits": 4, "group_size": 8},
+        {"method": "rtn", "rounding": "autoround?iters=2", "bits": 4, "group_size": 8},
         {"method": "shortgpt", "blocks": 1},
     ],
     ids=lambda fields: "-".join(str(v) for v in fields.values()),
@@ -252,7 +255,7 @@ def test_nothing_is_shared_outside(passes: list[str]) -> None:
         run(PLAIN)
         assert shared.bytes > 0
     assert shared.bytes == 0
-    assert not sharing.is_sharing()
+    assert sharing.shared_here() is None
     passes.clear()
     run(PLAIN)
     run(PLAIN)
@@ -266,7 +269,7 @@ def test_a_context_inside_another_and_another_thread_start_empty() -> None:
         with shared_statistics() as inner:
             run(PLAIN)
             assert inner.hits == outer.hits == 0
-        thread = threading.Thread(target=lambda: found.append(sharing.is_sharing()))
+        thread = threading.Thread(target=lambda: found.append(sharing.shared_here() is not None))
         thread.start()
         thread.join()
         run(PLAIN)
@@ -324,14 +327,14 @@ def test_statistics_of_every_kind_are_copied_whole() -> None:
         for part in (stats, stats.heldout, *samples):
             part.update(rows)
         seen = Watched(stats, *samples)
-        copied = sharing._copied(seen, torch.device("cpu"))
+        copied = sharing.copied(seen, torch.device("cpu"))
         pairs = list(zip(tensors(seen), tensors(copied), strict=True))
         assert len(pairs) >= 4
         for one, other in pairs:
             assert torch.equal(one, other)
             assert one.stride() == other.stride()
             assert one.data_ptr() != other.data_ptr()
-        assert sharing._bytes(seen) == sum(one.nbytes for one, _ in pairs)
+        assert sharing.bytes_of(seen) == sum(one.nbytes for one, _ in pairs)
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -458,4 +461,38 @@ def test_chunks_that_were_halved_are_not_shared(monkeypatch: pytest.MonkeyPatch)
         assert any("out of memory" in w for w in report.warnings)
         assert shared.bytes == 0
         assert_same(run(PLAIN), alone)
+        assert shared.hits == 0
+
+
+@pytest.mark.parametrize("propagate", ["dense", "compressed"])
+def test_the_pass_of_an_allocation_is_shared(propagate: str, monkeypatch: Any) -> None:
+    """It looks at the dense model, whatever the run does afterwards."""
+    dense_passes: list[int] = []
+    real = allocation.dense_pass
+
+    def counted(*args: Any) -> Any:
+        dense_passes.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(allocation, "dense_pass", counted)
+    cells = [recipe("owl", sparsity=s, propagate=propagate) for s in (0.5, 0.6, 0.7)]
+    cells.append(cells[0].replaced(allocation="atp"))
+    cells.append(recipe("wanda", sparsity=0.5, allocation="global", propagate=propagate))
+    alone = [run(one) for one in cells]
+    dense_passes.clear()
+    with shared_statistics():
+        for one, expected in zip(cells, alone, strict=True):
+            assert_same(run(one), expected)
+        assert len(dense_passes) == 1
+        run(cells[0], drawn=calibration(seed=2))
+        assert len(dense_passes) == 2
+
+
+def test_the_allocation_of_a_rotated_model_is_its_own() -> None:
+    fields = {"bits": 4, "group_size": 8, "sparsity": 0.5, "allocation": "owl"}
+    cells = [recipe("wanda+rtn", transform=t, **fields) for t in (None, "rotation")]
+    alone = [run(one) for one in cells]
+    with shared_statistics() as shared:
+        for one, expected in zip(cells, alone, strict=True):
+            assert_same(run(one), expected)
         assert shared.hits == 0
