@@ -96,9 +96,9 @@ class Shared:
         while self._held and self.bytes + size > allowed:
             self._held.popitem(last=False)
 
-    def keep(self, name: Hashable, value: Any, size: int) -> None:
-        """Hold a value of so many bytes, if it is allowed at all."""
-        allowed = self.allowed
+    def keep(self, name: Hashable, value: Any, size: int, allowed: int | None = None) -> None:
+        """Hold a value of so many bytes, if that is ``allowed`` (None: as things stand)."""
+        allowed = self.allowed if allowed is None else allowed
         if size <= allowed:
             self._held.pop(name, None)
             self.make_room(size, allowed)
@@ -274,7 +274,7 @@ class RunStatistics:
             self._let_go()
             return []
         if self._fits:
-            self._shared.keep(self._name, self._blocks, self._size)
+            self._shared.keep(self._name, self._blocks, self._size, self._allowed)
             return []
         return [
             f"statistics are not shared with other runs: they need {_gib(self._size)}, "

@@ -112,9 +112,9 @@ LEVELS = [
 
 
 def test_many_levels_and_methods_are_what_they_are_alone() -> None:
-    """In one context, each twice; and in the other order, so that others are the first."""
+    """Also in the other order, so that others are the first."""
     alone = [run(one) for one in LEVELS]
-    for order in (LEVELS + LEVELS, LEVELS[::-1]):
+    for order in (LEVELS, LEVELS[::-1]):
         with shared_statistics() as shared:
             for one in order:
                 assert_same(run(one), alone[LEVELS.index(one)])
@@ -409,6 +409,25 @@ def test_the_default_limit_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPat
     assert shared.allowed == 300
     shared.keep("b", "value", 200)
     assert (shared.recall("a"), shared.recall("b")) == (None, "value")
+
+
+def test_memory_that_is_taken_on_the_way_does_not_count_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a run watches makes less memory free; its limit is that of its beginning."""
+    with shared_statistics() as shared:
+        run(PLAIN)
+        size = shared.bytes
+    asked: list[int] = []
+
+    def shrinking() -> int:
+        asked.append(1)
+        return 2 * size if len(asked) == 1 else size
+
+    monkeypatch.setattr(sharing, "free_memory", shrinking)
+    with shared_statistics() as shared:
+        run(PLAIN)
+        assert shared.bytes == size
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, "much"])
