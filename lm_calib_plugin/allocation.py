@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lm_calib_plugin import engine
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.dense import dense_pass
-from lm_calib_plugin.engine.sharing import HOST, bytes_of, copied
+from lm_calib_plugin.engine.watched import HOST, bytes_of, copied
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.pruning.allocations.base import (
     LayerFacts,

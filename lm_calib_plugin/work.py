@@ -104,7 +104,7 @@ class Job:
             return None
         ids = hashlib.sha256()
         for sequence in calibration.sequences:
-            ids.update(f"{len(sequence)} ".encode() + sequence.numpy().tobytes())
+            ids.update(f"{len(sequence)} ".encode() + sequence.cpu().numpy().tobytes())
         devices = {name: str(p.device) for name, p in self.model.named_parameters()}
         return storage.digest(
             {

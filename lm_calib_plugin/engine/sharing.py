@@ -31,7 +31,6 @@ What a caller's own forward hooks change is not known here, as little as to the 
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -40,20 +39,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lm_calib_plugin.engine.layers import TargetLayer
-from lm_calib_plugin.engine.watched import Watched
-from lm_calib_plugin.statistics import LayerStats, TokenSample
+from lm_calib_plugin.engine.layers import HEAD, TargetLayer
+from lm_calib_plugin.engine.watched import HOST, Watched, bytes_of, copied
 from lm_calib_plugin.values import whole
 
 if TYPE_CHECKING:
     from lm_calib_plugin.engine.walk import Plan
 
 _CGROUP = Path("/sys/fs/cgroup")
-# Where everything is kept.
-HOST = torch.device("cpu")
 
 
 class Shared:
@@ -69,6 +64,8 @@ class Shared:
         self._limit = limit_bytes
         self._held: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self.hits = 0
+        # Bytes of values that were not kept, by name: what they need is known the next time.
+        self.refused: dict[Hashable, int] = {}
 
     @property
     def bytes(self) -> int:
@@ -107,6 +104,7 @@ class Shared:
     def clear(self) -> None:
         """Let go of everything."""
         self._held.clear()
+        self.refused.clear()
 
 
 _ACTIVE: ContextVar[Shared | None] = ContextVar("lm_calib_plugin_shared", default=None)
@@ -174,7 +172,7 @@ def run_statistics(model: nn.Module, plan: Plan) -> RunStatistics | None:
     layers = tuple((layer.name, layer.shape) for layer in plan.layers)
     # The class itself, beside its name in `inputs`: another one of that name is another class.
     name = ("inputs", plan.inputs, type(model), plan.statistic, plan.uses_heldout, layers)
-    return RunStatistics(shared, name, len({layer.block for layer in plan.layers}))
+    return RunStatistics(shared, name, len({x.block for x in plan.layers if x.block != HEAD}))
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ class RunStatistics:
     shared, name
         Where statistics are kept, and their name there.
     count
-        How many blocks are watched, the output head counted as one.
+        How many blocks are watched.
     """
 
     def __init__(self, shared: Shared, name: Hashable, count: int) -> None:
@@ -239,11 +237,12 @@ class RunStatistics:
         borrowed: Mapping[str, int],
     ) -> None:
         """Note what was watched of one block: a copy, taken before any method sees it."""
-        first = not self._size
+        if not self._size:
+            # Blocks are mostly alike: what can not fit in the end drives nothing else out.
+            likely = self._count * sum(bytes_of(seen) for seen in watched)
+            self._fits = self._shared.refused.get(self._name, likely) <= self._allowed
         self._size += sum(bytes_of(seen) for seen in watched)
-        # Blocks are mostly alike: what can not fit in the end drives nothing else out.
-        likely = self._size * self._count if first else self._size
-        if not self._fits or likely > self._allowed:
+        if not self._fits or self._size > self._allowed:
             self._let_go()
             return
         self._shared.make_room(self._size, self._allowed)
@@ -276,6 +275,9 @@ class RunStatistics:
         if self._fits:
             self._shared.keep(self._name, self._blocks, self._size, self._allowed)
             return []
+        self._shared.refused[self._name] = self._size
+        if self._size <= self._allowed:  # the first block was the largest: it is kept next time
+            return []
         return [
             f"statistics are not shared with other runs: they need {_gib(self._size)}, "
             f"{_gib(self._allowed)} are allowed; raise limit_bytes, or take fewer layers"
@@ -302,40 +304,6 @@ def free_memory() -> int:
         cached = sum(int(row.split()[1]) for row in rows if row.startswith("inactive_file "))
         free = min(free, max(0, most - taken + cached))
     return free
-
-
-def copied(value: Any, device: torch.device) -> Any:
-    """Return a copy on a device of what was watched, down to the last tensor.
-
-    Equal bits in the same order of memory. Anything that is no statistic stays as it is.
-    """
-    if isinstance(value, Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, torch.device):
-        return device
-    if isinstance(value, list):
-        return [copied(part, device) for part in value]
-    if isinstance(value, dict):
-        return {name: copied(part, device) for name, part in value.items()}
-    if isinstance(value, (Watched, LayerStats, TokenSample)):
-        made = copy.copy(value)
-        for name, part in vars(value).items():
-            setattr(made, name, copied(part, device))
-        return made
-    return value
-
-
-def bytes_of(value: Any) -> int:
-    """Return how many bytes the tensors of what was watched take."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, list):
-        return sum(map(bytes_of, value))
-    if isinstance(value, dict):
-        return sum(map(bytes_of, value.values()))
-    if isinstance(value, (Watched, LayerStats, TokenSample)):
-        return bytes_of(vars(value))
-    return 0
 
 
 def _gib(size: int) -> str:

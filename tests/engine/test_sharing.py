@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from torch import nn
 from lm_calib_plugin import CalibrationSet, Recipe, Report, Runtime, allocation, compress
 from lm_calib_plugin.engine import shared_statistics, sharing, walk
 from lm_calib_plugin.engine.sharing import Shared
+from lm_calib_plugin.engine.watched import Watched, bytes_of, copied
 from lm_calib_plugin.errors import NumericalError, UserError
 from lm_calib_plugin.pruning.pipeline import Pipeline
+from lm_calib_plugin.statistics import STATISTICS, TokenSample
 from tests.tiny import make_model, random_ids
 
 QUIET = Runtime(progress=False, calib_batch_size=4)
@@ -316,9 +319,6 @@ def scribbling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_statistics_of_every_kind_are_copied_whole() -> None:
     """No tensor of a copy is one of the original's, and all are equal."""
-    from lm_calib_plugin.engine.watched import Watched
-    from lm_calib_plugin.statistics import STATISTICS, TokenSample
-
     rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
     for kind in STATISTICS.values():
         stats = kind.empty(5)
@@ -327,14 +327,14 @@ def test_statistics_of_every_kind_are_copied_whole() -> None:
         for part in (stats, stats.heldout, *samples):
             part.update(rows)
         seen = Watched(stats, *samples)
-        copied = sharing.copied(seen, torch.device("cpu"))
-        pairs = list(zip(tensors(seen), tensors(copied), strict=True))
+        twin = copied(seen, torch.device("cpu"))
+        pairs = list(zip(tensors(seen), tensors(twin), strict=True))
         assert len(pairs) >= 4
         for one, other in pairs:
             assert torch.equal(one, other)
             assert one.stride() == other.stride()
             assert one.data_ptr() != other.data_ptr()
-        assert sharing.bytes_of(seen) == sum(one.nbytes for one, _ in pairs)
+        assert bytes_of(seen) == sum(one.nbytes for one, _ in pairs)
 
 
 def tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -395,6 +395,31 @@ def test_a_set_that_can_not_fit_drives_no_other_out() -> None:
         assert shared.bytes == size
         run(PLAIN)
         assert shared.hits == 1
+
+
+def test_a_first_block_that_is_the_largest_misleads_once() -> None:
+    one = PLAIN.replaced(ignore=("*.1.mlp.*", "*.2.*"))
+    alone = run(one)
+    with shared_statistics() as shared:
+        run(one)
+        size = shared.bytes
+    with shared_statistics(limit_bytes=size) as shared:
+        for hits in (0, 0, 1):
+            assert_same(run(one), alone)
+            assert shared.hits == hits
+
+
+def test_a_container_may_have_less_memory_than_its_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharing, "_CGROUP", tmp_path)
+    machine = sharing.free_memory()
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.stat").write_text("anon 4000\ninactive_file 700\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert sharing.free_memory() > machine / 2
+    (tmp_path / "memory.max").write_text("9000\n")
+    assert sharing.free_memory() == 9000 - 5000 + 700
 
 
 def test_the_default_limit_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
