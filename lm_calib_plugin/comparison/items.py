@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,15 +103,4 @@ def crossed(gaps: Array, weights: ArrayLike | None = None) -> Crossed:
         None if draws < 2 else 0.0 if same else float(rows.var(ddof=1)) / draws,
         None if items < 2 else float(columns.var(ddof=1)) / items,
         0.0 if same else both,
-    )
-
-
-def half_width(spread: Crossed, draws: int, quantile_draws: float, quantile_items: float) -> float:
-    """Return half the interval that as many draws of this spread would have on these items.
-
-    Draws and the noise of a draw on an item shrink with the number of draws; items do not.
-    """
-    one_draw = (spread.draws or 0.0) * spread.draw_count
-    return math.sqrt(
-        quantile_draws**2 * one_draw / draws + quantile_items**2 * spread.items_alone
     )

@@ -98,9 +98,7 @@ def item_weights(weights: ArrayLike, items: int) -> Array:
     return found
 
 
-def percentile_interval(
-    value: float, resampled: Array, confidence: float = CONFIDENCE
-) -> Interval:
+def percentile_interval(value: float, resampled: Array, confidence: float = CONFIDENCE) -> Interval:
     """Return the estimate with the percentiles of its resampled values."""
     tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import signal, stats
+from scipy import optimize, signal, stats
 
 from lm_calib_plugin.comparison.items import crossed
 from lm_calib_plugin.comparison.numbers import paired_table
@@ -60,9 +60,10 @@ def p_value(a: ArrayLike, b: ArrayLike, weights: ArrayLike | None = None) -> flo
     One draw of each (or draws that are all equal) leaves the items: exact McNemar for 0/1 items,
     else a t test of the paired items; it says nothing about other draws. Several draws of the same
     items are not independent, so flips of different draws are never pooled as if they were.
-    Instead draws and items are both taken as random, by min F' of Clark (1973): the squared mean
-    over the sum of the squared errors over draws and over items, with Satterthwaite's degrees of
-    freedom. It is conservative, since the noise of a draw on an item is in both errors. For 0/1
+    Instead draws and items are both taken as random, each with its error and its own t
+    distribution, as Cochran and Cox do for two unequal variances: p is the level at which
+    ``t(draws - 1) ** 2 * error(draws) ** 2 + t(items - 1) ** 2 * error(items) ** 2`` is the squared
+    mean. That is conservative, since the noise of a draw on an item is in both errors. For 0/1
     items the larger of it and the exact sign flip of the items (draws kept together) is taken, as
     a t distribution is a poor one for few flips.
 
@@ -98,8 +99,13 @@ def _t_test(value: float, errors: list[tuple[float | None, int]]) -> float | Non
     seen = [(error, count - 1) for error, count in errors if error]
     if not seen:
         return None
-    total = math.fsum(error for error, _ in seen)
-    freedom = total**2 / math.fsum(error**2 / count for error, count in seen)
-    return float(2 * stats.t.sf(abs(value) / math.sqrt(total), freedom))
 
+    def reach(tail: float) -> float:
+        """Return by how much the squared half interval exceeds the squared mean."""
+        total = math.fsum(stats.t.isf(tail, freedom) ** 2 * error for error, freedom in seen)
+        return total / value**2 - 1
 
+    smallest = 1e-16
+    if not value or reach(smallest) <= 0:
+        return 2 * smallest if value else 1.0
+    return 2 * float(optimize.brentq(reach, smallest, 0.5, xtol=1e-17))
