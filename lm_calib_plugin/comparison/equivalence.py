@@ -22,9 +22,9 @@ POWER = 0.8
 class Equivalence:
     """Two one-sided tests (TOST) at 5 % each: the 90 % interval against the margin.
 
-    ``items_needed`` (see :func:`~lm_calib_plugin.comparison.items_needed`) would certify the margin with a chance of 80 % if the arms were equal, at the
-    draws and the item noise seen here; None where draws alone spread too far for it, or items are
-    not known.
+    ``items_needed`` (:func:`~lm_calib_plugin.comparison.items_needed`) would certify the margin
+    with a chance of 80 % if the arms were equal, at the draws and the item noise seen here; None
+    where draws alone spread too far for it, or items are not known.
     """
 
     equivalent: bool

@@ -95,11 +95,15 @@ def two_level_bootstrap(
     Each resample draws draws with replacement, then items. Every draw is judged on the same items,
     so one set of items serves all draws of a resample; draws and items are the same for both arms.
 
-    The plain interval is too short for few draws: the spread of K draws is seen as that of their
-    resamples, smaller by ``sqrt((K - 1) / K)``, and the percentiles are those of a normal and not
-    of a t distribution. Where the draws are all that varies, it covers the truth in COVERAGE.
-    ``expanded`` scales the deviations of the draws, not of the items, by
-    ``sqrt(K / (K - 1)) * t / z`` (the expanded percentile interval of Hesterberg, 2015).
+    The plain interval is too short for few draws: their spread is taken for that of their
+    resamples, smaller by ``sqrt((K - 1) / K)``, and the percentiles are normal ones where a t
+    distribution is due. Where draws are nearly all that varies, 95 % are really 51 % at 2 draws,
+    72 % at 3, 82 % at 5, 90 % at 10 and 92 % at 20 (1,000 simulations of 200 items, normal draw
+    effects on the logits of the items). ``expanded`` scales the deviations of the draws, not of
+    the items, by ``sqrt(K / (K - 1)) * t / z`` (the expanded percentile interval of Hesterberg,
+    2015); it then covers 93 %, 94 %, 95 %, 94 % and 95 %. Where the noise of a draw on single items
+    is nearly all that varies, both are too long (98 % and more), as it is resampled with the draws
+    and with the items (Owen, 2007).
 
     Parameters
     ----------

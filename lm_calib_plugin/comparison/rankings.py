@@ -88,7 +88,8 @@ def rank_stability(
     ahead = ((signs > 0) if higher_is_better else (signs < 0)).sum(2)[..., None]
     tied = (signs == 0).sum(2)[..., None]  # itself among them
     ranks = np.arange(len(draws))
-    return np.asarray(((ranks >= ahead) & (ranks < ahead + tied)).astype(float) / tied).mean(0)
+    taken = ((ranks >= ahead) & (ranks < ahead + tied)) / tied
+    return np.asarray(taken.mean(0), dtype=np.float64)
 
 
 def tau_between(scores: ArrayLike) -> Array:
