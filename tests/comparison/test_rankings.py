@@ -57,3 +57,43 @@ def test_expected_tau_of_summaries_against_simulation(means):
     exact = comparison.expected_tau_normal(means, sds)
     assert exact == pytest.approx(np.mean(simulated), abs=4 * error)
     assert comparison.expected_tau_normal(means, np.zeros(4)) == pytest.approx(1)
+
+
+def test_one_draw_tau_says_what_one_draw_may_see():
+    draws = [[1.0, 2.0, 2.0], [2.0, 3.0], [0.0, 4.0, 2.5]]
+    found = comparison.one_draw_tau(draws, 20_000)
+    assert found.value == comparison.expected_tau(draws, 20_000)
+    means = [np.mean(d) for d in draws]
+    taus = [naive_tau_b(t, means) for t in itertools.product(*draws) if len(set(t)) > 1]
+    # Few values are possible; each bound is one of them or between two.
+    assert found.low == pytest.approx(min(taus))
+    assert found.high == pytest.approx(max(taus))
+    steady = comparison.one_draw_tau([[1.0], [2.0], [3.0]], 10)
+    assert (steady.low, steady.value, steady.high) == pytest.approx((1, 1, 1))
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_rank_stability_against_every_combination(higher):
+    draws = [[1.0, 2.0, 2.0], [2.0, 3.0], [0.0, 4.0, 2.5], [2.0]]
+    expected, combinations = np.zeros((4, 4)), list(itertools.product(*draws))
+    for taken in combinations:
+        for entry, score in enumerate(taken):
+            ahead = sum((s > score) if higher else (s < score) for s in taken)
+            tied = sum(s == score for s in taken)
+            expected[entry, ahead : ahead + tied] += 1 / tied / len(combinations)
+    found = comparison.rank_stability(draws, higher, 20_000)
+    np.testing.assert_allclose(found, expected, atol=4 * 0.5 / math.sqrt(20_000))
+    np.testing.assert_allclose(found.sum(0), 1)
+    np.testing.assert_allclose(found.sum(1), 1)
+    steady = comparison.rank_stability([[1.0], [3.0], [2.0]], higher, 10)
+    assert steady.argmax(1).tolist() == ([2, 0, 1] if higher else [0, 2, 1])
+
+
+def test_tau_between_columns():
+    scores = np.random.default_rng(11).integers(0, 4, (7, 3)).astype(float)
+    found = comparison.tau_between(np.c_[scores, np.ones(7)])
+    for i, j in itertools.product(range(3), repeat=2):
+        assert found[i, j] == pytest.approx(naive_tau_b(scores[:, i], scores[:, j]))
+    assert np.isnan(found[3]).all()
+    assert np.isnan(found[:, 3]).all()
+    np.testing.assert_array_equal(np.diag(found)[:3], 1)
