@@ -56,9 +56,19 @@ def read_recipe_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         When the file is missing, is not YAML, repeats a key, or is not a mapping; the line is
         named.
     """
+    return read_yaml(path, FILE_ARGUMENT, "`method: wanda`", "see lm-calib ls options")
+
+
+def read_yaml(
+    path: str | Path, argument: str, example: str, help: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the mapping of a YAML file, and the place (file and line) of each of its names.
+
+    ``argument`` names the file in errors, ``example`` is a line of it, ``help`` where to look.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(FILE_ARGUMENT, f"no file {str(path)!r}", "a YAML file is needed")
+        raise UserError(argument, f"no file {str(path)!r}", "a YAML file is needed")
     try:
         loader = _StrictLoader(file.read_text(encoding="utf-8"))
         try:
@@ -70,19 +80,36 @@ def read_recipe_file(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
         mark = error.problem_mark
         place = f"{file}, line {mark.line + 1}" if mark else str(file)
         raise UserError(
-            FILE_ARGUMENT,
+            argument,
             f"{place}: {error.problem}",
             "each line is `name: value`, indented with spaces",
-            "see lm-calib ls options",
+            help,
         ) from None
     except (UnicodeDecodeError, yaml.YAMLError):
-        raise UserError(FILE_ARGUMENT, f"{file} is not text", "a YAML file is needed") from None
+        raise UserError(argument, f"{file} is not text", "a YAML file is needed") from None
     if not isinstance(node, yaml.MappingNode) or not all(isinstance(k, str) for k in content):
         raise UserError(
-            FILE_ARGUMENT, f"{file} holds no `name: value` lines", "for instance `method: wanda`"
+            argument, f"{file} holds no `name: value` lines", f"for instance {example}"
         )
     places = {key.value: f"{file}, line {key.start_mark.line + 1}" for key, _ in node.value}
     return dict(content), places
+
+
+def read_value(text: str) -> Any:
+    """Return one value typed as YAML, by the rules of :func:`read_yaml`.
+
+    Raises
+    ------
+    ValueError
+        When it is not YAML.
+    """
+    loader = _StrictLoader(text)
+    try:
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    finally:
+        loader.dispose()
 
 
 def merge_recipe_file(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,0 +1,171 @@
+"""Columns of a leaderboard: which metric of a task counts, in which unit, and its items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm_calib_plugin.comparison import POINTS as IN_POINTS
+from lm_calib_plugin.comparison import Units
+from lm_calib_plugin.errors import UserError, listed, nearest
+from lm_calib_plugin.leaderboard.collect import Arm
+from lm_calib_plugin.leaderboard.records import EXPONENTIAL, Metric, TaskResult
+from lm_calib_plugin.leaderboard.tables import AVERAGE, POINTS, Column
+
+PERPLEXITY = "perplexity"
+AVERAGE_PERPLEXITY = "average perplexity"
+AVERAGES = (AVERAGE, AVERAGE_PERPLEXITY)
+# Differences of perplexities are 100 times the difference of their logarithms: nearly percent.
+IN_PERCENT = Units("% of perplexity", 100.0, 1)
+PREFERRED = ("acc", "exact_match", "word_perplexity", "perplexity")
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Scores of one row in one column: ``[draws, items]``, or ``[draws]`` without items.
+
+    They are shares for points, nats for perplexities, else the metric itself; ``weights`` is
+    ``[items]``. ``labels`` are the draws.
+    """
+
+    table: Array
+    weights: Array | None
+    labels: tuple[int, ...]
+
+    def of(self, draws: Sequence[int]) -> Array:
+        """Return the rows of some draws."""
+        return self.table[[self.labels.index(draw) for draw in draws]]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A column, and how its numbers are worked with and shown."""
+
+    column: Column
+    exponential: bool
+    units: Units
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether less is better."""
+        return not self.column.higher_is_better
+
+    def shown(self, value: float) -> float:
+        """Return a score as it is printed."""
+        return math.exp(value) if self.exponential else value * self._factor
+
+    def shown_error(self, error: float, mean: float) -> float:
+        """Return a standard error in the unit of the printed score ``mean``."""
+        return error * mean if self.exponential else error * self._factor
+
+    @property
+    def _factor(self) -> float:
+        return self.units.scale if self.column.unit == POINTS else 1.0
+
+
+def scales_of(
+    tasks: Sequence[str],
+    results: Mapping[str, TaskResult],
+    metrics: Mapping[str, str],
+    chance: Mapping[str, float],
+) -> list[Scale]:
+    """Return a column for each task, and for the averages of those that have one unit.
+
+    Parameters
+    ----------
+    results
+        Those of any one record.
+    metrics, chance
+        By task, what the grid says.
+
+    Raises
+    ------
+    UserError
+        For a metric that a task does not have.
+    """
+    found = [_scale(task, results[task], metrics.get(task), chance.get(task)) for task in tasks]
+    for unit, name in ((POINTS, AVERAGE), (PERPLEXITY, AVERAGE_PERPLEXITY)):
+        parts = [s for s in found if s.column.unit == unit and s.column.items is not None]
+        if len(parts) > 1:
+            items = sum(s.column.items or 0 for s in parts)
+            column = Column(name, f"mean of {len(parts)} tasks", unit, unit == POINTS, items)
+            found.append(Scale(column, unit == PERPLEXITY, parts[0].units))
+    return found
+
+
+def _scale(task: str, result: TaskResult, asked: str | None, chance: float | None) -> Scale:
+    name = asked or next((m for m in PREFERRED if m in result.metrics), None)
+    name = name or next(iter(sorted(result.metrics)), None)
+    if name not in result.metrics:
+        known = sorted(result.metrics)
+        raise UserError(
+            f"metrics.{task}", f"got {name!r}", nearest(str(name), known), f"it has {listed(known)}"
+        )
+    metric = result.metrics[name]
+    share = _is_share(metric)
+    unit, units = name, Units(name, 1.0, 3)
+    if metric.form == EXPONENTIAL and metric.items is not None:
+        unit, units = PERPLEXITY, IN_PERCENT
+    elif share:
+        unit, units = POINTS, IN_POINTS
+    guess = chance if chance is not None else result.chance
+    column = Column(
+        task,
+        name,
+        unit,
+        metric.higher_is_better and unit != PERPLEXITY,
+        None if metric.items is None else len(metric.items),
+        # Only what guessing scores in this metric.
+        (guess if share and (chance is not None or name.startswith("acc")) else None),
+    )
+    return Scale(column, unit == PERPLEXITY, units)
+
+
+def _is_share(metric: Metric) -> bool:
+    if metric.form == EXPONENTIAL or not metric.higher_is_better or not 0 <= metric.value <= 1:
+        return False
+    return metric.items is None or all(0 <= x <= 1 for x in metric.items)
+
+
+def values_of(arm: Arm, scale: Scale, scales: Sequence[Scale]) -> Values:
+    """Return the scores of a row in a column."""
+    labels = tuple(sorted(arm.records))
+    if scale.column.task in AVERAGES:
+        return _averaged(arm, scale, scales, labels)
+    metrics = [_metric(arm.records[draw].tasks, scale.column) for draw in labels]
+    if any(metric.items is None for metric in metrics):
+        return Values(np.array([metric.value for metric in metrics]), None, labels)
+    weights = metrics[0].weights
+    return Values(
+        np.array([metric.items for metric in metrics], dtype=np.float64),
+        None if weights is None else np.array(weights, dtype=np.float64),
+        labels,
+    )
+
+
+def _averaged(arm: Arm, scale: Scale, scales: Sequence[Scale], labels: tuple[int, ...]) -> Values:
+    """Put the items of all tasks side by side; every task weighs the same in sum."""
+    parts = [
+        values_of(arm, s, scales)
+        for s in scales
+        if s.column.unit == scale.column.unit
+        and s.column.task not in AVERAGES
+        and s.column.items is not None
+    ]
+    weights = []
+    for part in parts:
+        own = np.ones(part.table.shape[1]) if part.weights is None else part.weights
+        weights.append(own / own.sum())
+    return Values(np.concatenate([p.table for p in parts], 1), np.concatenate(weights), labels)
+
+
+def _metric(tasks: Mapping[str, Any], column: Column) -> Metric:
+    found: Metric = tasks[column.task].metrics[column.metric]
+    return found
