@@ -125,47 +125,43 @@ def verdict(
     if not gaps.any():
         return Verdict("identical", "identical: no pair differs", None)
     delta = two_level_bootstrap(first, second, resamples, seed, weights=weights, expanded=True)
-    better = (delta.value > 0) == higher_is_better
     if draws == 1 and len(set(data_free)) < 2:
         return _one_draw(delta, items, units)
     varies = bool((first != first[0]).any() or (second != second[0]).any())
     if not varies and items == 1:
         words = f"{units.signed(delta.value)} {units.name}; nothing varies, so no error is known"
         return Verdict("no_spread", words, None)
-    wins = probability_better(item_scores(first, weights), item_scores(second, weights))
-    wins = wins if higher_is_better else 1 - wins
-    same = margin is not None and (
-        equivalence(
-            first, second, margin, weights=weights, resamples=resamples, seed=seed
-        ).equivalent
-    )
-    inside = f"less than {_plain(margin or 0, units)} {units.name} apart"
-    word = "better" if better else "worse"
+    word = "better" if (delta.value > 0) == higher_is_better else "worse"
+    share = probability_better(item_scores(first, weights), item_scores(second, weights))
+    share = share if delta.value > 0 else 1 - share  # of draw pairs that agree with the mean
     numbers = units.of(delta)
-    share = wins if better else 1 - wins
     if varies:
         numbers += f", {word} in {100 * share:.0f} % of draw pairs"
     else:
         numbers += f" over {items:,} items, no draw varies"
+    inside = None
+    if margin is not None:
+        test = equivalence(first, second, margin, weights=weights, resamples=resamples, seed=seed)
+        if test.equivalent:
+            inside = f"less than {margin * units.scale:g} {units.name} apart"
     if delta.excludes_zero:
-        ending = f"; {inside}" if same else ""
+        ending = f"; {inside}" if inside else ""
         if resolved(max(share, 0.5), delta):
             return Verdict(f"resolved_{word}", f"resolved, {word}: {numbers}{ending}", 0)
         ending = f"; more draws do not make one draw tell them apart{ending}"
         return Verdict(f"{word}_on_average", f"{word} on average only: {numbers}{ending}", 0)
     missing = needed(first, second, weights)
     more = max(1, missing.draws - draws) if varies and missing.draws is not None else None
-    if same:
+    if inside:
         return Verdict("equivalent", f"equivalent, {inside}: {numbers}", more)
-    ending = _missing(more, missing, varies)
+    numbers += _missing(more, missing, varies)
     if not varies:
-        return Verdict("unresolved", f"not resolved: {numbers}{ending}", None)
+        return Verdict("unresolved", f"not resolved: {numbers}", None)
     if share >= RESOLVED:
-        words = f"likely {word}, not resolved at {draws} draws: {numbers}{ending}"
+        words = f"likely {word}, not resolved at {draws} draws: {numbers}"
         return Verdict(f"likely_{word}", words, more)
-    if more is not None:
-        ending += ", which still leaves a single draw a gamble"
-    return Verdict("coin_flip", f"a coin flip at {draws} draws: {numbers}{ending}", more)
+    gamble = "" if more is None else ", which still leaves a single draw a gamble"
+    return Verdict("coin_flip", f"a coin flip at {draws} draws: {numbers}{gamble}", more)
 
 
 def _arms(a: ArrayLike, b: ArrayLike, data_free: Collection[str]) -> tuple[Array, Array]:
@@ -207,7 +203,3 @@ def _about(count: int) -> str:
     """Return two leading digits."""
     step = 10 ** max(0, len(str(count)) - 2)
     return f"{-(-count // step) * step:,}"
-
-
-def _plain(value: float, units: Units) -> str:
-    return f"{value * units.scale:g}"

@@ -146,7 +146,7 @@ def test_intervals_are_about_the_draws():
         effects + math.sqrt(0.4) * np.array([-1, 1]) / math.sqrt(2), resamples=0
     ).variances
     total = sum(truth.values()) + 0.4 / 2  # the two draws' noise is not in these means
-    held, trials = np.zeros(2), 60
+    held, trials = np.zeros(2), 40
     for trial in range(trials):
         draws = effects + math.sqrt(0.4) * rng.normal(size=(4, 3, 6))
         found = comparison.variance_components(draws, resamples=200, seed=trial).shares
