@@ -88,9 +88,7 @@ def read_yaml(
     except (UnicodeDecodeError, yaml.YAMLError):
         raise UserError(argument, f"{file} is not text", "a YAML file is needed") from None
     if not isinstance(node, yaml.MappingNode) or not all(isinstance(k, str) for k in content):
-        raise UserError(
-            argument, f"{file} holds no `name: value` lines", f"for instance {example}"
-        )
+        raise UserError(argument, f"{file} holds no `name: value` lines", f"for instance {example}")
     places = {key.value: f"{file}, line {key.start_mark.line + 1}" for key, _ in node.value}
     return dict(content), places
 
