@@ -154,9 +154,9 @@ def cells_of(grid: Grid) -> list[Cell]:
 
 
 def _compressed(grid: Grid, model: str) -> Iterable[Cell]:
-    methods = {**grid.methods, **_data_free_methods(grid)}
-    free = [name for name in methods if not _needs_data(grid, methods[name])]
-    if not grid.calibrations and len(free) < len(grid.methods):
+    free = {name: fields for name, fields in grid.methods.items() if not _needs_data(grid, fields)}
+    with_data = [name for name in grid.methods if name not in free]
+    if with_data and not grid.calibrations:
         raise UserError(
             "calibrations",
             "missing",
@@ -167,14 +167,39 @@ def _compressed(grid: Grid, model: str) -> Iterable[Cell]:
     for draw in grid.draws:
         for calibration in grid.calibrations:
             role = NULL if is_null(grid, calibration) else COMPRESSED
-            for method in (name for name in methods if name not in free):
+            for method in with_data:
                 for level in grid.levels:
                     yield from _kept(grid, model, level, method, calibration, draw, role)
-    for method in free:
-        own = replace(grid, methods=methods)
-        for draw in DATA_FREE_RUNS:
+    for draw in DATA_FREE_RUNS:
+        for method in free:
             for level in grid.levels:
-                yield from _kept(own, model, level, method, NO_DATA, draw, DATA_FREE)
+                yield from _kept(grid, model, level, method, NO_DATA, draw, DATA_FREE)
+        if not free and grid.controls.data_free:
+            yield from _data_free(grid, model, draw)
+
+
+def _data_free(grid: Grid, model: str, draw: int) -> Iterable[Cell]:
+    """Yield the data-free control of every level that it goes with and that is in use."""
+    named = grid.controls.data_free
+    for level, fields in grid.levels.items():
+        if not any(
+            next(iter(_kept(grid, model, level, method, calibration, grid.draws[0], "")), None)
+            for method in grid.methods
+            for calibration in grid.calibrations
+        ):
+            continue
+        name = named if isinstance(named, str) else _data_free_method(fields)
+        own = replace(grid, methods={name: {"method": name}})
+        try:
+            yield from _kept(own, model, level, name, NO_DATA, draw, DATA_FREE)
+        except UserError:
+            # What the level asks for may need data itself; the report notes that.
+            if isinstance(named, str):
+                raise
+
+
+def _data_free_method(level: Mapping[str, Any]) -> str:
+    return "magnitude" if {"sparsity", "pattern"} & set(level) else "rtn"
 
 
 def _kept(
@@ -237,20 +262,6 @@ def _needs_data(grid: Grid, fields: Mapping[str, Any]) -> bool:
             problem = problem or error
     assert problem is not None
     raise problem
-
-
-def _data_free_methods(grid: Grid) -> dict[str, dict[str, Any]]:
-    """Return the data-free control, unless the grid has one or wants none."""
-    wanted = grid.controls.data_free
-    if not wanted or not any(_needs_data(grid, fields) for fields in grid.methods.values()):
-        return {}
-    if any(not _needs_data(grid, fields) for fields in grid.methods.values()):
-        return {}
-    if isinstance(wanted, str):
-        return {wanted: {"method": wanted}}
-    removes = any({"sparsity", "pattern"} & set(level) for level in grid.levels.values())
-    name = "magnitude" if removes else "rtn"
-    return {name: {"method": name}}
 
 
 def _repeated(grid: Grid, cells: Iterable[Cell]) -> list[Cell]:

@@ -82,8 +82,8 @@ def _compared(board: Board, a: Arm, b: Arm, against: str, scale: Scale) -> Compa
     except UserError as error:
         # Draws of a data-free method that differ: the controls say so, too.
         said = stats.Verdict("implementation_noise", str(error), None)
-    wide = np.broadcast_arrays(first, second)
-    delta = stats.paired_delta(*wide, expanded=True, **options)
+    one_wide, other_wide = np.broadcast_arrays(first, second)
+    delta = stats.paired_delta(one_wide, other_wide, expanded=True, **options)
     sign = 1 if scale.column.higher_is_better else -1
     wins = stats.probability_better(
         sign * stats.item_scores(first, weights), sign * stats.item_scores(second, weights)
@@ -102,7 +102,7 @@ def _compared(board: Board, a: Arm, b: Arm, against: str, scale: Scale) -> Compa
         delta.delta.high * factor if has_error else None,
         gains[0] if first.ndim == 2 else None,
         gains[1] if first.ndim == 2 else None,
-        stats.p_value(*wide, weights),
+        stats.p_value(one_wide, other_wide, weights),
         None,
         wins,
         said.kind,

@@ -49,7 +49,7 @@ def entry_of(board: Board, arm: Arm) -> Entry:
 def _score(board: Board, arm: Arm, scale: Scale) -> Score:
     values = board.values[arm.id, scale.column.task]
     each = stats.item_scores(values.table, values.weights)
-    shown = [scale.shown(x) for x in each]
+    shown = [scale.shown(float(x)) for x in each]
     mean = scale.shown(float(each.mean()))
     error = None
     if values.table.ndim == 2:
@@ -89,7 +89,7 @@ def _kept(board: Board, arm: Arm) -> Kept | None:
     )  # fmt: skip
     recovery = stats.recovery({t: scores[t] for t in able}, {t: full[t] for t in able})
     return Kept(
-        kept.worst_domain, kept.worst, kept.geometric_mean, kept.mean, recovery,
+        kept.worst_domain, kept.worst, kept.geometric_mean, kept.mean, recovery.mean,
         dict(kept.domains),
     )  # fmt: skip
 
@@ -117,7 +117,7 @@ def _strength(arm: Arm) -> tuple[float | None, str]:
 def _leaked(summaries: Sequence[dict[str, Any]]) -> float | None:
     shares = []
     for summary in summaries:
-        tasks = (summary.get("leakage") or {}).get("tasks")
+        tasks = summary.get("leakage")
         if isinstance(tasks, dict):
             shares += [row.get("share", 0.0) for row in tasks.values() if isinstance(row, dict)]
     found = [s for s in shares if isinstance(s, (int, float)) and math.isfinite(s)]

@@ -114,7 +114,8 @@ def _heat(board: Board, rows: list[Arm], dense: Arm, unit: str, quantity: str) -
         return None
     values = []
     for arm in rows:
-        own, line = board.means(arm, unit), []
+        own = board.means(arm, unit)
+        line: list[float | None] = []
         for task in tasks:
             room = full[task] - chance.get(task, 0.0)
             if unit == PERPLEXITY:
