@@ -154,7 +154,8 @@ def strips(analysis: Analysis, group: Group, column: Column, colors: Palette) ->
         found = [e for e in own if e.method == method and e.role != DENSE]
         if len(found) > 1 or found[0].calibration:
             rows.append(method)
-        rows += sorted(found, key=lambda e: names.get(e.calibration, -1))
+        found.sort(key=lambda entry: names.get(entry.calibration, -1))
+        rows += found
     title = f"{group.title} · single draws"
     figure, axis = _figure(1.1 + _ROW * len(rows), title, name_of(column), colors)
     for y, row in enumerate(rows):

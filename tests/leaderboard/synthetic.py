@@ -225,6 +225,26 @@ def analysis(**changes) -> Analysis:
     return dataclasses.replace(whole, **changes)
 
 
+def small(**changes) -> Analysis:
+    """Return the part of one base model at one level: enough for what takes its time."""
+    whole = analysis()
+
+    def own(parts):
+        return tuple(p for p in parts if (p.model, p.level) == (MODELS[1], "60%"))
+
+    entries = (*(e for e in whole.entries if e.id == f"{MODELS[1]}/dense"), *own(whole.entries))
+    ids = {entry.id for entry in entries}
+    kept = dataclasses.replace(
+        whole,
+        entries=entries,
+        comparisons=tuple(pair for pair in whole.comparisons if {pair.a, pair.b} <= ids),
+        rankings=own(whole.rankings)[:1],
+        shares=own(whole.shares),
+        heats=own(whole.heats)[:1],
+    )
+    return dataclasses.replace(kept, **changes)
+
+
 def heat(model: str, level: str, method: str, own: list[Entry]) -> Heat:
     """Return retention by calibration and task; one value is missing."""
     tasks = ("arc_easy", "hellaswag")

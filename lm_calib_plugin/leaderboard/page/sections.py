@@ -172,7 +172,13 @@ def _cell(label: str, *content: Markup | str, cls: str = "") -> Markup:
 
 def _plain_table(caption: str, heads: Sequence[str], rows: Sequence[Markup]) -> Markup:
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in heads)))
-    whole = tag("table", tag("caption", tag("span", caption, cls="unseen")), head, tag("tbody", *rows), cls="cards plain")
+    whole = tag(
+        "table",
+        tag("caption", tag("span", caption, cls="unseen")),
+        head,
+        tag("tbody", *rows),
+        cls="cards plain",
+    )
     return tag("div", whole, cls="scroll", tabindex=0, role="region", aria_label=caption)
 
 
