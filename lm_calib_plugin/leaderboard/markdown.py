@@ -10,17 +10,13 @@ from lm_calib_plugin.leaderboard.arrange import AVERAGES, Group, groups
 from lm_calib_plugin.leaderboard.tables import Analysis, Column, Comparison, Entry, Score
 
 
-def markdown(
-    analysis: Analysis, plots: Sequence[tuple[str, str]] = (), missing_plots: str = ""
-) -> str:
+def markdown(analysis: Analysis, plots: Sequence[tuple[str, str]] | None = ()) -> str:
     """Return the whole report.
 
     Parameters
     ----------
     plots
-        Title and relative address of each plot.
-    missing_plots
-        Why there are none, if there should be.
+        Title and relative address of each; None where they could not be drawn.
     """
     parts = [f"# {plain(analysis.name)}", plain(analysis.description), *_head(analysis)]
     parts += _verdicts(analysis)
@@ -28,7 +24,7 @@ def markdown(
     parts += _comparisons(analysis)
     parts += _shares(analysis)
     parts += _rankings(analysis)
-    parts += _plots(plots, missing_plots)
+    parts += _plots(plots)
     parts += _list("Failures", (f"{plain(c)}: {plain(e)}" for c, e in analysis.failures))
     parts += _list("Missing", map(plain, analysis.missing))
     parts += _list("Notes", map(plain, analysis.notes))
@@ -250,9 +246,9 @@ def _rankings(analysis: Analysis) -> list[str]:
     ]
 
 
-def _plots(plots: Sequence[tuple[str, str]], missing_plots: str) -> list[str]:
-    if missing_plots:
-        return ["## Plots", plain(missing_plots)]
+def _plots(plots: Sequence[tuple[str, str]] | None) -> list[str]:
+    if plots is None:
+        return ["## Plots", f"{wording.NO_PLOTS} To install it: {code(wording.INSTALL_PLOTS)}"]
     if not plots:
         return []
     return ["## Plots", *(f"![{plain(title)}](<{address}>)" for title, address in plots)]

@@ -8,14 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lm_calib_plugin import storage
-from lm_calib_plugin.leaderboard import flat, page, plots
+from lm_calib_plugin.leaderboard import flat, page, plots, wording
 from lm_calib_plugin.leaderboard.markdown import markdown
 from lm_calib_plugin.leaderboard.tables import Analysis
 
-NO_PLOTS = (
-    "Plots are left out, as matplotlib is not installed: pip install 'lm-calib-plugin[plots]'"
-    " and write the report again."
-)
 # Names that only we give: what an earlier report left is told from a user's own file.
 _PLOT = re.compile(rf"({'|'.join(plots.KINDS)})-.*[0-9a-f]{{8}}\.(png|svg)")
 _HUB = re.compile(r".*[0-9a-f]{8}\.json")
@@ -36,25 +32,26 @@ def write_report(analysis: Analysis, folder: Path) -> list[Path]:
     list of Path
         The files.
     """
-    drawn, missing = [], ""
-    if plots.available():
-        drawn = plots.draw(analysis)
-    else:
-        missing = NO_PLOTS
-        print(f"lm-calib: {missing}", file=sys.stderr)
+    drawn = plots.draw(analysis) if plots.available() else None
+    if drawn is None:
+        print(
+            f"lm-calib: {wording.NO_PLOTS} To install it: {wording.INSTALL_PLOTS}", file=sys.stderr
+        )
     files: dict[str, bytes] = {}
-    for plot in drawn:
+    for plot in drawn or ():
         files[f"plots/{plot.name}.png"] = plot.png
         files[f"plots/{plot.name}.svg"] = plot.svg.encode()
     for name, text in flat.hub_json(analysis).items():
         files[f"hub/{name}"] = text.encode()
-    addresses = [(plot.title, f"plots/{plot.name}.svg") for plot in drawn]
+    addresses = None
+    if drawn is not None:
+        addresses = [(plot.title, f"plots/{plot.name}.svg") for plot in drawn]
     texts = {
         "leaderboard.csv": flat.leaderboard_csv(analysis),
         "comparisons.csv": flat.comparisons_csv(analysis),
         "leaderboard.json": flat.leaderboard_json(analysis),
-        "report.md": markdown(analysis, addresses, missing),
-        "index.html": page.render(analysis, drawn, missing),
+        "report.md": markdown(analysis, addresses),
+        "index.html": page.render(analysis, drawn),
     }
     files.update({name: text.encode() for name, text in texts.items()})
     for name, content in files.items():

@@ -8,6 +8,8 @@ from typing import Any
 from lm_calib_plugin.leaderboard.tables import POINTS, Column, Comparison, Entry, Score
 
 NOTHING = "–"
+NO_PLOTS = "Plots are left out, as matplotlib is not installed."
+INSTALL_PLOTS = "pip install 'lm-calib-plugin[plots]'"
 MINUS = "−"
 
 

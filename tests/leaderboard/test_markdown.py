@@ -63,7 +63,8 @@ def test_commands_are_all_there():
 def test_plots_are_shown_or_missed():
     text = markdown.markdown(synthetic.small(), [("a [title]", "plots/a.svg")])
     assert "![a \\[title\\]](<plots/a.svg>)" in text
-    assert "pip install" in markdown.markdown(synthetic.small(), [], "pip install it")
+    assert "## Plots" not in markdown.markdown(synthetic.small())
+    assert f"`{wording.INSTALL_PLOTS}`" in markdown.markdown(synthetic.small(), None)
 
 
 def test_numbers_are_written_for_people():

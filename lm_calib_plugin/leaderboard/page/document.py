@@ -15,15 +15,13 @@ from lm_calib_plugin.leaderboard.plots import Plot
 from lm_calib_plugin.leaderboard.tables import Analysis
 
 
-def render(analysis: Analysis, plots: Sequence[Plot] = (), missing_plots: str = "") -> str:
+def render(analysis: Analysis, plots: Sequence[Plot] | None = ()) -> str:
     """Return the page.
 
     Parameters
     ----------
     plots
-        What ``plots.draw`` returned.
-    missing_plots
-        Why there are none, if there should be.
+        What ``plots.draw`` returned; None where they could not be drawn.
     """
     style, script = Template(_part("page.css")).substitute(series=_series()), _part("page.js")
     found = [
@@ -31,7 +29,7 @@ def render(analysis: Analysis, plots: Sequence[Plot] = (), missing_plots: str = 
         _section("checks", "Controls and conditions", sections.checks(analysis)),
         _section("tables", "Tables", table.filters(analysis), table.table(analysis)),
         _section("comparisons", "Comparisons", pairs.comparisons(analysis)),
-        _section("plots", "Plots", sections.plots(plots, missing_plots)),
+        _section("plots", "Plots", sections.plots(plots)),
         _section("varies", "What varies", sections.varies(analysis)),
         _section("notes", "Notes and failures", sections.notes(analysis)),
     ]

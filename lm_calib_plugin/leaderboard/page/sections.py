@@ -63,10 +63,11 @@ def _folded(title: str, pairs: Iterable[tuple[str, str]]) -> Markup:
     return tag("details", tag("summary", title), tag("dl", *rows))
 
 
-def plots(found: Sequence[Plot], missing: str) -> Markup | None:
+def plots(found: Sequence[Plot] | None) -> Markup | None:
     """Return all plots, by kind; figures go with the filters for model and level."""
-    if missing:
-        return tag("p", missing, cls="hint")
+    if found is None:
+        install = tag("code", wording.INSTALL_PLOTS)
+        return tag("p", f"{wording.NO_PLOTS} To install it: ", install, cls="hint")
     parts = []
     for kind in dict.fromkeys(plot.kind for plot in found):
         own = [plot for plot in found if plot.kind == kind]
