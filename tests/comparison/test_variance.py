@@ -164,7 +164,7 @@ def test_intervals_are_about_the_draws():
         assert 0 <= share.low <= share.high <= 1
 
 
-def test_reml_bears_resamples_in_which_a_component_vanishes() -> None:
+def test_reml_bears_resamples_in_which_a_component_vanishes():
     draws = [[[60.0], [70.0]], [[70.0, 70.5, 71.0], [80.0, 80.5, 81.0]]]
-    shares = variance_components(draws, resamples=50).shares
+    shares = comparison.variance_components(draws, resamples=50).shares
     assert sum(share.value for share in shares.values()) == pytest.approx(1)
