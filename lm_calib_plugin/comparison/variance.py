@@ -243,7 +243,7 @@ def _reml(table: _Table, near: Mapping[str, float] | None = None) -> dict[str, f
         return float(value), np.array(slopes), left / total
 
     starts = [np.full(len(names), start) for start in _STARTS]
-    if near is not None:  # at 0 the slope of a root is 0, whatever the data say
+    if near is not None and near[unit] > 0:  # at 0 the slope of a root is 0, whatever the data say
         starts = [np.sqrt([max(0.05, near[name] / near[unit]) for name in names])]
     best = np.zeros(0)
     if names:

@@ -162,3 +162,9 @@ def test_intervals_are_about_the_draws():
     found = comparison.variance_components(missing, resamples=40)
     for share in found.shares.values():
         assert 0 <= share.low <= share.high <= 1
+
+
+def test_reml_bears_resamples_in_which_a_component_vanishes():
+    draws = [[[60.0], [70.0]], [[70.0, 70.5, 71.0], [80.0, 80.5, 81.0]]]
+    shares = comparison.variance_components(draws, resamples=50).shares
+    assert sum(share.value for share in shares.values()) == pytest.approx(1)
