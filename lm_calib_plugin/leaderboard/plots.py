@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from lm_calib_plugin.export.card_text import one_line
-from lm_calib_plugin.leaderboard import figures, flat, svg
+from lm_calib_plugin.leaderboard import figures, flat, maps, svg
 from lm_calib_plugin.leaderboard.arrange import AVERAGES, Group, groups, headline
 from lm_calib_plugin.leaderboard.tables import POINTS, Analysis, Column
 
@@ -179,8 +179,8 @@ def _heats(analysis: Analysis) -> Iterator[_Plan]:
             "Share of the dense model's score above chance that is left, mean over draws."
             if retention
             else "Log of the perplexity over that of the dense model, mean over draws; 0 is dense.",
-            f"{heat.quantity} by calibration and task. " + figures.heat_words(heat),
-            partial(figures.tasks, analysis, heat),
+            f"{heat.quantity} by calibration and task. " + maps.heat_words(heat),
+            partial(maps.tasks, analysis, heat),
         )
 
 
@@ -193,8 +193,8 @@ def _ranks(analysis: Analysis) -> Iterator[_Plan]:
             (ranking.fixed, ranking.column),
             f"{ranking.model} · {ranking.level} · {ranking.fixed}: rank stability",
             "How often a row takes each rank when every row has one draw.",
-            figures.rank_words(analysis, ranking),
-            partial(figures.ranks, analysis, ranking),
+            maps.rank_words(analysis, ranking),
+            partial(maps.ranks, analysis, ranking),
         )
 
 
@@ -211,6 +211,6 @@ def _shares(analysis: Analysis) -> Iterator[_Plan]:
             (),
             f"{model} · {level}: what varies",
             "Shares of the variance of one draw's score; intervals stand in the table.",
-            " ".join(figures.share_words(analysis, shares) for shares in own),
-            partial(figures.shares, analysis, own),
+            " ".join(maps.share_words(analysis, shares) for shares in own),
+            partial(maps.shares, analysis, own),
         )
