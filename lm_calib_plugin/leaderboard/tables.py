@@ -68,6 +68,7 @@ class Entry:
     ``scores`` holds a Score for each column. ``commands`` reproduce the draws one by one.
     ``failed`` are the errors of draws that could not be measured, ``missing`` the draws that were
     not run. ``leaked`` is the largest share of items of a task that stand in calibration text.
+    ``dtype`` and ``revision`` are those of the base model, for files that leaderboards read.
     """
 
     id: str
@@ -91,6 +92,8 @@ class Entry:
     failed: tuple[str, ...] = ()
     missing: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    dtype: str = ""
+    revision: str = ""
 
 
 @dataclass(frozen=True)
