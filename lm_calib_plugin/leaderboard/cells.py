@@ -21,6 +21,10 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 # A data-free method is run twice: what differs then is noise of the implementation.
 DATA_FREE_RUNS = (0, 1)
+BUILTIN = "builtin:"
+UNCHANGED = {"method": "magnitude", "sparsity": 0, "calibration": NO_DATA}
+# Flags of the harness that have to be turned off.
+ON_BY_DEFAULT = ("fewshot_as_multiturn",)
 CLASSES = {"pruning": "calib_pruned", "quantization": "calib_quantized"}
 
 
@@ -97,13 +101,17 @@ class Cell:
 
     def command(self) -> str:
         """Return the line that measures the cell by itself, to be pasted into a shell."""
-        words = ["lm_eval", "--model", self.model_class, "--model_args", as_text(self.arguments)]
+        kind, arguments = self.model_class, self.arguments
+        if self.recipe is None and str(arguments["pretrained"]).startswith(BUILTIN):
+            # The harness' own class knows no builtin model; nothing removed changes no bit.
+            kind, arguments = "calib_pruned", {**arguments, **UNCHANGED}
+        words = ["lm_eval", "--model", kind, "--model_args", as_text(arguments)]
         words += ["--tasks", ",".join(self.tasks)]
         for name, value in self.harness.items():
             if value is True:
                 words.append(f"--{name}")
-            elif value is not False:
-                words += [f"--{name}", value if isinstance(value, str) else as_word(value)]
+            elif value is not False or name in ON_BY_DEFAULT:
+                words += [f"--{name}", as_word(value)]
         return shlex.join(words)
 
 
@@ -120,7 +128,11 @@ def as_text(arguments: Mapping[str, Any]) -> str:
 
 def as_word(value: Any) -> str:
     """Return a value as one word of a command line."""
-    return json.dumps(value) if isinstance(value, (Mapping, list)) else str(value)
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if isinstance(value, Mapping):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def cells_of(grid: Grid) -> list[Cell]:
