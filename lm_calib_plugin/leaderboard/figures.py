@@ -144,7 +144,7 @@ def strips(analysis: Analysis, group: Group, column: Column, colors: Palette) ->
     rows: list[Entry | str] = []
     for method in methods:
         found = [e for e in own if e.method == method and e.role != DENSE]
-        if len(found) > 1 or found[0].calibration:
+        if len(found) > 1 or wording.calibration(found[0]):
             rows.append(method)
         found.sort(key=lambda entry: names.get(entry.calibration, -1))
         rows += found
@@ -165,7 +165,7 @@ def strips(analysis: Analysis, group: Group, column: Column, colors: Palette) ->
     if dense is not None:
         axis.axvline(dense, color=colors["ink"], linewidth=1, linestyle=":")
         axis.annotate("dense ", (dense, -0.55), ha="right", va="center", color=colors["ink"])
-    labels = [r if isinstance(r, str) else r.calibration or r.method for r in rows]
+    labels = [r if isinstance(r, str) else wording.calibration(r) or r.method for r in rows]
     axis.set_yticks(range(len(rows)), [canvas.wrapped(label) for label in labels])
     for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
         tick.set_color(colors["ink"])

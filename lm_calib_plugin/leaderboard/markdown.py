@@ -103,7 +103,7 @@ def _table(analysis: Analysis, group: Group) -> str:
             [
                 row.rank or wording.NOTHING,
                 plain(entry.method or wording.NOTHING),
-                plain(entry.calibration or wording.NOTHING),
+                plain(wording.calibration(entry) or wording.NOTHING),
                 plain(entry.role),
                 _draws(entry),
                 worst,

@@ -17,7 +17,10 @@ DENSE, COMPRESSED, DATA_FREE, NULL = "dense", "compressed", "data-free", "null"
 
 @dataclass(frozen=True)
 class Column:
-    """One task with its one metric, or the average of all tasks in points (``AVERAGE``)."""
+    """One task with its one metric, or the average of all tasks in points (``AVERAGE``).
+
+    ``chance`` is what guessing scores, as a share.
+    """
 
     task: str
     metric: str

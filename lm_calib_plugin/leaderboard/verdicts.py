@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lm_calib_plugin.leaderboard import wording
 from lm_calib_plugin.leaderboard.arrange import Group, Row, groups, headline, is_resolved
-from lm_calib_plugin.leaderboard.tables import DENSE, NULL, Analysis, Comparison, Share
+from lm_calib_plugin.leaderboard.tables import NULL, Analysis, Comparison, Share
 
 PARTS = {
     "source": "source",
@@ -42,7 +42,7 @@ def says(analysis: Analysis) -> list[Sentence]:
     """Return what is resolved, one sentence each: leaders, differences, what varies."""
     if analysis.no_ranking:
         return []
-    found = [Sentence(group.title, _leaders(group)) for group in groups(analysis)]
+    found = [Sentence(group.title, _leaders(analysis, group)) for group in groups(analysis)]
     for against in ("baseline", "method", "dense"):
         found.append(Sentence("", _differences(analysis, against)))
     models = dict.fromkeys(shares.model for shares in analysis.shares)
@@ -75,11 +75,12 @@ def sentence_of(pair: Comparison, analysis: Analysis) -> str:
     return f"{wording.phrase(a)} against {wording.phrase(b)}: {words}."
 
 
-def _leaders(group: Group) -> str:
+def _leaders(analysis: Analysis, group: Group) -> str:
+    column = headline(analysis)
     ranked = [row for row in group.rows if row.ranks is not None]
-    if not ranked:
+    if not ranked or column is None:
         return ""
-    first = ranked[0]
+    first, where = ranked[0], wording.heading(column)
     able = [row for row in ranked if row.ranks is not None and row.ranks[0] == 1]
     worst = first.entry.kept.worst if first.entry.kept else None
     keeps = ""
@@ -92,9 +93,9 @@ def _leaders(group: Group) -> str:
     if len(ranked) == 1:
         return f"{wording.phrase(first.entry)} was measured alone.{keeps}"
     if len(able) == 1:
-        return f"{lead}, resolved against all {len(ranked) - 1} others.{keeps}"
+        return f"{lead}, resolved against all {len(ranked) - 1} others in {where}.{keeps}"
     rest = _names([row for row in able if row is not first])
-    return f"{lead}, but cannot be told from {rest}.{keeps}"
+    return f"{lead}, but cannot be told from {rest} in {where}.{keeps}"
 
 
 def _names(rows: Sequence[Row]) -> str:
@@ -202,9 +203,7 @@ def _nulls(analysis: Analysis) -> str:
 
 def _thin(analysis: Analysis) -> str:
     single = [
-        entry
-        for entry in analysis.entries
-        if entry.role not in (DENSE,) and entry.calibration and len(entry.draws) == 1
+        entry for entry in analysis.entries if wording.calibration(entry) and len(entry.draws) == 1
     ]
     if not single:
         return ""

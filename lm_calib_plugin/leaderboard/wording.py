@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lm_calib_plugin.leaderboard.tables import POINTS, Column, Comparison, Entry, Score
+from lm_calib_plugin.leaderboard.tables import (
+    DATA_FREE,
+    DENSE,
+    POINTS,
+    Column,
+    Comparison,
+    Entry,
+    Score,
+)
 
 NOTHING = "–"
 NO_PLOTS = "Plots are left out, as matplotlib is not installed."
@@ -80,14 +88,21 @@ def probability(value: float | None) -> str:
 
 def name(entry: Entry) -> str:
     """Return what tells a row from others of its table: method and calibration."""
-    parts = dict.fromkeys(part for part in (entry.method, entry.calibration) if part)
-    return " · ".join(parts) or entry.role
+    return " · ".join(_parts(entry)) or entry.role
 
 
 def phrase(entry: Entry) -> str:
     """Return the same as part of a sentence."""
-    parts = dict.fromkeys(part for part in (entry.method, entry.calibration) if part)
-    return " on ".join(parts) or f"the {entry.role} model"
+    return "the dense model" if entry.role == DENSE else " on ".join(_parts(entry))
+
+
+def calibration(entry: Entry) -> str:
+    """Return the calibration of a row, nothing where the method takes no data."""
+    return "" if entry.role in (DENSE, DATA_FREE) else entry.calibration
+
+
+def _parts(entry: Entry) -> list[str]:
+    return [part for part in (entry.method, calibration(entry)) if part]
 
 
 def heading(column: Column) -> str:
@@ -101,7 +116,7 @@ def meaning(column: Column) -> str:
     parts.append("higher is better" if column.higher_is_better else "lower is better")
     parts.append(f"{column.items} items" if column.items is not None else "")
     if column.chance is not None:
-        parts.append(f"chance {number(column.chance, column.unit)}")
+        parts.append(f"chance {percent(column.chance)}")
     return ", ".join(part for part in parts if part)
 
 

@@ -33,8 +33,8 @@ LEVELS = (("50%", 0.5), ("60%", 0.6))
 CALIBRATIONS = ("c4", "code", "c4*0.5+self*0.5", "null:shuffle")
 HOSTILE = '<script>alert("x")</script>|`a`=1+1'
 COLUMNS = (
-    Column("arc_easy", "acc_norm", POINTS, True, 200, 25.0),
-    Column("hellaswag", "acc_norm", POINTS, True, 200, 25.0),
+    Column("arc_easy", "acc_norm", POINTS, True, 200, 0.25),
+    Column("hellaswag", "acc_norm", POINTS, True, 200, 0.25),
     Column("wikitext", "word_perplexity", "perplexity", False, 62),
     Column(AVERAGE, "mean", POINTS, True, None),
 )
@@ -84,7 +84,7 @@ def entry(rng, model, level, method, calibration, role, drop, draws=DRAWS, sprea
     strength = dict(LEVELS).get(level)
     arguments = f"pretrained={model},method={method},sparsity={strength},calibration={calibration}"
     return Entry(
-        id="/".join(part for part in (model, level, method, calibration) if part),
+        id="/".join((model, level, method, calibration) if role != DENSE else (model, level)),
         model=model,
         level=level,
         method=method,
@@ -96,8 +96,10 @@ def entry(rng, model, level, method, calibration, role, drop, draws=DRAWS, sprea
         strength=strength,
         strength_name="fraction removed" if strength else "",
         sparsity=strength,
-        calib_ids=tuple(f"{n:02d}c0ffee" * 4 for n in range(draws)) if calibration else (),
-        calibration_tokens=262144 if calibration else None,
+        calib_ids=tuple(f"{n:02d}c0ffee" * 4 for n in range(draws))
+        if calibration != "none"
+        else (),
+        calibration_tokens=262144 if calibration != "none" else None,
         keys=tuple(f"{n:02d}fedcba" * 8 for n in range(draws)),
         commands=tuple(
             f"lm_eval --model calib_pruned --model_args '{arguments},calibration_seed={n}'"
@@ -112,7 +114,7 @@ def entry(rng, model, level, method, calibration, role, drop, draws=DRAWS, sprea
 
 def cells(rng: np.random.Generator, model: str) -> list[Entry]:
     """Return all rows of one base model."""
-    rows = [entry(rng, model, "dense", "", "", DENSE, 0.0, 1, 0.0)]
+    rows = [entry(rng, model, "dense", "dense", "none", DENSE, 0.0, 1, 0.0)]
     for (level, strength), name in itertools.product(LEVELS, ("sparsegpt", "wanda")):
         for calibration in CALIBRATIONS:
             drop = 40 * (strength - 0.35) - EFFECT[name] - EFFECT.get(calibration, 0.0)
@@ -127,7 +129,7 @@ def cells(rng: np.random.Generator, model: str) -> list[Entry]:
             )
     for level, strength in LEVELS:
         rows.append(
-            entry(rng, model, level, "magnitude", "", DATA_FREE, 70 * (strength - 0.3), 2, 0.0)
+            entry(rng, model, level, "magnitude", "none", DATA_FREE, 70 * (strength - 0.3), 2, 0.0)
         )
     return rows
 

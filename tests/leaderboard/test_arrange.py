@@ -122,7 +122,7 @@ def test_verdicts_say_who_cannot_be_told_apart_and_what_is_open():
     assert any("of the variance of one draw" in text for text in texts)
     whole = four(set(itertools.combinations("abcd", 2)))
     first, *_ = verdicts.says(whole)
-    assert "resolved against all 3 others" in first.text
+    assert "resolved against all 3 others in average" in first.text
     open_ = " ".join(s.text for s in verdicts.says_not(synthetic.analysis()))
     for words in ("not resolved", "more draws", "1 cell failed and 1 cell did not run", "1.5 %"):
         assert words in open_

@@ -217,15 +217,16 @@ def _rank(row: Row, group: Group) -> Cell:
 def _name(row: Row, group: Group) -> Cell:
     entry = row.entry
     parts: list[Markup | str] = [tag("b", entry.method or entry.role)]
-    if entry.role != COMPRESSED and entry.method:
+    if entry.role not in (COMPRESSED, DENSE):
         parts.append(tag("span", entry.role, cls="tag"))
     if entry.failed or entry.missing:
         parts.append(tag("span", "incomplete", cls="tag bad"))
     if entry.leaked:
         parts.append(tag("span", "leaked", cls="tag bad"))
-    if entry.calibration:
-        parts.append(tag("small", entry.calibration))
-    return f"{entry.method} {entry.calibration}".strip(), [tag("div", *parts, cls="name")]
+    calibration = wording.calibration(entry)
+    if calibration:
+        parts.append(tag("small", calibration))
+    return f"{entry.method} {calibration}".strip(), [tag("div", *parts, cls="name")]
 
 
 def _draws(row: Row, group: Group) -> Cell:
