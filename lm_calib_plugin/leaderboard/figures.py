@@ -95,10 +95,10 @@ def quality(
     title = f"{panel.model} · {panel.method}"
     figure, axis = canvas.new_figure(2.8 + 0.2 * -(-rows // 2), title, name_of(column), colors)
     places = sorted({x for line in lines for x, *_ in line.points})
-    gap = min(np.diff(places), default=0.1)
+    gap, side = min(np.diff(places), default=0.1), 0.035 if len(places) > 1 else 0.1
     for number, line in enumerate(lines):
         x, mean, low, high = np.array(line.points).T
-        shift = (number - (len(lines) - 1) / 2) * gap * 0.035
+        shift = (number - (len(lines) - 1) / 2) * gap * side
         color = colors["muted"] if line.series is None else colors.series(line.series)
         axis.errorbar(
             x + shift,
@@ -120,6 +120,8 @@ def quality(
             "dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right",
             va="bottom", xytext=(0, 1), textcoords="offset points", color=colors["ink"],
         )  # fmt: skip
+    edge = gap * (side * len(lines) / 2 + (0.03 if len(places) > 1 else 0.4))
+    axis.set_xlim(places[0] - edge, places[-1] + edge)
     axis.set_xticks(places, [f"{place:g}" for place in places])
     axis.set_xlabel(one_line(panel.axis or "level"))
     axis.set_ylabel(one_line(column.unit))
