@@ -14,8 +14,15 @@ from lm_calib_plugin.leaderboard.controls import controls
 from lm_calib_plugin.leaderboard.grid import Grid
 from lm_calib_plugin.leaderboard.records import Record, Records
 from lm_calib_plugin.leaderboard.rows import entry_of
-from lm_calib_plugin.leaderboard.scale import PERPLEXITY, scales_of
-from lm_calib_plugin.leaderboard.tables import AVERAGE, DATA_FREE, DENSE, POINTS, Analysis
+from lm_calib_plugin.leaderboard.scale import scales_of
+from lm_calib_plugin.leaderboard.tables import (
+    AVERAGE,
+    DATA_FREE,
+    DENSE,
+    PERPLEXITY,
+    POINTS,
+    Analysis,
+)
 from lm_calib_plugin.leaderboard.variation import heats, rankings, shares
 
 NOISE = "implementation noise"

@@ -21,6 +21,7 @@ def entry_of(board: Board, arm: Arm) -> Entry:
     achieved = summaries[0].get("achieved", {}) if summaries else {}
     data = [s["calibration"] for s in summaries if s.get("calibration")]
     strength, name = _strength(arm)
+    loading = next(iter(arm.cells.values())).loading
     return Entry(
         id=arm.id,
         model=arm.model,
@@ -42,6 +43,8 @@ def entry_of(board: Board, arm: Arm) -> Entry:
         commands=tuple(cell.command() for cell in arm.cells.values()),
         failed=tuple(f"draw {d}: {e}" for d, e in arm.failed.items()),
         missing=arm.missing,
+        dtype=str(loading.get("dtype") or ""),
+        revision=str(loading.get("revision") or ""),
         warnings=tuple(dict.fromkeys(w for s in summaries for w in s.get("warnings", ()))),
     )
 

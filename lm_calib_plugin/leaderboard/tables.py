@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 POINTS = "points"
-AVERAGE = "average"
+PERPLEXITY = "perplexity"
+# Columns over several tasks: of those in points, and of those that are perplexities.
+AVERAGE, AVERAGE_PERPLEXITY = "average", "average perplexity"
+AVERAGES = (AVERAGE, AVERAGE_PERPLEXITY)
 DENSE, COMPRESSED, DATA_FREE, NULL = "dense", "compressed", "data-free", "null"
 
 

@@ -10,8 +10,16 @@ from lm_calib_plugin import comparison as stats
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.leaderboard.board import Board
 from lm_calib_plugin.leaderboard.collect import Arm
-from lm_calib_plugin.leaderboard.scale import PERPLEXITY, Scale
-from lm_calib_plugin.leaderboard.tables import DATA_FREE, POINTS, Heat, Ranking, Share, Shares
+from lm_calib_plugin.leaderboard.scale import Scale
+from lm_calib_plugin.leaderboard.tables import (
+    DATA_FREE,
+    PERPLEXITY,
+    POINTS,
+    Heat,
+    Ranking,
+    Share,
+    Shares,
+)
 
 
 def rankings(board: Board) -> list[Ranking]:

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from lm_calib_plugin.leaderboard import arrange, verdicts
+from lm_calib_plugin.leaderboard.report import arrange, sentences
 from lm_calib_plugin.leaderboard.tables import AVERAGE, DENSE, POINTS, Analysis, Column
 from tests.leaderboard import synthetic
 
@@ -103,9 +103,9 @@ def test_what_must_not_be_ranked_keeps_the_order_of_the_grid_and_has_no_ranks():
         own = [e for e in whole.entries if (e.model, e.level) == (group.model, group.level)]
         assert [row.entry for row in group.rows[1:]] == own
         assert {row.rank for row in group.rows} == {""}
-    assert verdicts.says(whole) == []
-    assert verdicts.unranked(whole) == "Implementation noise: not ranked"
-    assert "noise" not in verdicts.unranked(synthetic.analysis(no_ranking=("2 cells broken",)))
+    assert sentences.says(whole) == []
+    assert sentences.unranked(whole) == "Implementation noise: not ranked"
+    assert "noise" not in sentences.unranked(synthetic.analysis(no_ranking=("2 cells broken",)))
 
 
 def test_rows_without_scores_stand_last_and_have_no_rank():
@@ -117,12 +117,12 @@ def test_rows_without_scores_stand_last_and_have_no_rank():
 
 
 def test_verdicts_say_who_cannot_be_told_apart_and_what_is_open():
-    texts = [s.text for s in verdicts.says(synthetic.analysis())]
+    texts = [s.text for s in sentences.says(synthetic.analysis())]
     assert any("cannot be told from" in text for text in texts)
     assert any("of the variance of one draw" in text for text in texts)
     whole = four(set(itertools.combinations("abcd", 2)))
-    first, *_ = verdicts.says(whole)
+    first, *_ = sentences.says(whole)
     assert "resolved against all 3 others in average" in first.text
-    open_ = " ".join(s.text for s in verdicts.says_not(synthetic.analysis()))
+    open_ = " ".join(s.text for s in sentences.says_not(synthetic.analysis()))
     for words in ("not resolved", "more draws", "1 cell failed and 1 cell did not run", "1.5 %"):
         assert words in open_

@@ -9,7 +9,7 @@ import json
 
 import pytest
 
-from lm_calib_plugin.leaderboard import flat
+from lm_calib_plugin.leaderboard.report import flat
 from lm_calib_plugin.leaderboard.tables import AVERAGE
 from tests.leaderboard import synthetic
 

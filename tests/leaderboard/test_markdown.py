@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lm_calib_plugin.leaderboard import markdown, wording
+from lm_calib_plugin.leaderboard.report import markdown, wording
 from lm_calib_plugin.leaderboard.tables import Score
 from tests.leaderboard import synthetic
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from lm_calib_plugin.leaderboard import page, plots
+from lm_calib_plugin.leaderboard.report import page, plots
 from tests.leaderboard import synthetic
 
 pytestmark = pytest.mark.browser

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lm_calib_plugin.leaderboard import plots, svg
+from lm_calib_plugin.leaderboard.report import plots, svg
 from tests.leaderboard import synthetic
 
 pytest.importorskip("matplotlib")

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from lm_calib_plugin.leaderboard import plots, report
+from lm_calib_plugin.leaderboard import report
+from lm_calib_plugin.leaderboard.report import plots
 from tests.leaderboard import synthetic
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lm_calib_plugin.leaderboard import wording
-from lm_calib_plugin.leaderboard.arrange import Group, Row, groups, headline, is_resolved
+from lm_calib_plugin.leaderboard.report import wording
+from lm_calib_plugin.leaderboard.report.arrange import Group, Row, groups, headline, is_resolved
 from lm_calib_plugin.leaderboard.tables import NULL, Analysis, Comparison, Share
 
 PARTS = {

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from lm_calib_plugin.export.card_text import one_line
-from lm_calib_plugin.leaderboard import canvas, wording
-from lm_calib_plugin.leaderboard.arrange import Group
-from lm_calib_plugin.leaderboard.svg import Palette
+from lm_calib_plugin.leaderboard.report import canvas, wording
+from lm_calib_plugin.leaderboard.report.arrange import Group
+from lm_calib_plugin.leaderboard.report.svg import Palette
 from lm_calib_plugin.leaderboard.tables import (
     DATA_FREE,
     DENSE,

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from importlib import resources
 from string import Template
 
-from lm_calib_plugin.leaderboard import svg, verdicts
-from lm_calib_plugin.leaderboard.page import pairs, sections, table
-from lm_calib_plugin.leaderboard.page.markup import Markup, escape, join, tag
-from lm_calib_plugin.leaderboard.plots import Plot
+from lm_calib_plugin.leaderboard.report import sentences, svg
+from lm_calib_plugin.leaderboard.report.page import pairs, sections, table
+from lm_calib_plugin.leaderboard.report.page.markup import Markup, escape, join, tag
+from lm_calib_plugin.leaderboard.report.plots import Plot
 from lm_calib_plugin.leaderboard.tables import Analysis
 
 
@@ -116,7 +116,7 @@ def _unranked(analysis: Analysis) -> Markup | None:
         return None
     return tag(
         "div",
-        tag("strong", verdicts.unranked(analysis) + "."),
+        tag("strong", sentences.unranked(analysis) + "."),
         " Rows stand as in the grid and can not be sorted.",
         tag("ul", *(tag("li", reason) for reason in analysis.no_ranking)),
         cls="banner",

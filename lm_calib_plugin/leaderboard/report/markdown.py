@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lm_calib_plugin.export.card_text import block, code, plain, table
-from lm_calib_plugin.leaderboard import verdicts, wording
-from lm_calib_plugin.leaderboard.arrange import AVERAGES, Group, groups
-from lm_calib_plugin.leaderboard.tables import Analysis, Column, Comparison, Entry, Score
+from lm_calib_plugin.leaderboard.report import sentences, wording
+from lm_calib_plugin.leaderboard.report.arrange import Group, groups
+from lm_calib_plugin.leaderboard.tables import AVERAGES, Analysis, Column, Comparison, Entry, Score
 
 
 def markdown(analysis: Analysis, plots: Sequence[tuple[str, str]] | None = ()) -> str:
@@ -35,7 +35,7 @@ def markdown(analysis: Analysis, plots: Sequence[tuple[str, str]] | None = ()) -
 def _head(analysis: Analysis) -> list[str]:
     if not analysis.no_ranking:
         return []
-    title = verdicts.unranked(analysis)
+    title = sentences.unranked(analysis)
     reasons = "\n".join(f"> * {plain(reason)}" for reason in analysis.no_ranking)
     return [f"> **{title}.** Rows stand as in the grid.\n>\n{reasons}"]
 
@@ -43,12 +43,12 @@ def _head(analysis: Analysis) -> list[str]:
 def _verdicts(analysis: Analysis) -> list[str]:
     return [
         part
-        for title, sentences in verdicts.lines(analysis)
-        for part in _list(title, map(_sentence, sentences))
+        for title, several in sentences.lines(analysis)
+        for part in _list(title, map(_sentence, several))
     ]
 
 
-def _sentence(said: verdicts.Sentence) -> str:
+def _sentence(said: sentences.Sentence) -> str:
     return (f"**{plain(said.lead)}**: " if said.lead else "") + plain(said.text)
 
 
@@ -80,7 +80,7 @@ def _tables(analysis: Analysis) -> list[str]:
     for group in groups(analysis):
         parts.append(f"## {plain(group.title)}")
         if analysis.no_ranking:
-            parts.append(f"*{verdicts.unranked(analysis)}.*")
+            parts.append(f"*{sentences.unranked(analysis)}.*")
         else:
             parts.append(how)
             how = ""

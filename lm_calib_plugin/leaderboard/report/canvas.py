@@ -6,7 +6,7 @@ import textwrap
 from typing import Any
 
 from lm_calib_plugin.export.card_text import one_line
-from lm_calib_plugin.leaderboard.svg import Palette
+from lm_calib_plugin.leaderboard.report.svg import Palette
 
 WIDTH = 4.5  # inches of 72 units: what a phone shows without making texts smaller
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from lm_calib_plugin.leaderboard import wording
-from lm_calib_plugin.leaderboard.arrange import AVERAGES, Group, Row, groups, headline
-from lm_calib_plugin.leaderboard.page import detail
-from lm_calib_plugin.leaderboard.page.markup import Markup, join, tag
+from lm_calib_plugin.leaderboard.report import wording
+from lm_calib_plugin.leaderboard.report.arrange import Group, Row, groups, headline
+from lm_calib_plugin.leaderboard.report.page import detail
+from lm_calib_plugin.leaderboard.report.page.markup import Markup, join, tag
 from lm_calib_plugin.leaderboard.tables import (
+    AVERAGES,
     COMPRESSED,
     DENSE,
     POINTS,

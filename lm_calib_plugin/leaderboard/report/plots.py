@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 from lm_calib_plugin.export.card_text import one_line
-from lm_calib_plugin.leaderboard import figures, flat, maps, svg
-from lm_calib_plugin.leaderboard.arrange import AVERAGES, Group, groups, headline
-from lm_calib_plugin.leaderboard.tables import POINTS, Analysis, Column
+from lm_calib_plugin.leaderboard.report import figures, flat, maps, svg
+from lm_calib_plugin.leaderboard.report.arrange import Group, groups, headline
+from lm_calib_plugin.leaderboard.tables import AVERAGES, POINTS, Analysis, Column
 
 KINDS = ("quality", "draws", "tasks", "ranks", "shares")
 SETTINGS: dict[str, Any] = {

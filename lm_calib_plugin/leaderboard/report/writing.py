@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lm_calib_plugin import storage
-from lm_calib_plugin.leaderboard import flat, page, plots, wording
-from lm_calib_plugin.leaderboard.markdown import markdown
+from lm_calib_plugin.leaderboard.report import flat, page, plots, wording
+from lm_calib_plugin.leaderboard.report.markdown import markdown
 from lm_calib_plugin.leaderboard.tables import Analysis
 
 # Names that only we give: what an earlier report left is told from a user's own file.

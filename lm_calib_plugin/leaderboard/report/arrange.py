@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lm_calib_plugin.leaderboard.tables import (
-    AVERAGE,
+    AVERAGES,
     DENSE,
     Analysis,
     Column,
@@ -17,8 +17,6 @@ from lm_calib_plugin.leaderboard.tables import (
 )
 
 RESOLVED = ("resolved_better", "resolved_worse")
-# Columns that sum up the tasks of one unit; the first that is there ranks.
-AVERAGES = (AVERAGE, "average perplexity")
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lm_calib_plugin.leaderboard import verdicts, wording
-from lm_calib_plugin.leaderboard.page.markup import Markup, join, tag
-from lm_calib_plugin.leaderboard.plots import Plot
+from lm_calib_plugin.leaderboard.report import sentences, wording
+from lm_calib_plugin.leaderboard.report.page.markup import Markup, join, tag
+from lm_calib_plugin.leaderboard.report.plots import Plot
 from lm_calib_plugin.leaderboard.tables import Analysis, Share, Shares
 
 _KINDS = {
@@ -21,9 +21,9 @@ _KINDS = {
 def verdict(analysis: Analysis) -> Markup:
     """Return what the leaderboard says and does not say."""
     found = []
-    for title, sentences in verdicts.lines(analysis):
-        if sentences:
-            items = tag("ul", *(tag("li", _bold(s.lead), s.text) for s in sentences))
+    for title, several in sentences.lines(analysis):
+        if several:
+            items = tag("ul", *(tag("li", _bold(s.lead), s.text) for s in several))
             found.append(tag("div", tag("h2", title), items))
     return tag("div", *found, cls="verdicts")
 

@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lm_calib_plugin.leaderboard.arrange import AVERAGES, Row, groups
+from lm_calib_plugin.leaderboard.report.arrange import Row, groups
 from lm_calib_plugin.leaderboard.tables import (
+    AVERAGES,
     POINTS,
     Analysis,
     Column,
