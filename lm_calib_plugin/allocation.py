@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lm_calib_plugin import engine
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.dense import dense_pass
+from lm_calib_plugin.engine.watched import HOST, bytes_of, copied
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.pruning.allocations.base import (
     LayerFacts,
@@ -91,6 +93,7 @@ def allocate(
     method: Pipeline,
     device: torch.device,
     progress: bool = True,
+    inputs: str | None = None,
 ) -> dict[str, Pipeline]:
     """Return the method for every layer, by name.
 
@@ -105,6 +108,9 @@ def allocate(
         Targeted layers inside the blocks.
     method
         The method with its strength for all layers together.
+    inputs
+        Name of what goes through the model, where its statistics may be shared; see
+        :mod:`lm_calib_plugin.engine.sharing`.
 
     Raises
     ------
@@ -117,9 +123,8 @@ def allocate(
     found: dict[str, LayerStats] = {}
     looks = allocation.statistic != "none"
     if looks or (allocation.whole_layer and method.score.statistic != "none"):
-        visitor = _Energies()
-        dense_pass(model, blocks, chunks(), layers, visitor, device, progress, "allocation")
-        found = visitor.found
+        where = model, blocks, chunks, layers, device, progress
+        found = _shared_energies(inputs, *where) if inputs else _energies(*where)[0]
     facts = [LayerFacts(x.name, x.block, x.shape, x.read, found.get(x.name)) for x in layers]
     wanted = allocation.fractions(facts, float(method.sparsity), method.score)
     if allocation.keeps_budget and not allocation.whole_layer:
@@ -134,6 +139,35 @@ def allocate(
         fact.name: dataclasses.replace(method, sparsity=share, **group)
         for fact, share in zip(facts, wanted, strict=True)
     }
+
+
+def _energies(
+    model: nn.Module,
+    blocks: engine.Blocks,
+    chunks: Callable[[], list[Chunk]],
+    layers: Sequence[engine.TargetLayer],
+    device: torch.device,
+    progress: bool,
+) -> tuple[dict[str, LayerStats], bool]:
+    """Return second moments per token by name of the layer, and whether chunks were halved."""
+    visitor = _Energies()
+    work = dense_pass(model, blocks, chunks(), layers, visitor, device, progress, "allocation")
+    return visitor.found, work.halved
+
+
+def _shared_energies(inputs: str, model: nn.Module, *rest: Any) -> dict[str, LayerStats]:
+    """Return what :func:`_energies` does, from an earlier run with the same inputs if it can be."""
+    shared = engine.shared_here()
+    assert shared is not None
+    layers = rest[2]
+    name = ("energies", inputs, type(model), tuple(layer.name for layer in layers))
+    found = shared.recall(name)
+    if found is None:
+        fresh, halved = _energies(model, *rest)
+        if not halved:
+            shared.keep(name, copied(fresh, HOST), bytes_of(fresh))
+        return fresh
+    return {x.name: copied(found[x.name], x.parameter.device) for x in layers}
 
 
 def strength_found(

@@ -85,6 +85,7 @@ def run(
     typer.echo(outcome.words)
     raise typer.Exit(outcome.code)
 
+<<<<<<< HEAD
 
 @app.command("status")
 def status(grid: str = GRID, changes: list[str] = SET, out: str = OUT) -> None:
@@ -126,3 +127,50 @@ def verify_cells(
             typer.echo("\n".join(check.lines()))
             worst = max(worst, int(bool(check.differences)))
     raise typer.Exit(worst)
+=======
+        with Bar(cells, folder, quiet) as bar:
+            run_cells(
+                cells,
+                folder,
+                Bench(folder / "logs").measure,
+                retry_failed=retry_failed,
+                done=bar.done,
+            )
+    typer.echo(f"{len(cells)} cells in {folder}")
+    sys.stdout.flush()
+
+
+@app.command("report")
+def report(
+    grid: str = GRID,
+    changes: list[str] = SET,
+    out: str = OUT,
+    to: str = typer.Option(None, help="Folder of the report. Default: report in that of --out."),
+    fail_below: list[str] = typer.Option(  # noqa: B008
+        [],
+        "--fail-below",
+        metavar="MEASURE=LIMIT",
+        help="Exit with 1 below, such as recovery=0.95.",
+    ),
+) -> None:
+    """Write the table as Markdown, CSV, JSON, plots and one page to look at."""
+    from lm_calib_plugin.leaderboard.gate import read_gates, shortfalls
+
+    gates = read_gates(fail_below)
+    found, cells, folder = _read(grid, changes, out)
+
+    from lm_calib_plugin.leaderboard.analysis import analyze
+    from lm_calib_plugin.leaderboard.records import Records
+    from lm_calib_plugin.leaderboard.report import write_report
+
+    analysis = analyze(found, cells, Records(folder))
+    target = Path(to).expanduser() if to else folder / "report"
+    write_report(analysis, target)
+    for reason in analysis.no_ranking:
+        typer.echo(f"not ranked: {reason}", err=True)
+    typer.echo(target / "index.html")
+    missed = shortfalls(analysis, gates)
+    for line in missed:
+        typer.echo(f"below the limit: {line}", err=True)
+    raise typer.Exit(1 if missed else 0)
+>>>>>>> main

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,41 @@ class Job:
             size = token_budget(self.device, max(len(s) for s in self.calibration.sequences))
         return min(int(size), self.calibration.nsamples)
 
+    @property
+    def pad_id(self) -> int:
+        """What shorter sequences of a chunk are filled up with."""
+        pad = getattr(self.tokenizer, "pad_token_id", None)
+        return pad if isinstance(pad, int) and pad < vocab_size(self.model) else 0
+
+    @property
+    def inputs(self) -> str | None:
+        """Name of what goes through the dense model: equal names, equal bits; None without data.
+
+        The ids themselves count, and where every weight lies.
+        """
+        calibration = self.calibration
+        if calibration is None:
+            return None
+        ids = hashlib.sha256()
+        for sequence in calibration.sequences:
+            ids.update(f"{len(sequence)} ".encode() + sequence.cpu().numpy().tobytes())
+        devices = {name: str(p.device) for name, p in self.model.named_parameters()}
+        return storage.digest(
+            {
+                "model": self.dense_digest,
+                **engine.circumstances(self.model),
+                "devices": devices,
+                "block_path": self.blocks.path,
+                "calib_id": calibration.calib_id,
+                "ids": ids.hexdigest(),
+                "weights": calibration.weights,
+                "heldout": self.held,
+                "chunk": self.chunk_size,
+                "pad": self.pad_id,
+                "exclude_first_token": self.recipe.exclude_first_token,
+            }
+        )
+
     def check_ids(self) -> None:
         """Raise a UserError when a token id of the calibration set has no row of embeddings."""
         if self.calibration is None:
@@ -104,13 +140,11 @@ class Job:
         calibration = self.calibration
         if calibration is None:
             return []
-        vocabulary = vocab_size(self.model)
-        pad = getattr(self.tokenizer, "pad_token_id", None)
         return make_chunks(
             calibration.sequences,
             engine.heldout_indices(calibration.nsamples, self.recipe.heldout),
             self.chunk_size,
-            pad if isinstance(pad, int) and pad < vocabulary else 0,
+            self.pad_id,
             weights=calibration.weights,
             skip_first=self.recipe.exclude_first_token,
         )
@@ -189,7 +223,14 @@ def _on_layers(job: Job) -> Done:
     method, methods = _divided(job)
     if methods:
         seconds["allocation"] = time.perf_counter() - start
-    plan = engine.Plan(method, layers, job.recipe.propagate, methods, job.recipe.true_sequential)
+    plan = engine.Plan(
+        method,
+        layers,
+        job.recipe.propagate,
+        methods,
+        job.recipe.true_sequential,
+        _shared_inputs(job),
+    )
     result = engine.run(model, blocks, job.chunks(), plan, job.device, progress)
     start = time.perf_counter()
     strengths = {n: pruning_of(m) for n, m in methods.items()}
@@ -237,12 +278,19 @@ def _divided(job: Job) -> tuple[Method, dict[str, Method]]:
     rule = pruning.allocation if pruning is not None else None
     if rule is not None and not (method.does_nothing and rule.keeps_budget):
         assert pruning is not None
-        found = allocate(model, blocks, job.chunks, layers, pruning, job.device, progress)
+        inputs = _shared_inputs(job)
+        found = allocate(model, blocks, job.chunks, layers, pruning, job.device, progress, inputs)
         pruning = strength_found(pruning, layers, found, job.recipe.sparsity)
         for name, own in found.items():
             methods[name] = with_part(methods.get(name, method), own)
         method = with_part(method, pruning)
     return method, methods
+
+
+def _shared_inputs(job: Job) -> str | None:
+    """Return the name of what goes through the model, where others may see the same."""
+    rotated = job.method.transform is not None and job.method.transform.level == "model"
+    return job.inputs if engine.shared_here() is not None and not rotated else None
 
 
 def with_widths(method: Quantizer, widths: dict[str, int]) -> dict[str, Method]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from typing import Any
 
-import torch
-
-from lm_calib_plugin import registry, storage
+from lm_calib_plugin import engine, registry, storage
 from lm_calib_plugin.storage import version_of
 from lm_calib_plugin.work import Job
 
@@ -26,13 +23,10 @@ def asked(job: Job) -> dict[str, Any]:
     ``execution`` is not here: an artifact holds the simulated model, from which kernels are made.
     """
     recipe, method, calibration = job.recipe, job.method, job.calibration
-    config: Any = getattr(job.model, "config", None)
-    kind = type(job.model)
     return {
         "request_version": REQUEST_VERSION,
         "model": job.dense_digest,
-        "class": f"{kind.__module__}.{kind.__qualname__}",
-        "experts": str(getattr(config, "_experts_implementation", None)),
+        **engine.circumstances(job.model),
         "block_path": job.blocks.path,
         "method": [recipe.entry.kind, None if recipe.stages else recipe.method],
         "revision": method.revision,
@@ -49,7 +43,6 @@ def asked(job: Job) -> dict[str, Any]:
         "calib_id": None if calibration is None else calibration.calib_id,
         "heldout": job.held,
         "chunk": job.chunk_size,
-        "hardware": _hardware(job),
         "versions": _versions(job),
     }
 
@@ -57,22 +50,6 @@ def asked(job: Job) -> dict[str, Any]:
 def request_key(content: dict[str, Any]) -> str:
     """Return the name of an artifact: the sha256 of what was asked."""
     return storage.digest(content)
-
-
-def _hardware(job: Job) -> list[str]:
-    """Return the kinds of devices that hold the model; of CUDA devices their names."""
-    found = set()
-    for device in {parameter.device for parameter in job.model.parameters()}:
-        if device.type == "cuda":
-            found.add(f"cuda {torch.cuda.get_device_name(device)}")
-        elif device.type == "cpu":
-            # Products are summed in another order where registers are wider, and where more
-            # threads share the work: with no data, too, when a transform is checked for instance.
-            kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-            found.add(f"cpu {kind} {torch.get_num_threads()} threads")
-        else:
-            found.add(device.type)
-    return sorted(found)
 
 
 def _versions(job: Job) -> dict[str, str]:

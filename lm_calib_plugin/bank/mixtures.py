@@ -17,6 +17,7 @@ from torch import nn
 
 from lm_calib_plugin import engine, registry
 from lm_calib_plugin.bank.errors import check_banked
+from lm_calib_plugin.bank.once import drawn_once
 from lm_calib_plugin.calibration import CalibrationSet, build_calibration
 from lm_calib_plugin.calibration.options import Option, read_options
 from lm_calib_plugin.errors import CalibError, UserError
@@ -219,7 +220,15 @@ def make_task(
 
 
 def draw(task: Task) -> Found:
-    """Return the calibration set of a task's recipe, whether it is a mixture or not."""
+    """Return the calibration set of a task's recipe, whether it is a mixture or not.
+
+    Inside :func:`~lm_calib_plugin.engine.shared_statistics` a set that was drawn there before is
+    given again.
+    """
+    return drawn_once(task, _drawn, searched=mixture_of(task.recipe) is not None)
+
+
+def _drawn(task: Task) -> Found:
     mixture = mixture_of(task.recipe)
     if mixture is None:
         return Found(task.drawn(task.recipe))

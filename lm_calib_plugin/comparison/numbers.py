@@ -18,7 +18,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95 % percentile bootstrap interval, in units of the scores."""
+    """An estimate with its interval, in units of the scores.
+
+    95 % percentile bootstrap unless the function that returns it says otherwise.
+    """
 
     value: float
     low: float
@@ -77,8 +80,26 @@ def paired_table(a: ArrayLike, b: ArrayLike) -> Array:
     return gaps[:, None] if gaps.ndim == 1 else gaps
 
 
-def percentile_interval(value: float, resampled: Array) -> Interval:
+def item_weights(weights: ArrayLike, items: int) -> Array:
+    """Return weights ``[items]``, all above 0.
+
+    Raises
+    ------
+    UserError
+        For another number of weights than items, or a weight that is not above 0.
+    """
+    found = finite("weights", weights, 1)
+    if found.size != items or not (found > 0).all():
+        raise UserError(
+            "weights",
+            f"{found.size} weight(s), smallest {found.min():g}",
+            f"one weight above 0 for each of the {items} item(s) is needed",
+        )
+    return found
+
+
+def percentile_interval(value: float, resampled: Array, confidence: float = CONFIDENCE) -> Interval:
     """Return the estimate with the percentiles of its resampled values."""
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return Interval(value, float(low), float(high))

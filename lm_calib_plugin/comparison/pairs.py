@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from lm_calib_plugin.comparison.numbers import (
+    CONFIDENCE,
     RESAMPLES,
     Interval,
     differences,
     draws_by_items,
     finite,
+    item_weights,
     paired_table,
     percentile_interval,
 )
@@ -79,34 +83,97 @@ def winner_flips(a: ArrayLike, b: ArrayLike) -> bool:
 
 
 def two_level_bootstrap(
-    a: ArrayLike, b: ArrayLike | None = None, resamples: int = RESAMPLES, seed: int = 0
+    a: ArrayLike,
+    b: ArrayLike | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    *,
+    weights: ArrayLike | None = None,
+    confidence: float = CONFIDENCE,
+    expanded: bool = False,
 ) -> Interval:
     """Return the mean of a, or of ``a - b``, with the interval over draws and items.
 
     Each resample draws draws with replacement, then items. Every draw is judged on the same items,
     so one set of items serves all draws of a resample; draws and items are the same for both arms.
 
+    The plain interval is too short for few draws: their spread is taken for that of their
+    resamples, smaller by ``sqrt((K - 1) / K)``, and the percentiles are normal ones where a t
+    distribution is due. Where draws are nearly all that varies, 95 % are really 51 % at 2 draws,
+    72 % at 3, 82 % at 5, 90 % at 10 and 92 % at 20 (1,000 simulations of 200 items, normal draw
+    effects on the logits of the items). ``expanded`` scales the deviations of the draws, not of
+    the items, by ``sqrt(K / (K - 1)) * t / z`` (the expanded percentile interval of Hesterberg,
+    2015); it then covers 93 %, 94 %, 95 %, 94 % and 95 %. Where the noise of a draw on single items
+    is nearly all that varies, both are too long (98 % and more), as it is resampled with the draws
+    and with the items (Owen, 2007).
+
     Parameters
     ----------
     a, b
         ``[draws, items]``; or ``[draws]``, where only draws are resampled.
+    weights
+        ``[items]``, above 0, the same for all draws: a score is ``sum(w x) / sum(w)``, and a
+        resample takes that ratio anew.
+    confidence
+        Of the interval, 0.95 by default.
+    expanded
+        Whether to make up for few draws; one draw alone has no deviations to scale.
     """
     scores = draws_by_items("a", a) if b is None else paired_table(a, b)
     draws, items = scores.shape
-    rng = np.random.default_rng(seed)
+    heavy = None if weights is None else item_weights(weights, items)
+    factor = expansion(draws, confidence) if expanded else 1.0
     found = []
     step = max(1, _CHUNK // max(draws, items))
+    for taken_draws, taken_items in _taken(draws, items, resamples, seed, step):
+        rows = taken_draws.astype(np.float64) / draws
+        columns = taken_items.astype(np.float64) / items
+        if factor != 1:
+            rows = 1 / draws + factor * (rows - 1 / draws)
+        if heavy is not None:
+            columns = columns * heavy
+            columns /= columns.sum(1, keepdims=True)
+        found.append(((rows @ scores) * columns).sum(1))
+    value = scores.mean() if heavy is None else np.average(scores, 1, heavy).mean()
+    return percentile_interval(float(value), np.concatenate(found), confidence)
+
+
+@lru_cache(maxsize=4)
+def _taken(
+    draws: int, items: int, resamples: int, seed: int, step: int
+) -> tuple[tuple[NDArray[Any], ...], ...]:
+    """Return how often each draw and each item is taken, ``[resamples, draws or items]``, in parts.
+
+    Many comparisons of one table ask for the same, and drawing them is most of their time. As small
+    integers, those of 14,000 items and 2,000 resamples are 28 MB.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
     for start in range(0, resamples, step):
         count = min(step, resamples - start)
-        # How often each draw and each item was taken.
-        rows = rng.multinomial(draws, np.full(draws, 1 / draws), count) / draws
-        columns = rng.multinomial(items, np.full(items, 1 / items), count) / items
-        found.append(((rows @ scores) * columns).sum(1))
-    return percentile_interval(float(scores.mean()), np.concatenate(found))
+        pair = [rng.multinomial(n, np.full(n, 1 / n), count) for n in (draws, items)]
+        found.append(tuple(n.astype(np.min_scalar_type(n.max())) for n in pair))
+    return tuple(found)
+
+
+def expansion(draws: int, confidence: float = CONFIDENCE) -> float:
+    """Return by how much deviations of resampled draws are scaled for few draws; 1 for one draw."""
+    if draws < 2:
+        return 1.0
+    tail = (1 + confidence) / 2
+    return float(
+        math.sqrt(draws / (draws - 1)) * stats.t.ppf(tail, draws - 1) / stats.norm.ppf(tail)
+    )
 
 
 def paired_delta(
-    a: ArrayLike, b: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
+    a: ArrayLike,
+    b: ArrayLike,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    *,
+    weights: ArrayLike | None = None,
+    expanded: bool = False,
 ) -> PairedDelta:
     """Compare two arms pair by pair; see :func:`two_level_bootstrap` for the interval.
 
@@ -114,10 +181,12 @@ def paired_delta(
     ----------
     a, b
         ``[draws, items]`` or ``[draws]``, of one shape; equal places are one pair.
+    weights
+        ``[items]``; they weigh the difference, not the shares of pairs.
     """
     gaps = paired_table(a, b)
     return PairedDelta(
-        two_level_bootstrap(a, b, resamples, seed),
+        two_level_bootstrap(a, b, resamples, seed, weights=weights, expanded=expanded),
         better=float((gaps > 0).mean()),
         worse=float((gaps < 0).mean()),
         ties=float((gaps == 0).mean()),

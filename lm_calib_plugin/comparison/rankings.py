@@ -50,11 +50,66 @@ def expected_tau(draws: Sequence[ArrayLike], resamples: int = RESAMPLES, seed: i
         The scores of each entry (source, method), at least two entries; numbers of draws may
         differ.
     """
-    entries = [finite("draws", scores, 1) for scores in draws]
+    return one_draw_tau(draws, resamples, seed).value
+
+
+def one_draw_tau(draws: Sequence[ArrayLike], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Return :func:`expected_tau` and the bounds of 95 % of the rankings from one draw.
+
+    ``low`` and ``high`` are percentiles of the tau-b of one ranking, not an error of the mean:
+    they say what someone with a single draw may see.
+    """
+    entries, sampled = _one_draw_each(draws, resamples, seed)
     reference = _pair_signs(np.array([[scores.mean() for scores in entries]]))
-    rng = np.random.default_rng(seed)
-    sampled = np.stack([rng.choice(scores, resamples) for scores in entries], 1)
-    return float(_tau_b(_pair_signs(sampled), _ranked(reference)).mean())
+    taus = _tau_b(_pair_signs(sampled), _ranked(reference))
+    return percentile_interval(float(taus.mean()), taus)
+
+
+def rank_stability(
+    draws: Sequence[ArrayLike],
+    higher_is_better: bool = True,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Array:
+    """Return how often an entry takes a rank when one draw of every entry is taken.
+
+    Parameters
+    ----------
+    draws
+        The scores of each entry, at least two entries; numbers of draws may differ.
+
+    Returns
+    -------
+    ``[entries, ranks]``, the best rank first. Entries that tie share their ranks equally, so rows
+    and columns sum to 1.
+    """
+    _, sampled = _one_draw_each(draws, resamples, seed)
+    signs = np.sign(sampled[:, None, :] - sampled[:, :, None])  # of the others, against each
+    ahead = ((signs > 0) if higher_is_better else (signs < 0)).sum(2)[..., None]
+    tied = (signs == 0).sum(2)[..., None]  # itself among them
+    ranks = np.arange(len(draws))
+    taken = ((ranks >= ahead) & (ranks < ahead + tied)) / tied
+    return np.asarray(taken.mean(0), dtype=np.float64)
+
+
+def tau_between(scores: ArrayLike) -> Array:
+    """Return tau-b between the rankings of every two columns, such as tasks, models or levels.
+
+    Parameters
+    ----------
+    scores
+        ``[entries, columns]``, at least two entries; columns that all point the same way (negate
+        those where less is better).
+
+    Returns
+    -------
+    ``[columns, columns]``, symmetric, 1 on the diagonal; NaN for a column whose entries all tie, as
+    it ranks nothing.
+    """
+    signs = _pair_signs(finite("scores", scores, 2, least=2).T)
+    norm = np.sqrt(np.count_nonzero(signs, 1))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.clip(signs @ signs.T / norm[:, None] / norm, -1, 1))
 
 
 def expected_tau_normal(means: ArrayLike, sds: ArrayLike) -> float:
@@ -102,6 +157,15 @@ def _correlation(
         if np.ptp(x[taken]) and np.ptp(y[taken]):
             found[number] = statistic(x[taken], y[taken])
     return percentile_interval(statistic(x, y), found)
+
+
+def _one_draw_each(
+    draws: Sequence[ArrayLike], resamples: int, seed: int
+) -> tuple[list[Array], Array]:
+    """Return the scores of the entries, and one of each, ``[resamples, entries]``."""
+    entries = [finite("draws", scores, 1) for scores in draws]
+    rng = np.random.default_rng(seed)
+    return entries, np.stack([rng.choice(scores, resamples) for scores in entries], 1)
 
 
 def _pair_signs(scores: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,3 +66,53 @@ def retention(
     worst = min(found, key=lambda domain: found[domain])
     geometric = float(np.exp(np.log(ratios).mean())) if (ratios > 0).all() else 0.0
     return Retention(worst, found[worst], geometric, float(ratios.mean()), found)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Score over the dense model's score: what other tools call recovery (0.95 is 95 %).
+
+    It flatters: a task at chance level still recovers a good part. See :class:`Retention`.
+    """
+
+    mean: float
+    worst_task: str
+    worst: float
+    tasks: Mapping[str, float]
+
+
+def recovery(
+    scores: Mapping[str, float], dense: Mapping[str, float], lower_is_better: Collection[str] = ()
+) -> Recovery:
+    """Return ``score / dense`` of every task and the mean over tasks, not clipped.
+
+    Parameters
+    ----------
+    scores, dense
+        Task -> score of the compressed and of the dense model, above 0 where it is divided by.
+    lower_is_better
+        Tasks, of those given, where less is better (perplexity): ``dense / score``.
+
+    Raises
+    ------
+    UserError
+        When a task is missing, or there is nothing to divide by.
+    """
+    if not scores or set(scores) != set(dense) or not set(lower_is_better) <= set(scores):
+        odd = sorted((set(scores) ^ set(dense)) | (set(lower_is_better) - set(scores)))
+        raise UserError("scores", f"tasks differ: {odd}", "score every task of both models")
+    found = {}
+    for task, score in scores.items():
+        above, below = finite(task, [score, dense[task]], 1)
+        if task in lower_is_better:
+            above, below = below, above
+        if not below > 0:
+            raise UserError(
+                "scores" if task in lower_is_better else "dense",
+                f"{task}: {below:g}",
+                "recovery divides by it: a number above 0 is needed",
+                "leave this task out",
+            )
+        found[task] = float(above / below)
+    worst = min(found, key=lambda task: found[task])
+    return Recovery(float(np.mean(list(found.values()))), worst, found[worst], found)

@@ -9,7 +9,12 @@ from lm_calib_plugin.engine.discovery import (
     find_blocks,
     text_config,
 )
-from lm_calib_plugin.engine.fingerprint import model_digest, parameter_hashes, weights_digest
+from lm_calib_plugin.engine.fingerprint import (
+    circumstances,
+    model_digest,
+    parameter_hashes,
+    weights_digest,
+)
 from lm_calib_plugin.engine.kv_cache import quantize_kv
 from lm_calib_plugin.engine.layers import (
     CHOSEN,
@@ -23,6 +28,7 @@ from lm_calib_plugin.engine.reach import check_reach
 from lm_calib_plugin.engine.reshape import ReshapeResult, check_reshape, reshape
 from lm_calib_plugin.engine.rotation import rotate
 from lm_calib_plugin.engine.selection import select_layers
+from lm_calib_plugin.engine.sharing import Shared, shared_here, shared_statistics
 from lm_calib_plugin.engine.walk import Plan, WalkResult, run
 
 __all__ = [
@@ -31,6 +37,7 @@ __all__ = [
     "Blocks",
     "Plan",
     "ReshapeResult",
+    "Shared",
     "TargetLayer",
     "Visitor",
     "WalkResult",
@@ -38,6 +45,7 @@ __all__ = [
     "check_reach",
     "check_reshape",
     "check_supported",
+    "circumstances",
     "dense_pass",
     "find_blocks",
     "find_layers",
@@ -50,6 +58,8 @@ __all__ = [
     "rotate",
     "run",
     "select_layers",
+    "shared_here",
+    "shared_statistics",
     "text_config",
     "untied",
     "weights_digest",

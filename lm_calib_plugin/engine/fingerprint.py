@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -131,6 +132,36 @@ def lasting_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
             if name in stored or not passing:
                 found.append((name, buffer))
     return sorted(found, key=lambda pair: pair[0])
+
+
+def circumstances(model: nn.Module) -> dict[str, Any]:
+    """Return what decides, beside :func:`model_digest`, what a model computes to the last bit.
+
+    Its class, how it computes its experts, and what it runs on.
+    """
+    kind = type(model)
+    config: Any = getattr(model, "config", None)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "experts": str(getattr(config, "_experts_implementation", None)),
+        "hardware": _hardware(model),
+    }
+
+
+def _hardware(model: nn.Module) -> list[str]:
+    """Return the kinds of devices that hold the model; of CUDA devices their names."""
+    found = set()
+    for device in {parameter.device for parameter in model.parameters()}:
+        if device.type == "cuda":
+            found.add(f"cuda {torch.cuda.get_device_name(device)}")
+        elif device.type == "cpu":
+            # Products are summed in another order where registers are wider, and where more
+            # threads share the work: with no data, too, when a transform is checked for instance.
+            kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+            found.add(f"cpu {kind} {torch.get_num_threads()} threads")
+        else:
+            found.add(device.type)
+    return sorted(found)
 
 
 def _follows_length(module: nn.Module, buffer: str) -> bool:

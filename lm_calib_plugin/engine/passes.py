@@ -40,6 +40,7 @@ class BlockPass:
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.probe: Chunk | None = None
+        self.halved = False
 
     def capture(self) -> None:
         """Record the arguments of every block, after a check on a few tokens."""
@@ -159,6 +160,7 @@ class BlockPass:
                 f"out of memory with one sequence at a time ({reason}). Use a smaller seqlen, a "
                 "model dtype of 16 bits, or a device with more memory."
             )
+        self.halved = True
         size = max(chunk.rows for chunk in self.chunks) // 2
         smaller: list[Chunk] = []
         for chunk in self.chunks:

@@ -22,6 +22,7 @@ from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.observe import InputGroups
 from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.rows import rows
+from lm_calib_plugin.engine.sharing import run_statistics
 from lm_calib_plugin.engine.smoothing import scale_inputs
 from lm_calib_plugin.engine.static_ranges import count, input_ranges, limits_of
 from lm_calib_plugin.engine.tuning import BlockTuning
@@ -43,6 +44,8 @@ class Plan:
     ``methods`` holds, by name, the layers that are treated otherwise than the rest.
     ``propagate`` is ``compressed`` or ``dense``: which model's hidden states the next block sees;
     with ``true_sequential`` layers inside a block see compressed ones before them, too.
+    ``inputs`` names what goes through the dense model, to the last bit, so that what is watched of
+    it can be shared with other runs; see :mod:`lm_calib_plugin.engine.sharing`. None: it can not.
     """
 
     method: Method
@@ -50,6 +53,7 @@ class Plan:
     propagate: str = "compressed"
     methods: Mapping[str, Method] = field(default_factory=dict)
     true_sequential: bool = False
+    inputs: str | None = None
 
     def method_of(self, layer: TargetLayer) -> Method:
         """Return the method as it treats one layer."""
@@ -134,6 +138,7 @@ class _Walk(BlockPass):
         self.borrowed: dict[str, int] = {}
         self.unseen: list[str] = []
         self.wiring: Wiring | None = None
+        self.shared = run_statistics(model, plan) if chunks else None
         # Parameters of the block in work with what they were, where its layers come in steps.
         self.dense_values: list[tuple[nn.Parameter, Tensor]] = []
         self.result = WalkResult(
@@ -144,7 +149,7 @@ class _Walk(BlockPass):
         by_block: dict[int, list[TargetLayer]] = {}
         for layer in self.plan.layers:
             by_block.setdefault(layer.block, []).append(layer)
-        if self.chunks:
+        if self.chunks and not self.recalls:
             self.timed("capture", self.capture)
         for chunk in self.chunks if self.corrects else ():
             assert chunk.hidden is not None
@@ -166,6 +171,8 @@ class _Walk(BlockPass):
             self.timed("compress", lambda: self._head(by_block[HEAD][0]))
         self.warnings += notes.of_experts(self.unseen, self.borrowed)
         self.warnings += notes.of_rows(self.result.rows)
+        if self.shared is not None:
+            self.warnings += self.shared.finish(self.halved)
         return self.result
 
     def _without_data(self, layers: Sequence[TargetLayer]) -> None:
@@ -179,9 +186,15 @@ class _Walk(BlockPass):
         plan = self.plan
         return plan.method.correction > 0 and plan.propagate == "compressed" and bool(self.chunks)
 
+    @property
+    def recalls(self) -> bool:
+        """Whether an earlier run watched what this one needs, so that nothing has to be run."""
+        return self.shared is not None and self.shared.known
+
     # --- stages --------------------------------------------------------------------------
 
     def _block(self, index: int, layers: Sequence[TargetLayer], more: bool) -> None:
+        more = more and not self.recalls
         ahead = self.plan.propagate == "dense" and more and bool(layers)
         if layers:
             self._work_on(index, layers, ahead)
@@ -205,6 +218,16 @@ class _Walk(BlockPass):
 
     def _work_on(self, index: int, layers: Sequence[TargetLayer], ahead: bool) -> None:
         """Treat the layers of one block: observe, transform, compress, and round their inputs."""
+        if self.recalls:
+            seen = self.timed("observe", lambda: self._recalled(index, layers))
+            self.timed("compress", lambda: self._solve_all(layers, seen))
+        else:
+            self._observe_and_solve(index, layers, ahead)
+        if self.plan.method.activations is not None:
+            self.timed("activations", lambda: self._round_inputs(index, layers))
+
+    def _observe_and_solve(self, index: int, layers: Sequence[TargetLayer], ahead: bool) -> None:
+        """Watch the layers of one block, and give them new weights; in steps where asked."""
         method, groups = self.plan.method, self.groups(index, layers)
         scales = method.transform is not None and method.transform.level == "inputs"
         steps = groups.steps() if self.plan.true_sequential else [layers]
@@ -228,8 +251,6 @@ class _Walk(BlockPass):
                 )
             self.timed("compress", lambda step=step, seen=watched: self._solve_all(step, seen))
         self.dense_values = []
-        if method.activations is not None:
-            self.timed("activations", lambda: self._round_inputs(index, layers))
 
     def _scale(
         self, index: int, layers: Sequence[TargetLayer], watched: Mapping[int, Watched]
@@ -312,7 +333,17 @@ class _Walk(BlockPass):
             _check_seen(group[0], seen)
             found |= {id(layer): seen for layer in group}
         pairs = [(g[0], w.stats) for g, w in zip(groups.groups, watched, strict=True)]
-        self.borrowed |= fill_up([(layer, stats) for layer, stats in pairs if stats is not None])
+        borrowed = fill_up([(layer, stats) for layer, stats in pairs if stats is not None])
+        self.borrowed |= borrowed
+        if self.shared is not None:
+            self.shared.add(index, groups.groups, watched, borrowed)
+        return found
+
+    def _recalled(self, index: int, layers: Sequence[TargetLayer]) -> dict[int, Watched]:
+        """Return what an earlier run watched of the same inputs; by ``id(layer)``."""
+        assert self.shared is not None
+        found, borrowed = self.shared.of_block(index, layers)
+        self.borrowed |= borrowed
         return found
 
     def _empty(self, layer: TargetLayer) -> Watched:
@@ -460,7 +491,9 @@ class _Walk(BlockPass):
         spec, limits = self.plan.method.activations, None
         static = spec is not None and not spec.dynamic
         ranges = Ranges.empty(layer.shape[1], layer.parameter.device)
-        if self.chunks:
+        if self.recalls:
+            watched = self._recalled(HEAD, [layer])
+        elif self.chunks:
             seen = self._empty(layer)
             for chunk in self.chunks:
                 received = rows(chunk, self.recorder.after_blocks(chunk, layer.module))
@@ -469,6 +502,8 @@ class _Walk(BlockPass):
                     count([ranges], chunk, 0, received, chunk.owners())
             watched = {id(layer): seen}
             _check_seen(layer, seen)
+            if self.shared is not None:
+                self.shared.add(HEAD, [[layer]], [seen], {})
         self._compress([layer], watched)
         if static:
             limits = self._limits({layer.name: ranges})

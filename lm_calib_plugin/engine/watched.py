@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.statistics import LayerStats, TokenSample
+
+# Where copies wait.
+HOST = torch.device("cpu")
 
 
 @dataclass
@@ -67,3 +73,37 @@ def pair(
     if chunk.weights is not None:
         difference *= chunk.weights[chunk.owners()].to(difference)[:, None]
     seen.cross.addmm_(received.t(), difference)
+
+
+def copied(value: Any, device: torch.device) -> Any:
+    """Return a copy on a device of what was watched, down to the last tensor.
+
+    Equal bits in the same order of memory. Anything that is no statistic stays as it is.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, torch.device):
+        return device
+    if isinstance(value, list):
+        return [copied(part, device) for part in value]
+    if isinstance(value, dict):
+        return {name: copied(part, device) for name, part in value.items()}
+    if isinstance(value, (Watched, LayerStats, TokenSample)):
+        made = copy.copy(value)
+        for name, part in vars(value).items():
+            setattr(made, name, copied(part, device))
+        return made
+    return value
+
+
+def bytes_of(value: Any) -> int:
+    """Return how many bytes the tensors of what was watched take."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, list):
+        return sum(map(bytes_of, value))
+    if isinstance(value, dict):
+        return sum(map(bytes_of, value.values()))
+    if isinstance(value, (Watched, LayerStats, TokenSample)):
+        return bytes_of(vars(value))
+    return 0

@@ -14,8 +14,15 @@ from lm_calib_plugin.leaderboard.controls import controls
 from lm_calib_plugin.leaderboard.grid import Grid
 from lm_calib_plugin.leaderboard.records import Record, Records
 from lm_calib_plugin.leaderboard.rows import entry_of
-from lm_calib_plugin.leaderboard.scale import PERPLEXITY, scales_of
-from lm_calib_plugin.leaderboard.tables import AVERAGE, DENSE, POINTS, Analysis
+from lm_calib_plugin.leaderboard.scale import scales_of
+from lm_calib_plugin.leaderboard.tables import (
+    AVERAGE,
+    DATA_FREE,
+    DENSE,
+    PERPLEXITY,
+    POINTS,
+    Analysis,
+)
 from lm_calib_plugin.leaderboard.variation import heats, rankings, shares
 
 NOISE = "implementation noise"
@@ -92,6 +99,10 @@ def _notes(board: Board) -> Iterable[str]:
             "Differences of perplexities are differences of their logarithms times 100, nearly "
             "percent; means over draws and tasks are geometric."
         )
+    checked = {(arm.model, arm.level) for arm in board.arms if arm.role == DATA_FREE}
+    for model, level in board.tables if board.grid.controls.data_free else ():
+        if (model, level) not in checked:
+            yield f"{model}, {level}: no method without data as a control."
     for scale in board.scales:
         if scale.column.items is None:
             yield (

@@ -9,8 +9,8 @@ from lm_calib_plugin import comparison as stats
 from lm_calib_plugin.leaderboard.collect import Arm, Collected
 from lm_calib_plugin.leaderboard.grid import Grid
 from lm_calib_plugin.leaderboard.records import Record
-from lm_calib_plugin.leaderboard.scale import AVERAGES, Scale, Values, values_of
-from lm_calib_plugin.leaderboard.tables import COMPRESSED, DENSE
+from lm_calib_plugin.leaderboard.scale import Scale, Values, values_of
+from lm_calib_plugin.leaderboard.tables import AVERAGES, COMPRESSED, DENSE
 
 
 class Board:

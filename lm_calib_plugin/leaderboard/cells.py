@@ -21,6 +21,10 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 # A data-free method is run twice: what differs then is noise of the implementation.
 DATA_FREE_RUNS = (0, 1)
+BUILTIN = "builtin:"
+UNCHANGED = {"method": "magnitude", "sparsity": 0, "calibration": NO_DATA}
+# Flags of the harness that have to be turned off.
+ON_BY_DEFAULT = ("fewshot_as_multiturn",)
 CLASSES = {"pruning": "calib_pruned", "quantization": "calib_quantized"}
 
 
@@ -97,13 +101,17 @@ class Cell:
 
     def command(self) -> str:
         """Return the line that measures the cell by itself, to be pasted into a shell."""
-        words = ["lm_eval", "--model", self.model_class, "--model_args", as_text(self.arguments)]
+        kind, arguments = self.model_class, self.arguments
+        if self.recipe is None and str(arguments["pretrained"]).startswith(BUILTIN):
+            # The harness' own class knows no builtin model; nothing removed changes no bit.
+            kind, arguments = "calib_pruned", {**arguments, **UNCHANGED}
+        words = ["lm_eval", "--model", kind, "--model_args", as_text(arguments)]
         words += ["--tasks", ",".join(self.tasks)]
         for name, value in self.harness.items():
             if value is True:
                 words.append(f"--{name}")
-            elif value is not False:
-                words += [f"--{name}", value if isinstance(value, str) else as_word(value)]
+            elif value is not False or name in ON_BY_DEFAULT:
+                words += [f"--{name}", as_word(value)]
         return shlex.join(words)
 
 
@@ -120,7 +128,11 @@ def as_text(arguments: Mapping[str, Any]) -> str:
 
 def as_word(value: Any) -> str:
     """Return a value as one word of a command line."""
-    return json.dumps(value) if isinstance(value, (Mapping, list)) else str(value)
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    if isinstance(value, Mapping):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def cells_of(grid: Grid) -> list[Cell]:
@@ -154,9 +166,15 @@ def cells_of(grid: Grid) -> list[Cell]:
 
 
 def _compressed(grid: Grid, model: str) -> Iterable[Cell]:
+<<<<<<< HEAD
     methods = {**grid.methods, **_data_free_methods(grid)}
     free = [name for name in methods if not _needs_data(grid, methods[name])]
     if not grid.calibrations and any(name not in free for name in grid.methods):
+=======
+    free = {name: fields for name, fields in grid.methods.items() if not _needs_data(grid, fields)}
+    with_data = [name for name in grid.methods if name not in free]
+    if with_data and not grid.calibrations:
+>>>>>>> main
         raise UserError(
             "calibrations",
             "missing",
@@ -167,14 +185,39 @@ def _compressed(grid: Grid, model: str) -> Iterable[Cell]:
     for draw in grid.draws:
         for calibration in grid.calibrations:
             role = NULL if is_null(grid, calibration) else COMPRESSED
-            for method in (name for name in methods if name not in free):
+            for method in with_data:
                 for level in grid.levels:
                     yield from _kept(grid, model, level, method, calibration, draw, role)
-    for method in free:
-        own = replace(grid, methods=methods)
-        for draw in DATA_FREE_RUNS:
+    for draw in DATA_FREE_RUNS:
+        for method in free:
             for level in grid.levels:
-                yield from _kept(own, model, level, method, NO_DATA, draw, DATA_FREE)
+                yield from _kept(grid, model, level, method, NO_DATA, draw, DATA_FREE)
+        if not free and grid.controls.data_free:
+            yield from _data_free(grid, model, draw)
+
+
+def _data_free(grid: Grid, model: str, draw: int) -> Iterable[Cell]:
+    """Yield the data-free control of every level that it goes with and that is in use."""
+    named = grid.controls.data_free
+    for level, fields in grid.levels.items():
+        if not any(
+            next(iter(_kept(grid, model, level, method, calibration, grid.draws[0], "")), None)
+            for method in grid.methods
+            for calibration in grid.calibrations
+        ):
+            continue
+        name = named if isinstance(named, str) else _data_free_method(fields)
+        own = replace(grid, methods={name: {"method": name}})
+        try:
+            yield from _kept(own, model, level, name, NO_DATA, draw, DATA_FREE)
+        except UserError:
+            # What the level asks for may need data itself; the report notes that.
+            if isinstance(named, str):
+                raise
+
+
+def _data_free_method(level: Mapping[str, Any]) -> str:
+    return "magnitude" if {"sparsity", "pattern"} & set(level) else "rtn"
 
 
 def _kept(
@@ -237,20 +280,6 @@ def _needs_data(grid: Grid, fields: Mapping[str, Any]) -> bool:
             problem = problem or error
     assert problem is not None
     raise problem
-
-
-def _data_free_methods(grid: Grid) -> dict[str, dict[str, Any]]:
-    """Return the data-free control, unless the grid has one or wants none."""
-    wanted = grid.controls.data_free
-    if not wanted or not any(_needs_data(grid, fields) for fields in grid.methods.values()):
-        return {}
-    if any(not _needs_data(grid, fields) for fields in grid.methods.values()):
-        return {}
-    if isinstance(wanted, str):
-        return {wanted: {"method": wanted}}
-    removes = any({"sparsity", "pattern"} & set(level) for level in grid.levels.values())
-    name = "magnitude" if removes else "rtn"
-    return {name: {"method": name}}
 
 
 def _repeated(grid: Grid, cells: Iterable[Cell]) -> list[Cell]:

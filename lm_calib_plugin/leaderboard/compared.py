@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from lm_calib_plugin import comparison as stats
-from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.leaderboard.board import Board
 from lm_calib_plugin.leaderboard.collect import Arm
 from lm_calib_plugin.leaderboard.scale import Scale, Values
 from lm_calib_plugin.leaderboard.tables import DATA_FREE, DENSE, Comparison
 
 MARGIN = 0.02  # two points of accuracy, or two percent of a perplexity
+NOISY = "implementation_noise"
 
 
 def comparisons(board: Board) -> list[Comparison]:
@@ -69,21 +69,24 @@ def _compared(board: Board, a: Arm, b: Arm, against: str, scale: Scale) -> Compa
     first, second = arms
     weights = one.weights
     options: dict[str, Any] = {"weights": weights}
-    try:
-        said = stats.verdict(
-            first,
-            second,
-            data_free=free,
-            higher_is_better=scale.column.higher_is_better,
-            margin=MARGIN,
-            units=scale.units,
-            **options,
-        )
-    except UserError as error:
-        # Draws of a data-free method that differ: the controls say so, too.
-        said = stats.Verdict("implementation_noise", str(error), None)
-    wide = np.broadcast_arrays(first, second)
-    delta = stats.paired_delta(*wide, expanded=True, **options)
+    said = stats.verdict(
+        first,
+        second,
+        data_free=free,
+        higher_is_better=scale.column.higher_is_better,
+        margin=MARGIN,
+        units=scale.units,
+        **options,
+    )
+    noisy = [
+        arm.id
+        for arm in (a, b)
+        if arm.role == DATA_FREE and not _constant(board.values[arm.id, task])
+    ]
+    if noisy:
+        said = stats.Verdict(NOISY, f"implementation noise: draws of {noisy[0]} differ", None)
+    one_wide, other_wide = np.broadcast_arrays(first, second)
+    delta = stats.paired_delta(one_wide, other_wide, expanded=True, **options)
     sign = 1 if scale.column.higher_is_better else -1
     wins = stats.probability_better(
         sign * stats.item_scores(first, weights), sign * stats.item_scores(second, weights)
@@ -102,7 +105,7 @@ def _compared(board: Board, a: Arm, b: Arm, against: str, scale: Scale) -> Compa
         delta.delta.high * factor if has_error else None,
         gains[0] if first.ndim == 2 else None,
         gains[1] if first.ndim == 2 else None,
-        stats.p_value(*wide, weights),
+        stats.p_value(one_wide, other_wide, weights),
         None,
         wins,
         said.kind,
@@ -112,23 +115,15 @@ def _compared(board: Board, a: Arm, b: Arm, against: str, scale: Scale) -> Compa
 
 
 def _paired(one: Values, other: Values, free: set[str]) -> tuple[Any, Any] | None:
-    """Return both arms over equal draws; what takes no data stands beside every draw."""
+    """Return both arms over equal draws; one row of what takes no data, for every draw."""
     if one.table.ndim != other.table.ndim:
         return None
-    a, b = one.table, other.table
-    if free == {"a", "b"}:
-        a, b = (a[:1], b[:1]) if _constant(a) and _constant(b) else (a, b[:1])
-    elif not free:
-        shared = [draw for draw in one.labels if draw in other.labels]
-        if not shared:
-            return None
-        a, b = one.of(shared), other.of(shared)
-    return (
-        (a[:1], b)
-        if "a" in free and _constant(a) and "b" not in free
-        else ((a, b[:1]) if "b" in free and _constant(b) and "a" not in free else (a, b))
-    )
+    if free:
+        a, b = one.table, other.table
+        return a[:1] if "a" in free else a, b[:1] if "b" in free else b
+    shared = [draw for draw in one.labels if draw in other.labels]
+    return (one.of(shared), other.of(shared)) if shared else None
 
 
-def _constant(table: Any) -> bool:
-    return bool((table == table[0]).all())
+def _constant(values: Values) -> bool:
+    return bool((values.table == values.table[0]).all())

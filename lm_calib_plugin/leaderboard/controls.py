@@ -17,7 +17,7 @@ def controls(board: Board) -> Iterable[Control]:
         if arm.role == DATA_FREE and len(arm.records) > 1:
             one, *others = (arm.records[d] for d in sorted(arm.records))
             gaps = [gap for other in others for gap in _differences(one, other)]
-            name = f"{arm.method} {arm.level}, no data"
+            name = f"{arm.model}, {arm.method} {arm.level}, no data"
             said = f"draws of {arm.id} differ: {gaps[0]}" if gaps else "all draws are the same"
             yield Control(name, not gaps, said)
     for cell, before, again in board.found.repeats:
@@ -48,7 +48,7 @@ def _null(board: Board, arm: Arm) -> Iterable[Control]:
         own = sign * float(board.each(arm, scale).mean())
         beaten = sum(own > sign * float(board.each(a, scale).mean()) for a in rivals)
         yield Control(
-            f"{arm.calibration}, {arm.method} {arm.level}",
+            f"{arm.model}, {arm.method} {arm.level}, {arm.calibration}",
             None,
             f"without meaning, it scores above {beaten} of {len(rivals)} calibrations in "
             f"{scale.column.task}",

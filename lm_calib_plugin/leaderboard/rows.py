@@ -21,6 +21,7 @@ def entry_of(board: Board, arm: Arm) -> Entry:
     achieved = summaries[0].get("achieved", {}) if summaries else {}
     data = [s["calibration"] for s in summaries if s.get("calibration")]
     strength, name = _strength(arm)
+    loading = next(iter(arm.cells.values())).loading
     return Entry(
         id=arm.id,
         model=arm.model,
@@ -42,6 +43,8 @@ def entry_of(board: Board, arm: Arm) -> Entry:
         commands=tuple(cell.command() for cell in arm.cells.values()),
         failed=tuple(f"draw {d}: {e}" for d, e in arm.failed.items()),
         missing=arm.missing,
+        dtype=str(loading.get("dtype") or ""),
+        revision=str(loading.get("revision") or ""),
         warnings=tuple(dict.fromkeys(w for s in summaries for w in s.get("warnings", ()))),
     )
 
@@ -49,7 +52,7 @@ def entry_of(board: Board, arm: Arm) -> Entry:
 def _score(board: Board, arm: Arm, scale: Scale) -> Score:
     values = board.values[arm.id, scale.column.task]
     each = stats.item_scores(values.table, values.weights)
-    shown = [scale.shown(x) for x in each]
+    shown = [scale.shown(float(x)) for x in each]
     mean = scale.shown(float(each.mean()))
     error = None
     if values.table.ndim == 2:
@@ -89,7 +92,7 @@ def _kept(board: Board, arm: Arm) -> Kept | None:
     )  # fmt: skip
     recovery = stats.recovery({t: scores[t] for t in able}, {t: full[t] for t in able})
     return Kept(
-        kept.worst_domain, kept.worst, kept.geometric_mean, kept.mean, recovery,
+        kept.worst_domain, kept.worst, kept.geometric_mean, kept.mean, recovery.mean,
         dict(kept.domains),
     )  # fmt: skip
 
@@ -117,7 +120,7 @@ def _strength(arm: Arm) -> tuple[float | None, str]:
 def _leaked(summaries: Sequence[dict[str, Any]]) -> float | None:
     shares = []
     for summary in summaries:
-        tasks = (summary.get("leakage") or {}).get("tasks")
+        tasks = summary.get("leakage")
         if isinstance(tasks, dict):
             shares += [row.get("share", 0.0) for row in tasks.values() if isinstance(row, dict)]
     found = [s for s in shares if isinstance(s, (int, float)) and math.isfinite(s)]

@@ -50,7 +50,7 @@ VERSIONS = ("lm-eval", "transformers", "torch", "datasets")
 
 
 class Bench:
-    """Where cells are measured: it holds one base model, and the tasks.
+    """Where cells are measured: it holds one base model, the tasks, and statistics that are shared.
 
     Parameters
     ----------
@@ -64,12 +64,17 @@ class Bench:
         self.logs, self.runtime = logs, dict(runtime or {})
         self._base: tuple[str, HFLM] | None = None
         self._tasks: tuple[str, LoadedTasks] | None = None
+        # For as long as this process measures cells.
+        self._sharing = contextlib.ExitStack()
+        self._sharing.enter_context(engine.shared_statistics())
         register()
 
     def measure(self, cell: Cell) -> Record:
         """Measure a cell; what goes wrong is in the record."""
         start = time.perf_counter()
-        with self._output(cell):
+        # A repeat has to show that the same comes out from the start, so it shares nothing.
+        alone = engine.shared_statistics() if cell.repeat else contextlib.nullcontext()
+        with self._output(cell), alone:
             try:
                 record = self._measured(cell)
                 record.to_text()

@@ -15,11 +15,15 @@ from lm_calib_plugin.comparison import Units
 from lm_calib_plugin.errors import UserError, listed, nearest
 from lm_calib_plugin.leaderboard.collect import Arm
 from lm_calib_plugin.leaderboard.records import EXPONENTIAL, Metric, TaskResult
-from lm_calib_plugin.leaderboard.tables import AVERAGE, POINTS, Column
+from lm_calib_plugin.leaderboard.tables import (
+    AVERAGE,
+    AVERAGE_PERPLEXITY,
+    AVERAGES,
+    PERPLEXITY,
+    POINTS,
+    Column,
+)
 
-PERPLEXITY = "perplexity"
-AVERAGE_PERPLEXITY = "average perplexity"
-AVERAGES = (AVERAGE, AVERAGE_PERPLEXITY)
 # Differences of perplexities are 100 times the difference of their logarithms: nearly percent.
 IN_PERCENT = Units("% of perplexity", 100.0, 1)
 PREFERRED = ("acc", "exact_match", "word_perplexity", "perplexity")

@@ -11,13 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 POINTS = "points"
-AVERAGE = "average"
+PERPLEXITY = "perplexity"
+# Columns over several tasks: of those in points, and of those that are perplexities.
+AVERAGE, AVERAGE_PERPLEXITY = "average", "average perplexity"
+AVERAGES = (AVERAGE, AVERAGE_PERPLEXITY)
 DENSE, COMPRESSED, DATA_FREE, NULL = "dense", "compressed", "data-free", "null"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One task with its one metric, or the average of all tasks in points (``AVERAGE``)."""
+    """One task with its one metric, or the average of all tasks in points (``AVERAGE``).
+
+    ``chance`` is what guessing scores, as a share.
+    """
 
     task: str
     metric: str
@@ -68,6 +74,7 @@ class Entry:
     ``scores`` holds a Score for each column. ``commands`` reproduce the draws one by one.
     ``failed`` are the errors of draws that could not be measured, ``missing`` the draws that were
     not run. ``leaked`` is the largest share of items of a task that stand in calibration text.
+    ``dtype`` and ``revision`` are those of the base model, for files that leaderboards read.
     """
 
     id: str
@@ -91,6 +98,8 @@ class Entry:
     failed: tuple[str, ...] = ()
     missing: tuple[int, ...] = ()
     warnings: tuple[str, ...] = ()
+    dtype: str = ""
+    revision: str = ""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,16 @@ from lm_calib_plugin import comparison as stats
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.leaderboard.board import Board
 from lm_calib_plugin.leaderboard.collect import Arm
-from lm_calib_plugin.leaderboard.scale import PERPLEXITY, Scale
-from lm_calib_plugin.leaderboard.tables import DATA_FREE, POINTS, Heat, Ranking, Share, Shares
+from lm_calib_plugin.leaderboard.scale import Scale
+from lm_calib_plugin.leaderboard.tables import (
+    DATA_FREE,
+    PERPLEXITY,
+    POINTS,
+    Heat,
+    Ranking,
+    Share,
+    Shares,
+)
 
 
 def rankings(board: Board) -> list[Ranking]:
@@ -114,7 +122,8 @@ def _heat(board: Board, rows: list[Arm], dense: Arm, unit: str, quantity: str) -
         return None
     values = []
     for arm in rows:
-        own, line = board.means(arm, unit), []
+        own = board.means(arm, unit)
+        line: list[float | None] = []
         for task in tasks:
             room = full[task] - chance.get(task, 0.0)
             if unit == PERPLEXITY:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_a_cast_that_reaches_the_frequencies_is_another_request(tmp_path: Path) 
         (request, "REQUEST_VERSION", 2),
         (request, "version_of", lambda package: "9.9"),
         (request, "PACKAGES", ("torch",)),
-        (request.platform, "machine", lambda: "riscv64"),
+        (platform, "machine", lambda: "riscv64"),
         (torch.backends.cpu, "get_cpu_capability", lambda: "VSX"),
     ],
 )
@@ -200,14 +201,11 @@ def test_the_name_of_a_cuda_device_counts(monkeypatch: pytest.MonkeyPatch) -> No
         def parameters(self) -> list[Fake]:
             return [Fake("cuda:0"), Fake("cuda:1"), Fake("cuda:0"), Fake("mps")]
 
-    class Job:
-        model = Model()
-
     names = {0: "H100", 1: "H100"}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda d: names[d.index])
-    assert request._hardware(Job()) == ["cuda H100", "mps"]  # type: ignore[arg-type]
+    assert engine.circumstances(Model())["hardware"] == ["cuda H100", "mps"]  # type: ignore[arg-type]
     names[1] = "A100"
-    assert request._hardware(Job()) == ["cuda A100", "cuda H100", "mps"]  # type: ignore[arg-type]
+    assert engine.circumstances(Model())["hardware"] == ["cuda A100", "cuda H100", "mps"]  # type: ignore[arg-type]
 
 
 def test_every_field_of_a_recipe_is_accounted_for() -> None:

@@ -1,0 +1,216 @@
+"""Plots of a leaderboard, as PNG and as SVG that adapts to light and dark.
+
+Drawn on figures of their own with the file renderer; neither the state of ``pyplot`` nor a display
+is touched, and the same Analysis gives the same bytes. All are as wide as a phone, so that their
+texts can be read there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from lm_calib_plugin.export.card_text import one_line
+from lm_calib_plugin.leaderboard.report import figures, flat, maps, svg
+from lm_calib_plugin.leaderboard.report.arrange import Group, groups, headline
+from lm_calib_plugin.leaderboard.tables import AVERAGES, POINTS, Analysis, Column
+
+KINDS = ("quality", "draws", "tasks", "ranks", "shares")
+SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lm-calib",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "text.parse_math": False,  # names may hold a dollar sign
+    "axes.unicode_minus": True,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot: where it belongs, what it says, and its files.
+
+    ``inline`` is the SVG element for a page, ``svg`` the file. ``reading`` says how to read it.
+    """
+
+    name: str
+    kind: str
+    model: str
+    level: str
+    title: str
+    reading: str
+    png: bytes
+    svg: str
+    inline: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    kind: str
+    model: str
+    level: str
+    parts: tuple[str, ...]
+    title: str
+    reading: str
+    description: str
+    paint: Callable[[svg.Palette], Any]
+
+
+def available() -> bool:
+    """Tell whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(analysis: Analysis) -> list[Plot]:
+    """Return all plots, model by model and level by level; needs matplotlib."""
+    import matplotlib
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        settings: Any = matplotlib.rcParams
+        settings.update(SETTINGS)
+        # Fonts do not know every name that people give; the table and the description do.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        return [_drawn(plan) for plan in _plans(analysis)]
+
+
+def _drawn(plan: _Plan) -> Plot:
+    name = f"{plan.kind}-{flat.file_name(plan.model, plan.level, *plan.parts)}"
+    title, description = one_line(plan.title), one_line(plan.description)
+    png = _saved(plan.paint(svg.LIGHT), "png")
+    inline = svg.adaptive(_saved(plan.paint(svg.ADAPTIVE), "svg"), name, title, description)
+    place = (plan.model, plan.level, title, plan.reading)
+    return Plot(name, plan.kind, *place, png, svg.standalone(inline), inline)
+
+
+def _saved(figure: Any, kind: str) -> bytes:
+    content = io.BytesIO()
+    if kind == "png":
+        figure.savefig(content, format=kind, dpi=200, metadata={"Software": None})
+    else:
+        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(content, format=kind, transparent=True, metadata=nothing)
+    return content.getvalue()
+
+
+def _plans(analysis: Analysis) -> Iterator[_Plan]:
+    columns = shown_columns(analysis)
+    yield from _quality(analysis, columns)
+    for group in groups(analysis):
+        for column in columns:
+            yield from _draws(analysis, group, column)
+    yield from _heats(analysis)
+    if not analysis.no_ranking:
+        yield from _ranks(analysis)
+    yield from _shares(analysis)
+
+
+def shown_columns(analysis: Analysis) -> list[Column]:
+    """Return what is plotted: the headline, and tasks of which no average is taken."""
+    first = headline(analysis)
+    averaged = {c.unit for c in analysis.columns if c.task in AVERAGES}
+    return [
+        c
+        for c in analysis.columns
+        if c is first or c.task in AVERAGES or (c.unit != POINTS and c.unit not in averaged)
+    ]
+
+
+def _quality(analysis: Analysis, columns: list[Column]) -> Iterator[_Plan]:
+    for panel in figures.panels(analysis):
+        for column in columns:
+            lines = figures.quality_lines(analysis, panel, column)
+            if not any(line.points for line in lines):
+                continue
+            yield _Plan(
+                "quality",
+                panel.model,
+                "",
+                (panel.method, panel.axis, column.task),
+                f"{panel.model} · {panel.method}: {column.task} against {panel.axis}",
+                "Mean over draws with its 95 % interval over draws and items.",
+                f"{figures.name_of(column)} against {panel.axis}. "
+                + " ".join(line.words(column) for line in lines),
+                partial(figures.quality, analysis, panel, column, lines),
+            )
+
+
+def _draws(analysis: Analysis, group: Group, column: Column) -> Iterator[_Plan]:
+    rows = [row.entry for row in group.rows if column.task in row.entry.scores]
+    if not any(len(entry.draws) > 1 for entry in rows):
+        return
+    yield _Plan(
+        "draws",
+        group.model,
+        group.level,
+        (column.task,),
+        f"{group.title}: draws of {column.task}",
+        "One point a draw, a bar at the mean; an outline from five draws up.",
+        f"{figures.name_of(column)} of single draws. "
+        + " ".join(figures.draw_words(entry, column) for entry in rows),
+        partial(figures.strips, analysis, group, column),
+    )
+
+
+def _heats(analysis: Analysis) -> Iterator[_Plan]:
+    for heat in analysis.heats:
+        retention = heat.quantity == "retention"
+        yield _Plan(
+            "tasks",
+            heat.model,
+            heat.level,
+            (heat.method, heat.quantity),
+            f"{heat.model} · {heat.level} · {heat.method}: calibration by task",
+            "Share of the dense model's score above chance that is left, mean over draws."
+            if retention
+            else "Log of the perplexity over that of the dense model, mean over draws; 0 is dense.",
+            f"{heat.quantity} by calibration and task. " + maps.heat_words(heat),
+            partial(maps.tasks, analysis, heat),
+        )
+
+
+def _ranks(analysis: Analysis) -> Iterator[_Plan]:
+    for ranking in analysis.rankings:
+        yield _Plan(
+            "ranks",
+            ranking.model,
+            ranking.level,
+            (ranking.fixed, ranking.column),
+            f"{ranking.model} · {ranking.level} · {ranking.fixed}: rank stability",
+            "How often a row takes each rank when every row has one draw.",
+            maps.rank_words(analysis, ranking),
+            partial(maps.ranks, analysis, ranking),
+        )
+
+
+def _shares(analysis: Analysis) -> Iterator[_Plan]:
+    places = dict.fromkeys((shares.model, shares.level) for shares in analysis.shares)
+    for model, level in places:
+        own = [s for s in analysis.shares if (s.model, s.level) == (model, level) and s.parts]
+        if not own:
+            continue
+        yield _Plan(
+            "shares",
+            model,
+            level,
+            (),
+            f"{model} · {level}: what varies",
+            "Shares of the variance of one draw's score; intervals stand in the table.",
+            " ".join(maps.share_words(analysis, shares) for shares in own),
+            partial(maps.shares, analysis, own),
+        )

@@ -1,0 +1,98 @@
+"""Records of a made-up grid: scores from a formula, so that every statistic is known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm_calib_plugin.leaderboard.cells import Cell, cells_of
+from lm_calib_plugin.leaderboard.grid import Grid, check_grid
+from lm_calib_plugin.leaderboard.records import (
+    DONE,
+    EXPONENTIAL,
+    MEAN,
+    Metric,
+    Record,
+    Records,
+    TaskResult,
+)
+from lm_calib_plugin.leaderboard.run import place_of
+
+ITEMS = 200
+GRID: dict[str, Any] = {
+    "name": "made-up",
+    "models": {"tiny": {"pretrained": "folder"}},
+    "methods": ["wanda", "sparsegpt"],
+    "levels": ["50%"],
+    "calibrations": ["c4", "self"],
+    "draws": 3,
+    "baseline": "c4",
+    "tasks": ["quiz", "prose", "count"],
+    "recipe": {"propagate": "dense"},
+}
+# What a cell scores in the quiz, without the noise of its draw.
+LEVEL = {"dense": 0.9, "wanda": 0.6, "sparsegpt": 0.7, "magnitude": 0.5}
+SOURCE = {"self": 0.1, "null:random": -0.1}
+
+
+def grid(**changes: Any) -> Grid:
+    return check_grid({**GRID, **changes})
+
+
+def result(cell: Cell) -> dict[str, TaskResult]:
+    """Return what a cell scores: 0/1 items, perplexities of documents, and a number without."""
+    share = LEVEL[cell.method] + SOURCE.get(cell.calibration, 0.0)
+    shift = {"dense": 0, "data-free": 0}.get(cell.role, cell.draw)
+    right = np.zeros(ITEMS)
+    right[: round(share * ITEMS) + 2 * shift] = 1
+    words = 10.0 + np.arange(20)
+    nats = 3.0 - share + 0.01 * shift + 0.001 * np.arange(20)
+    quiz = Metric(float(right.mean()), True, MEAN, right.tolist())
+    value = float(np.exp(np.average(nats, weights=words)))
+    prose = Metric(value, False, EXPONENTIAL, nats.tolist(), words.tolist())
+
+    def task(name: str, metrics: dict[str, Metric], items: int, chance: float | None) -> TaskResult:
+        return TaskResult("1.0", 0, f"hash of {name}", f"items of {name}", items, chance, metrics)
+
+    return {
+        "quiz": task("quiz", {"acc": quiz}, ITEMS, 0.25),
+        "prose": task("prose", {"word_perplexity": prose}, 20, None),
+        "count": task("count", {"bleu": Metric(40.0 + share + shift, True)}, 30, None),
+    }
+
+
+def record_of(cell: Cell, **changes: Any) -> Record:
+    compression = None
+    if cell.recipe is not None:
+        drawn = {"calib_id": f"{cell.calibration} {cell.draw}", "tokens": 4096}
+        compression = {
+            "key": f"{cell.method} {cell.calibration} {cell.draw}",
+            "weights_digest": f"{cell.method} {cell.calibration} {cell.draw}",
+            "calibration": drawn if cell.role != "data-free" else None,
+            "achieved": {"sparsity": 0.5, "bits": None},
+            "warnings": [],
+            "leakage": {"quiz": {"items": ITEMS, "touched": 2, "share": 0.01}},
+        }
+        if cell.role == "data-free":
+            compression |= {"key": cell.method, "weights_digest": cell.method}
+    content: dict[str, Any] = {
+        "key": cell.key,
+        "cell": place_of(cell),
+        "identity": cell.identity(),
+        "status": DONE,
+        "compression": compression,
+        "conditions": {"lm_eval": "0.4.13", "model": "m", "tokenizer": "t", "chat_template": None},
+        "tasks": result(cell),
+        "costs": {"seconds": {"evaluation": 2.0}, "versions": {"torch": "2.13.0"}},
+    }
+    return Record(**{**content, **changes})
+
+
+def fill(folder: Path, made: Grid) -> list[Cell]:
+    """Write a record for every cell."""
+    cells = cells_of(made)
+    for cell in cells:
+        Records(folder).write(record_of(cell))
+    return cells
