@@ -85,7 +85,6 @@ def run(
     typer.echo(outcome.words)
     raise typer.Exit(outcome.code)
 
-<<<<<<< HEAD
 
 @app.command("status")
 def status(grid: str = GRID, changes: list[str] = SET, out: str = OUT) -> None:
@@ -127,17 +126,6 @@ def verify_cells(
             typer.echo("\n".join(check.lines()))
             worst = max(worst, int(bool(check.differences)))
     raise typer.Exit(worst)
-=======
-        with Bar(cells, folder, quiet) as bar:
-            run_cells(
-                cells,
-                folder,
-                Bench(folder / "logs").measure,
-                retry_failed=retry_failed,
-                done=bar.done,
-            )
-    typer.echo(f"{len(cells)} cells in {folder}")
-    sys.stdout.flush()
 
 
 @app.command("report")
@@ -173,4 +161,3 @@ def report(
     for line in missed:
         typer.echo(f"below the limit: {line}", err=True)
     raise typer.Exit(1 if missed else 0)
->>>>>>> main

@@ -166,15 +166,9 @@ def cells_of(grid: Grid) -> list[Cell]:
 
 
 def _compressed(grid: Grid, model: str) -> Iterable[Cell]:
-<<<<<<< HEAD
-    methods = {**grid.methods, **_data_free_methods(grid)}
-    free = [name for name in methods if not _needs_data(grid, methods[name])]
-    if not grid.calibrations and any(name not in free for name in grid.methods):
-=======
     free = {name: fields for name, fields in grid.methods.items() if not _needs_data(grid, fields)}
     with_data = [name for name in grid.methods if name not in free]
     if with_data and not grid.calibrations:
->>>>>>> main
         raise UserError(
             "calibrations",
             "missing",
