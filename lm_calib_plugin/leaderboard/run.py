@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import platform
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from lm_eval import simple_evaluate
@@ -95,6 +96,7 @@ class Bench:
             (self.logs / f"{cell.key[:NAME_LENGTH]}.log").open("w", encoding="utf-8") as log,
             contextlib.redirect_stdout(log),
             contextlib.redirect_stderr(log),
+            _programs_write_to(log),
         ):
             yield
 
@@ -292,6 +294,18 @@ def _environment_once() -> Iterator[None]:
 @functools.cache
 def _environment(listing: Callable[[], str] = collect_env.get_pretty_env_info) -> str:
     return listing()
+
+
+@contextlib.contextmanager
+def _programs_write_to(log: TextIO) -> Iterator[None]:
+    """Send errors of other programs to a file, too: the harness asks git and others."""
+    before = os.dup(2)
+    os.dup2(log.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 @contextlib.contextmanager

@@ -12,21 +12,23 @@ import pytest
 from lm_calib_plugin import bank_commands, calibrate, preflight
 from lm_calib_plugin.cli import main
 from lm_calib_plugin.export import bitmask, command, look
+from lm_calib_plugin.leaderboard import analysis, report, start, verify
+from lm_calib_plugin.leaderboard.tables import Analysis
 from tests.tiny import saved_model
 
 ROOT = Path(__file__).parents[2]
 WORKS = ("calibrate", "preflight", "bank", "draws", "export", "inspect", "pack", "unpack", "cache")
-GUIDES = ("calibration.md", "export.md")
+GUIDES = ("calibration.md", "export.md", "leaderboards.md")
 
 
-def commands() -> list[str]:
+def commands(works: tuple[str, ...] = WORKS) -> list[str]:
     """Return every command line of ours that does more than show something, each once."""
     found: list[str] = []
     for file in (ROOT / "README.md", *(ROOT / "docs" / name for name in GUIDES)):
         for block in re.findall(r"```bash\n(.*?)```", file.read_text(encoding="utf-8"), re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 words = line.partition(" #")[0].split()
-                if words[:1] == ["lm-calib"] and words[1] in WORKS and " ... " not in line:
+                if words[:1] == ["lm-calib"] and words[1] in works and " ... " not in line:
                     found.append(" ".join(words))
     return list(dict.fromkeys(found))
 
@@ -67,6 +69,30 @@ def test_the_command_is_understood(
         main(shlex.split(text)[1:])
     assert ended.value.code in (None, 0)
     assert len(done) == 1
+
+
+@pytest.mark.parametrize("line", commands(("leaderboard",)))
+def test_the_command_about_leaderboards_is_understood(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    done: list[Any] = []
+
+    def note(*given: Any, **options: Any) -> Any:
+        done.append((given, options))
+        return start.Outcome("done", 0)
+
+    monkeypatch.setattr(start, "run_grid", note)
+    monkeypatch.setattr(report, "write_report", note)
+    monkeypatch.setattr(analysis, "analyze", lambda *given: Analysis("", "", (), ()))
+    monkeypatch.setattr(verify, "chosen", lambda *given, **options: [])
+    with pytest.raises(SystemExit) as ended:
+        main(shlex.split(line)[1:])
+    assert ended.value.code in (None, 0)
+    verb = line.split()[2]
+    assert len(done) == (verb in ("run", "report"))
+    assert capsys.readouterr().out
 
 
 def test_python_of_the_guide_to_exports_runs(
