@@ -64,8 +64,8 @@ def _score(board: Board, arm: Arm, scale: Scale) -> Score:
         mean,
         spread,
         None if error is None else scale.shown_error(error, mean),
-        None if interval is None else scale.shown(interval.low),
-        None if interval is None else scale.shown(interval.high),
+        None if interval is None else scale.shown(scale.possible(interval.low)),
+        None if interval is None else scale.shown(scale.possible(interval.high)),
     )
 
 

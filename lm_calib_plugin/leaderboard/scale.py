@@ -65,6 +65,10 @@ class Scale:
         """Return a score as it is printed."""
         return math.exp(value) if self.exponential else value * self._factor
 
+    def possible(self, value: float) -> float:
+        """Return the end of an interval that was widened; no share is beyond 0 and 1."""
+        return min(1.0, max(0.0, value)) if self.column.unit == POINTS else value
+
     def shown_error(self, error: float, mean: float) -> float:
         """Return a standard error in the unit of the printed score ``mean``."""
         return error * mean if self.exponential else error * self._factor

@@ -240,3 +240,17 @@ def test_gates_judge_compressed_rows_only(full: Analysis) -> None:
 def test_gates_are_checked_first(text: str) -> None:
     with pytest.raises(UserError, match="fail-below"):
         read_gates([text])
+
+
+def test_no_interval_of_a_share_leaves_what_is_possible(tmp_path: Path) -> None:
+    made = grid(draws=2)
+    cells = fill(tmp_path, made)
+    for cell in cells:
+        if cell.draw == 1 and cell.role == "compressed":
+            tasks = result(cell)
+            right = [1.0] * ITEMS
+            metric = dataclasses.replace(tasks["quiz"].metrics["acc"], value=1.0, items=right)
+            tasks["quiz"] = dataclasses.replace(tasks["quiz"], metrics={"acc": metric})
+            Records(tmp_path).write(record_of(cell, tasks=tasks))
+    score = analyze(made, cells, Records(tmp_path)).entry("tiny 50% wanda c4").scores["quiz"]
+    assert (score.low, score.high) == (0.0, 100.0)
