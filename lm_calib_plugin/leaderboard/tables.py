@@ -110,7 +110,8 @@ class Comparison:
     ``harmful`` are the shares of paired items on which a is better and worse, ``p`` the p value and
     ``p_holm`` that after Holm over the table. ``probability_better`` is P(one draw of a beats one
     of b). ``verdict`` is a short kind, ``words`` the sentence for people, and ``more_draws`` how
-    many more draws would resolve it, where that can be said.
+    many more draws would resolve it, where that can be said. ``flips``: whether draws that both
+    have disagree on the winner; None where no two draws are paired.
     """
 
     a: str
@@ -129,6 +130,7 @@ class Comparison:
     verdict: str
     words: str
     more_draws: int | None = None
+    flips: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,23 @@ class Ranking:
     entries: tuple[str, ...]
     tau: float | None
     ranks: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Whether calibrations of one model and method are ranked alike by tasks, or by levels.
+
+    ``over`` is ``tasks`` (``names`` are columns) or ``levels`` (``names`` are levels, ranked by the
+    column that sums up the others; ``level`` is empty). ``fixed`` is the method. ``taus[i][j]`` is
+    Kendall's tau-b of the rankings by the means of i and of j; None where one ranks nothing.
+    """
+
+    model: str
+    level: str
+    fixed: str
+    over: str
+    names: tuple[str, ...]
+    taus: tuple[tuple[float | None, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -223,6 +242,7 @@ class Analysis:
     notes: tuple[str, ...] = ()
     failures: tuple[tuple[str, str], ...] = ()
     missing: tuple[str, ...] = ()
+    agreements: tuple[Agreement, ...] = ()
 
     def entry(self, id: str) -> Entry:
         """Return the entry with this id."""
