@@ -41,6 +41,7 @@ COLUMNS = (
 DENSE_SCORES = {"arc_easy": 54.5, "hellaswag": 43.0, "wikitext": 22.75, AVERAGE: 48.75}
 EFFECT = {"wanda": 0.0, "sparsegpt": 1.2, "c4": 0.9, "code": -2.4, "null:shuffle": -4.0}
 DRAWS = 5
+NOISE = (Control("data-free spread", False, "Draws of magnitude differ."),)
 
 
 def scores(rng: np.random.Generator, drop: float, draws: int, spread: float) -> dict[str, Score]:

@@ -41,6 +41,11 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+_CUT = "Scale of logarithms; bars that end at the edge reach further."
+# With no more plots of ranks than this, methods within a calibration are drawn, too.
+_FEW = 4
+
+
 @dataclass(frozen=True)
 class Plot:
     """One plot: where it belongs, what it says, and its files.
@@ -137,13 +142,17 @@ def _quality(analysis: Analysis, columns: list[Column]) -> Iterator[_Plan]:
             lines = figures.quality_lines(analysis, panel, column)
             if not any(line.points for line in lines):
                 continue
+            means = [mean for line in lines for _, mean, _, _ in line.points]
+            bars = "Mean over draws with its 95 % interval over draws and items."
+            if figures.is_log(column, means):
+                bars += f" {_CUT}"
             yield _Plan(
                 "quality",
                 panel.model,
                 "",
                 (panel.method, panel.axis, column.task),
                 f"{panel.model} · {panel.method}: {column.task} against {panel.axis}",
-                "Mean over draws with its 95 % interval over draws and items.",
+                bars,
                 f"{figures.name_of(column)} against {panel.axis}. "
                 + " ".join(line.words(column) for line in lines),
                 partial(figures.quality, analysis, panel, column, lines),
@@ -184,8 +193,36 @@ def _heats(analysis: Analysis) -> Iterator[_Plan]:
         )
 
 
+def ranked(analysis: Analysis) -> list[Ranking]:
+    """Return the rankings that are drawn: calibrations within a method, in the headline column.
+
+    Methods within a calibration come with them where both together are few; the tables have all.
+    """
+    column = headline(analysis)
+    own = [r for r in analysis.rankings if column is not None and r.column == column.task]
+    if len(own) < _FEW:
+        return own
+    within = [r for r in own if {analysis.entry(id).method for id in r.entries} == {r.fixed}]
+    return within or own
+
+
+def left_out(analysis: Analysis) -> str:
+    """Return what is not drawn, in a sentence; nothing where all is."""
+    drawn, all_ = ([] if analysis.no_ranking else found for found in _rankings(analysis))
+    if len(drawn) == len(all_):
+        return ""
+    return (
+        f"Rank stability is drawn for {len(drawn)} of {len(all_)} rankings, those of the headline"
+        " column within a method; all stand in the table of rankings."
+    )
+
+
+def _rankings(analysis: Analysis) -> tuple[Sequence[Ranking], Sequence[Ranking]]:
+    return ranked(analysis), analysis.rankings
+
+
 def _ranks(analysis: Analysis) -> Iterator[_Plan]:
-    for ranking in analysis.rankings:
+    for ranking in ranked(analysis):
         yield _Plan(
             "ranks",
             ranking.model,

@@ -17,22 +17,12 @@ _HEADS = (
     ("p", "p (Holm)", "number", "ascending"),
     ("words", "In words", "", ""),
 )
-AGAINST = {
-    "dense": "the dense model",
-    "baseline": "the baseline calibration",
-    "method": "another method",
-}
 
 
 def comparisons(analysis: Analysis) -> Markup | None:
     """Return filters and table of all comparisons."""
     if not analysis.comparisons:
         return None
-    hint = (
-        "Differences are paired by draw and item and stand with their 95 % intervals. P(a better)"
-        " is the chance that one draw of a is better than one of b; p is adjusted by Holm"
-        " within a model and level."
-    )
     head = tag("tr", *(_head(*each) for each in _HEADS))
     scales = _scales(analysis)
     rows = [_row(analysis, pair, scales) for pair in analysis.comparisons]
@@ -46,7 +36,7 @@ def comparisons(analysis: Analysis) -> Markup | None:
     )
     region = tag("div", whole, cls="scroll", tabindex=0, role="region", aria_label="Comparisons")
     nothing = tag("p", "No comparison fits these filters.", cls="hint", id="no-pairs", hidden=True)
-    return join([tag("p", hint, cls="hint"), _filters(analysis), region, nothing])
+    return join([tag("p", wording.COMPARISONS, cls="hint"), _filters(analysis), region, nothing])
 
 
 def _filters(analysis: Analysis) -> Markup:
@@ -59,7 +49,7 @@ def _filters(analysis: Analysis) -> Markup:
         )
     kinds = [tag("option", "all", value="")]
     for against in dict.fromkeys(pair.against for pair in analysis.comparisons):
-        kinds.append(tag("option", AGAINST.get(against, against), value=against))
+        kinds.append(tag("option", wording.AGAINST.get(against, against), value=against))
     box = tag("input", type="checkbox", name="resolved", value="1")
     return tag(
         "form",

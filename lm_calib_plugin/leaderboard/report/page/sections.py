@@ -33,10 +33,10 @@ def _bold(lead: str) -> Markup | None:
 
 
 def checks(analysis: Analysis) -> Markup | None:
-    """Return controls, and the conditions that all records share."""
+    """Return controls, the conditions of the records, and what columns measure."""
     marks = {True: ("✓", " passed: "), False: ("✗", " failed: "), None: ("–", ": ")}
     controls = []
-    for control in analysis.controls:
+    for control in wording.controls(analysis.controls):
         mark, word = marks[control.passed]
         state = "bad" if control.passed is False else "good" if control.passed else "open"
         controls.append(
@@ -49,9 +49,9 @@ def checks(analysis: Analysis) -> Markup | None:
     parts: list[Markup] = []
     if controls:
         parts.append(tag("ul", *controls, cls="controls"))
-    conditions = [(key, wording.value(found)) for key, found in analysis.conditions.items()]
+    conditions = wording.conditions(analysis)
     if conditions:
-        parts.append(_folded(f"{len(conditions)} conditions shared by all records", conditions))
+        parts.append(_folded(f"{len(conditions)} conditions", conditions))
     columns = [(wording.heading(c), wording.meaning(c)) for c in analysis.columns]
     if columns:
         parts.append(_folded(f"{len(columns)} columns and what they measure", columns))
@@ -113,12 +113,8 @@ def _shares(analysis: Analysis) -> Markup:
         )
         for s in analysis.shares
     ]
-    estimators = ", ".join(dict.fromkeys(shares.estimator for shares in analysis.shares))
-    hint = (
-        f"Shares of the variance of one draw's score with their 95 % intervals (estimator:"
-        f" {estimators}). Naive: not corrected for the noise of draws, as papers print them."
-    )
-    return join([tag("p", hint, cls="hint"), _plain_table("Shares of the variance", heads, rows)])
+    hint = tag("p", wording.shares(analysis), cls="hint")
+    return join([hint, _plain_table("Shares of the variance", heads, rows)])
 
 
 def _share(shares: Shares, name: str) -> list[Markup | str]:
@@ -156,11 +152,8 @@ def _rankings(analysis: Analysis) -> Markup:
             )
         )
     heads = ["Model, level, fixed", "Task", "By the means", "tau-b", "First stays first"]
-    hint = (
-        "How well the ranking of single draws tells that of the means: expected Kendall tau-b"
-        " (1: always the same, 0: not at all), and how often one draw puts the first row first."
-    )
-    return join([tag("p", hint, cls="hint"), _plain_table("Rankings of single draws", heads, rows)])
+    hint = tag("p", wording.RANKINGS, cls="hint")
+    return join([hint, _plain_table("Rankings of single draws", heads, rows)])
 
 
 def _heading(analysis: Analysis, task: str) -> str:
