@@ -15,6 +15,7 @@ from lm_calib_plugin.leaderboard.tables import (
     DENSE,
     NULL,
     POINTS,
+    Agreement,
     Analysis,
     Column,
     Comparison,
@@ -164,6 +165,7 @@ def comparison(a: Entry, b: Entry, against: str, column: Column) -> Comparison:
         f"resolved_{word}" if resolved else "coin_flip",
         words,
         None if resolved else 12,
+        len(first.draws) > 1 and 0 < chance < 1,
     )
 
 
@@ -199,6 +201,12 @@ def analysis(**changes) -> Analysis:
             heats.append(heat(model, level, method, own))
             rankings.append(ranking(model, level, method, own))
         shares += [share(model, level, column.task) for column in COLUMNS]
+    tasks = ("arc_easy", "hellaswag", "wikitext")
+    taus = ((1.0, 0.33, None), (0.33, 1.0, None), (None, None, None))
+    agreements = (
+        Agreement(MODELS[1], "60%", "wanda", "tasks", tasks, taus),
+        Agreement(MODELS[1], "", "wanda", "levels", ("50%", "60%"), ((1.0, -0.33), (-0.33, 1.0))),
+    )
     whole = Analysis(
         name="Source by method, small",
         description="Which calibration source, which method, and how sure are we?",
@@ -207,6 +215,7 @@ def analysis(**changes) -> Analysis:
         comparisons=tuple(comparisons(rows)),
         rankings=tuple(rankings),
         shares=tuple(shares),
+        agreements=agreements,
         heats=tuple(heats),
         controls=(
             Control("data-free spread", True, "Draws of magnitude agree to the last bit."),

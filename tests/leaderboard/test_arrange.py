@@ -20,7 +20,6 @@ from lm_calib_plugin.leaderboard.tables import (
 )
 from tests.leaderboard import synthetic
 
-
 KEPT = Kept("arc_easy", 0.5, 0.6, 0.6, 0.8)
 
 

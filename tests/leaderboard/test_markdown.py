@@ -103,6 +103,23 @@ def test_huge_and_empty_numbers_are_not_spread_out():
     assert "e+" not in text
 
 
+def test_agreement_of_rankings_is_a_square_table():
+    text = markdown.markdown(synthetic.analysis())
+    assert "**org/Tiny-Llama · 60% · wanda, tasks with tasks**" in text
+    assert "| hellaswag | +0.33 | +1.00 | – |" in text
+    assert "**org/Tiny-Llama · wanda, levels with levels**" in text
+    assert "| 60% | −0.33 | +1.00 |" in text
+    assert "Do rankings agree" not in markdown.markdown(synthetic.analysis(no_ranking=("x",)))
+
+
+def test_draws_that_disagree_on_the_winner_are_marked():
+    whole = synthetic.small()
+    turning = sum(pair.flips for pair in whole.comparisons)
+    assert 0 < turning < len(whole.comparisons)
+    for text in (markdown.markdown(whole), page.render(whole)):
+        assert text.count("the winner changes with the draw") == turning
+
+
 def test_rows_are_named_by_what_they_take():
     by_role = {entry.role: entry for entry in synthetic.analysis().entries}
     assert wording.name(by_role["data-free"]) == "magnitude, without data"

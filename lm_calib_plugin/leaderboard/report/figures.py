@@ -160,8 +160,6 @@ def strips(analysis: Analysis, group: Group, column: Column, colors: Palette) ->
     dense = _dense(analysis, group.model, column)
     seen = [x for row in own for x in row.scores[column.task].draws]
     log = is_log(column, seen)
-    if log:
-        canvas.logarithmic(axis, "x", seen)
     for y, row in enumerate(rows):
         if isinstance(row, str):
             continue
@@ -176,6 +174,8 @@ def strips(analysis: Analysis, group: Group, column: Column, colors: Palette) ->
     if dense is not None:
         axis.axvline(dense, color=colors["ink"], linewidth=1, linestyle=":")
         axis.annotate("dense ", (dense, -0.55), ha="right", va="center", color=colors["ink"])
+    if log:
+        canvas.logarithmic(axis, "x", seen)
     labels = [r if isinstance(r, str) else wording.calibration(r) or r.method for r in rows]
     axis.set_yticks(range(len(rows)), [canvas.wrapped(label) for label in labels])
     for tick, row in zip(axis.get_yticklabels(), rows, strict=True):

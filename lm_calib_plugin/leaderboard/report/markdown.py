@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from lm_calib_plugin.export.card_text import block, code, plain, table
 from lm_calib_plugin.leaderboard.report import arrange, sentences, wording
 from lm_calib_plugin.leaderboard.report.arrange import Group, groups
+from lm_calib_plugin.leaderboard.report.plots import left_out
 from lm_calib_plugin.leaderboard.tables import AVERAGES, Analysis, Column, Comparison, Entry, Score
 
 
@@ -24,7 +25,8 @@ def markdown(analysis: Analysis, plots: Sequence[tuple[str, str]] | None = ()) -
     parts += _comparisons(analysis)
     parts += _shares(analysis)
     parts += _rankings(analysis)
-    parts += _plots(plots)
+    parts += _agreements(analysis)
+    parts += _plots(analysis, plots)
     parts += _list("Failures", (f"{plain(c)}: {plain(e)}" for c, e in analysis.failures))
     parts += _list("Missing", map(plain, analysis.missing))
     parts += _list("Notes", map(plain, analysis.notes))
@@ -151,6 +153,7 @@ def _pairs(analysis: Analysis, pairs: Sequence[Comparison]) -> str:
     rows = []
     for pair in pairs:
         a, b = analysis.entry(pair.a), analysis.entry(pair.b)
+        said = f"**{plain(wording.verdict(pair))}**: {plain(pair.words)}"
         bounds = wording.interval(pair.low, pair.high, pair.unit, signed=True, like=pair.delta)
         rows.append(
             [
@@ -159,10 +162,10 @@ def _pairs(analysis: Analysis, pairs: Sequence[Comparison]) -> str:
                 plain(wording.name(b)),
                 plain(names.get(pair.column, pair.column)),
                 f"{wording.number(pair.delta, pair.unit, signed=True)} {plain(bounds)}",
-                wording.flips(pair),
+                wording.items(pair),
                 wording.percent(pair.probability_better, 0),
                 plain(wording.probability(pair.p_holm)),
-                f"**{plain(wording.verdict(pair))}**: {plain(pair.words)}",
+                "; ".join(filter(None, [said, plain(wording.turns(pair))])),
             ]
         )
     return table(head, rows)
@@ -225,12 +228,29 @@ def _rankings(analysis: Analysis) -> list[str]:
     ]
 
 
-def _plots(plots: Sequence[tuple[str, str]] | None) -> list[str]:
+def _agreements(analysis: Analysis) -> list[str]:
+    if not analysis.agreements or analysis.no_ranking:
+        return []
+    parts = ["## Do rankings agree?", plain(wording.AGREEMENTS)]
+    for found in analysis.agreements:
+        names = [plain(name) for name in found.names]
+        rows = [
+            [name, *map(wording.tau, taus)] for name, taus in zip(names, found.taus, strict=True)
+        ]
+        parts += [f"**{plain(wording.agreement(found))}**", table(["", *names], rows)]
+    return parts
+
+
+def _plots(analysis: Analysis, plots: Sequence[tuple[str, str]] | None) -> list[str]:
     if plots is None:
         return ["## Plots", f"{wording.NO_PLOTS} To install it: {code(wording.INSTALL_PLOTS)}"]
     if not plots:
         return []
-    return ["## Plots", *(f"![{plain(title)}](<{address}>)" for title, address in plots)]
+    return [
+        "## Plots",
+        plain(left_out(analysis)),
+        *(f"![{plain(title)}](<{address}>)" for title, address in plots),
+    ]
 
 
 def _commands(analysis: Analysis) -> list[str]:

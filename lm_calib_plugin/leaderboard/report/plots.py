@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 from lm_calib_plugin.export.card_text import one_line
-from lm_calib_plugin.leaderboard.report import figures, flat, maps, svg
+from lm_calib_plugin.leaderboard.report import figures, flat, maps, svg, wording
 from lm_calib_plugin.leaderboard.report.arrange import Group, groups, headline
-from lm_calib_plugin.leaderboard.tables import AVERAGES, POINTS, Analysis, Column
+from lm_calib_plugin.leaderboard.tables import AVERAGES, POINTS, Analysis, Column, Ranking
 
 KINDS = ("quality", "draws", "tasks", "ranks", "shares")
 SETTINGS: dict[str, Any] = {
@@ -163,13 +163,15 @@ def _draws(analysis: Analysis, group: Group, column: Column) -> Iterator[_Plan]:
     rows = [row.entry for row in group.rows if column.task in row.entry.scores]
     if not any(len(entry.draws) > 1 for entry in rows):
         return
+    seen = [x for entry in rows for x in entry.scores[column.task].draws]
+    log = " Scale of logarithms." if figures.is_log(column, seen) else ""
     yield _Plan(
         "draws",
         group.model,
         group.level,
         (column.task,),
         f"{group.title}: draws of {column.task}",
-        "One point a draw, a bar at the mean; an outline from five draws up.",
+        f"One point a draw, a bar at the mean; an outline from five draws up.{log}",
         f"{figures.name_of(column)} of single draws. "
         + " ".join(figures.draw_words(entry, column) for entry in rows),
         partial(figures.strips, analysis, group, column),
@@ -208,17 +210,15 @@ def ranked(analysis: Analysis) -> list[Ranking]:
 
 def left_out(analysis: Analysis) -> str:
     """Return what is not drawn, in a sentence; nothing where all is."""
-    drawn, all_ = ([] if analysis.no_ranking else found for found in _rankings(analysis))
-    if len(drawn) == len(all_):
+    drawn, column = ranked(analysis), headline(analysis)
+    if analysis.no_ranking or column is None or len(drawn) == len(analysis.rankings):
         return ""
+    methods = {r.fixed for r in drawn} <= {entry.method for entry in analysis.entries}
     return (
-        f"Rank stability is drawn for {len(drawn)} of {len(all_)} rankings, those of the headline"
-        " column within a method; all stand in the table of rankings."
+        f"Rank stability is drawn for {len(drawn)} of {len(analysis.rankings)} rankings, those by"
+        f" {wording.heading(column)}{' of calibrations within a method' if methods else ''};"
+        " all stand in the table of rankings."
     )
-
-
-def _rankings(analysis: Analysis) -> tuple[Sequence[Ranking], Sequence[Ranking]]:
-    return ranked(analysis), analysis.rankings
 
 
 def _ranks(analysis: Analysis) -> Iterator[_Plan]:

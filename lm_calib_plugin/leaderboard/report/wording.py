@@ -10,6 +10,7 @@ from lm_calib_plugin.leaderboard.tables import (
     DATA_FREE,
     DENSE,
     POINTS,
+    Agreement,
     Analysis,
     Column,
     Comparison,
@@ -32,6 +33,11 @@ COMPARISONS = (
     "Differences are paired by draw and item and stand with their 95 % intervals in brackets."
     " Better / worse: the items on which a is better and worse. P(a better): the chance that one"
     " draw of a is better than one of b. p is adjusted by Holm within a model and level."
+)
+AGREEMENTS = (
+    "Whether tasks, and levels, rank the calibrations of a method alike, by the means over draws:"
+    " Kendall tau-b (+1: the same ranking, 0: nothing in common, −1: the reverse; a dash where one"
+    " ranks nothing). Few calibrations agree easily by accident."
 )
 RANKINGS = (
     "How well the ranking of single draws tells that of the means: expected Kendall tau-b"
@@ -188,6 +194,17 @@ def legend(analysis: Analysis, column: Column | None) -> str:
     )
 
 
+def agreement(found: Agreement) -> str:
+    """Return what rankings are compared: model, level, method, and over what."""
+    places = [part for part in (found.model, found.level, found.fixed) if part]
+    return f"{' · '.join(places)}, {found.over} with {found.over}"
+
+
+def tau(value: float | None) -> str:
+    """Return a Kendall tau-b."""
+    return NOTHING if value is None else number(value, signed=True)
+
+
 def shares(analysis: Analysis) -> str:
     """Return how shares of the variance are read."""
     estimators = ", ".join(dict.fromkeys(shares.estimator for shares in analysis.shares))
@@ -249,7 +266,12 @@ def verdict(pair: Comparison) -> str:
     return pair.verdict.replace("_", " ")
 
 
-def flips(pair: Comparison) -> str:
+def turns(pair: Comparison) -> str:
+    """Return a remark where draws disagree on the winner."""
+    return "⇄ the winner changes with the draw" if pair.flips else ""
+
+
+def items(pair: Comparison) -> str:
     """Return the shares of items on which a is better and worse."""
     if pair.beneficial is None or pair.harmful is None:
         return NOTHING

@@ -12,7 +12,7 @@ _HEADS = (
     ("pair", "a against b", "text", "ascending"),
     ("task", "Task", "text", "ascending"),
     ("delta", "a − b", "number", "descending"),
-    ("flips", "Items better / worse", "number", "descending"),
+    ("items", "Items better / worse", "number", "descending"),
     ("chance", "P(a better)", "number", "descending"),
     ("p", "p (Holm)", "number", "ascending"),
     ("words", "In words", "", ""),
@@ -91,7 +91,8 @@ def _row(analysis: Analysis, pair: Comparison, scales: dict[tuple[str, str], flo
     task = next(
         (wording.heading(c) for c in analysis.columns if c.task == pair.column), pair.column
     )
-    items = wording.NOTHING if pair.beneficial is None else wording.flips(pair)
+    turns = [tag("small", wording.turns(pair))] if pair.flips else []
+    items = wording.NOTHING if pair.beneficial is None else wording.items(pair)
     cells: list[tuple[float | str | None, list[Markup | str], str]] = [
         (kind, [tag("span", kind, cls=f"verdict {state}")], ""),
         (f"{wording.name(a)} {wording.name(b)}", [*names], ""),
@@ -100,7 +101,7 @@ def _row(analysis: Analysis, pair: Comparison, scales: dict[tuple[str, str], flo
         (pair.beneficial, [items], "num"),
         (pair.probability_better, [wording.percent(pair.probability_better, 0)], "num"),
         (pair.p_holm, [wording.probability(pair.p_holm)], "num"),
-        (None, [pair.words], "words"),
+        (None, [pair.words, *turns], "words"),
     ]
     found = []
     for (key, title, *_), (value, content, cls) in zip(_HEADS, cells, strict=True):

@@ -63,7 +63,7 @@ def _folded(title: str, pairs: Iterable[tuple[str, str]]) -> Markup:
     return tag("details", tag("summary", title), tag("dl", *rows))
 
 
-def plots(found: Sequence[Plot] | None) -> Markup | None:
+def plots(found: Sequence[Plot] | None, left_out: str = "") -> Markup | None:
     """Return all plots, by kind; figures go with the filters for model and level."""
     if found is None:
         install = tag("code", wording.INSTALL_PLOTS)
@@ -76,6 +76,7 @@ def plots(found: Sequence[Plot] | None) -> Markup | None:
             for plot in own
         ]
         readings = " ".join(dict.fromkeys(plot.reading for plot in own))
+        readings += f" {left_out}" if kind == "ranks" and left_out else ""
         parts.append(
             tag(
                 "div",
@@ -89,12 +90,14 @@ def plots(found: Sequence[Plot] | None) -> Markup | None:
 
 
 def varies(analysis: Analysis) -> Markup | None:
-    """Return shares of the variance and the rankings of single draws, as tables."""
+    """Return shares of the variance, rankings of single draws and how rankings agree."""
     parts = []
     if analysis.shares:
         parts.append(_shares(analysis))
     if analysis.rankings and not analysis.no_ranking:
         parts.append(_rankings(analysis))
+    if analysis.agreements and not analysis.no_ranking:
+        parts.append(_agreements(analysis))
     return join(parts) if parts else None
 
 
@@ -156,6 +159,28 @@ def _rankings(analysis: Analysis) -> Markup:
     return join([hint, _plain_table("Rankings of single draws", heads, rows)])
 
 
+def _agreements(analysis: Analysis) -> Markup:
+    parts = [tag("h3", "Do rankings agree?"), tag("p", wording.AGREEMENTS, cls="hint")]
+    for found in analysis.agreements:
+        rows = [
+            tag(
+                "tr",
+                tag("th", name, scope="row"),
+                *(
+                    _cell(other, wording.tau(tau), cls="num")
+                    for other, tau in zip(found.names, taus, strict=True)
+                ),
+                data_model=found.model,
+                data_level=found.level,
+                cls="row",
+            )
+            for name, taus in zip(found.names, found.taus, strict=True)
+        ]
+        title = wording.agreement(found)
+        parts.append(_plain_table(title, [found.over, *found.names], rows, shown=True))
+    return join(parts)
+
+
 def _heading(analysis: Analysis, task: str) -> str:
     return next((wording.heading(c) for c in analysis.columns if c.task == task), task)
 
@@ -164,11 +189,13 @@ def _cell(label: str, *content: Markup | str, cls: str = "") -> Markup:
     return tag("td", tag("div", *content), data_label=label, cls=cls)
 
 
-def _plain_table(caption: str, heads: Sequence[str], rows: Sequence[Markup]) -> Markup:
+def _plain_table(
+    caption: str, heads: Sequence[str], rows: Sequence[Markup], *, shown: bool = False
+) -> Markup:
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in heads)))
     whole = tag(
         "table",
-        tag("caption", tag("span", caption, cls="unseen")),
+        tag("caption", caption if shown else tag("span", caption, cls="unseen")),
         head,
         tag("tbody", *rows),
         cls="cards plain",
