@@ -115,7 +115,8 @@ class Bench:
                 **_settings(cell),
             )
         found = {
-            name: task_result(leaves, results, name, choices)
+            # A task out of a file has a name of its own there.
+            name: task_result(leaves, results, leaves[0] if len(leaves) == 1 else name, choices)
             for name, (leaves, choices) in tasks.parts.items()
         }
         summary = results["config"].get("compression")
@@ -221,9 +222,18 @@ def load_tasks(names: tuple[str, ...], include: str | None) -> LoadedTasks:
         groups = loaded["groups"]
         inside = {child for group in groups.values() for child in group.child_names}
         top = [group for key, group in groups.items() if key not in inside]
+        leaves = sorted(loaded["tasks"])
+        summed = all(group.aggregate_metric_list for group in top) if top else len(leaves) == 1
+        if not summed or len(top) > 1:
+            raise UserError(
+                "tasks",
+                f"{name} has no score of its own",
+                "tasks, and groups with aggregate_metric_list",
+                f"name its tasks instead: {listed(leaves)}",
+            )
         found.objects.extend(top or loaded["tasks"].values())
         kinds = {task.OUTPUT_TYPE for task in loaded["tasks"].values()}
-        found.parts[name] = (sorted(loaded["tasks"]), kinds == {"multiple_choice"})
+        found.parts[name] = (leaves, kinds == {"multiple_choice"})
     return found
 
 
