@@ -53,6 +53,7 @@ from lm_calib_plugin.comparison.rankings import (
     spearman,
     tau_between,
 )
+from lm_calib_plugin.comparison.resampling import Resampling
 from lm_calib_plugin.comparison.retained import (
     Recovery,
     Retention,
@@ -86,6 +87,7 @@ __all__ = [
     "Needed",
     "PairedDelta",
     "Recovery",
+    "Resampling",
     "Retention",
     "Units",
     "VarianceComponents",

@@ -39,6 +39,8 @@ def equivalence(
     margin: float = MARGIN,
     *,
     weights: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
+    interval: Interval | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Equivalence:
@@ -55,6 +57,10 @@ def equivalence(
         In units of the scores, declared before looking: 0.02 is two points of accuracy.
     weights
         ``[items]``, above 0.
+    strata
+        ``[items]``, the fixed block (task) of each.
+    interval
+        The 90 % interval, where it is known already.
 
     Raises
     ------
@@ -63,10 +69,12 @@ def equivalence(
     """
     if not margin > 0:
         raise UserError("margin", f"got {margin}", "a number above 0, in units of the scores")
-    interval = two_level_bootstrap(
-        a, b, resamples, seed, weights=weights, confidence=1 - 2 * ALPHA, expanded=True
-    )
-    spread = crossed(paired_table(a, b), weights)
+    if interval is None:
+        interval = two_level_bootstrap(
+            a, b, resamples, seed,
+            weights=weights, strata=strata, confidence=1 - 2 * ALPHA, expanded=True,
+        )  # fmt: skip
+    spread = crossed(paired_table(a, b), weights, strata)
     count = None
     if spread.items is not None:
         quantile = float(stats.norm.ppf(1 - ALPHA) + stats.norm.ppf((1 + POWER) / 2))

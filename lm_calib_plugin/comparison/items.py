@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from lm_calib_plugin.comparison.numbers import Array, draws_by_items, item_weights, paired_table
+from lm_calib_plugin.comparison.numbers import (
+    Array,
+    blocks,
+    draws_by_items,
+    item_weights,
+    paired_table,
+)
 
 
 @dataclass(frozen=True)
@@ -15,8 +21,10 @@ class Crossed:
     """Squared standard errors of a mean over draws and items, in squared units of the scores.
 
     ``draws`` is the variance of the scores of the draws over their number; ``items`` that of the
-    means of the items over theirs (linearized, for weights). The noise of a draw on an item,
-    ``both``, is in each of the two once. None where fewer than two draws, or items, leave it open.
+    means of the items over theirs (linearized, for weights; summed over strata). The noise of a
+    draw on an item, ``both``, is in each of the two once. None where fewer than two draws, or items
+    of a stratum, leave it open. ``item_freedom`` are the degrees of freedom of ``items``, by
+    Satterthwaite for several strata.
     """
 
     value: float
@@ -25,6 +33,7 @@ class Crossed:
     draws: float | None
     items: float | None
     both: float
+    item_freedom: float
 
     @property
     def items_alone(self) -> float:
@@ -54,7 +63,10 @@ def item_scores(scores: ArrayLike, weights: ArrayLike | None = None) -> Array:
 
 
 def item_error(
-    a: ArrayLike, b: ArrayLike | None = None, weights: ArrayLike | None = None
+    a: ArrayLike,
+    b: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
 ) -> float | None:
     """Return the standard error over items of the score, or of ``a - b``, averaged over draws.
 
@@ -68,39 +80,76 @@ def item_error(
         ``[draws, items]``.
     weights
         ``[items]``, above 0.
+    strata
+        ``[items]``, whole numbers: the fixed block (task) of each item. The squared error is then
+        the sum of those of the blocks, times the squared shares of their weights.
 
     Returns
     -------
     float or None
-        In units of the scores; None for fewer than two items.
+        In units of the scores; None for fewer than two items, also of one stratum.
     """
     table = draws_by_items("a", a) if b is None else paired_table(a, b)
-    count = table.shape[1]
-    if count < 2:
+    parts = _strata(table.shape[1], weights, strata)
+    if any(len(heavy) < 2 for _, heavy, _ in parts):
         return None
-    heavy = np.ones(count) if weights is None else item_weights(weights, count)
-    moves = (table - np.average(table, 1, heavy)[:, None]) * heavy / heavy.mean()
-    # The mean of the moves of a draw is 0 but for rounding.
-    return float(np.sqrt(np.square(moves).sum(1) / (count - 1) / count).mean())
+    squares = np.zeros(len(table))
+    for places, heavy, share in parts:
+        own, count = table[:, places], len(heavy)
+        moves = (own - np.average(own, 1, heavy)[:, None]) * heavy / heavy.mean()
+        # The mean of the moves of a draw is 0 but for rounding.
+        squares += share**2 * (np.square(moves).sum(1) / (count - 1) / count)
+    return float(np.sqrt(squares).mean())
 
 
-def crossed(gaps: Array, weights: ArrayLike | None = None) -> Crossed:
+def crossed(
+    gaps: Array, weights: ArrayLike | None = None, strata: ArrayLike | None = None
+) -> Crossed:
     """Split the error of the mean of a table ``[draws, items]`` into draws and items."""
     draws, items = gaps.shape
+    parts = _strata(items, weights, strata)
     heavy = np.ones(items) if weights is None else item_weights(weights, items)
     value = float(np.average(gaps, 1, heavy).mean())
-    moves = (gaps - value) * heavy / heavy.mean()
-    rows, columns = moves.mean(1), moves.mean(0)
-    rest = moves - rows[:, None] - columns + moves.mean()
-    both = 0.0
-    if draws > 1 and items > 1:
-        both = float(np.square(rest).sum()) / ((draws - 1) * (items - 1)) / (draws * items)
+    rows, both = np.zeros(draws), 0.0
+    errors: list[tuple[float, int]] = []
+    for places, own_heavy, share in parts:
+        own, count = gaps[:, places], len(own_heavy)
+        center = float(np.average(own, 1, own_heavy).mean())
+        moves = (own - center) * own_heavy / own_heavy.mean()
+        own_rows, columns = moves.mean(1), moves.mean(0)
+        rest = moves - own_rows[:, None] - columns + moves.mean()
+        rows += share * own_rows
+        if draws > 1 and count > 1:
+            noise = float(np.square(rest).sum()) / ((draws - 1) * (count - 1)) / (draws * count)
+            both += share**2 * noise
+        if count > 1:
+            errors.append((share**2 * (float(columns.var(ddof=1)) / count), count - 1))
     same = bool((gaps == gaps[0]).all())  # rounded means of equal draws must not differ
     return Crossed(
         value,
         draws,
         items,
         None if draws < 2 else 0.0 if same else float(rows.var(ddof=1)) / draws,
-        None if items < 2 else float(columns.var(ddof=1)) / items,
+        None if len(errors) < len(parts) else sum(error for error, _ in errors),
         0.0 if same else both,
+        _freedom(errors),
     )
+
+
+def _strata(
+    items: int, weights: ArrayLike | None, strata: ArrayLike | None
+) -> list[tuple[NDArray[np.intp] | slice, Array, float]]:
+    """Return the items of each stratum, their weights, and its share of all weights."""
+    heavy = np.ones(items) if weights is None else item_weights(weights, items)
+    found = blocks(strata, items)
+    if len(found) == 1:
+        return [(slice(None), heavy, 1.0)]
+    return [(places, heavy[places], float(heavy[places].sum() / heavy.sum())) for places in found]
+
+
+def _freedom(errors: list[tuple[float, int]]) -> float:
+    """Return the degrees of freedom of a sum of squared errors, each with its own."""
+    squares = sum(error**2 / freedom for error, freedom in errors)
+    if len(errors) < 2 or not squares:
+        return sum(freedom for _, freedom in errors)
+    return sum(error for error, _ in errors) ** 2 / squares

@@ -110,7 +110,12 @@ def draws_needed(
     return high
 
 
-def needed(a: ArrayLike, b: ArrayLike, weights: ArrayLike | None = None) -> Needed:
+def needed(
+    a: ArrayLike,
+    b: ArrayLike,
+    weights: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
+) -> Needed:
     """Return how many draws, or else items, would tell a from b on average.
 
     Parameters
@@ -120,8 +125,10 @@ def needed(a: ArrayLike, b: ArrayLike, weights: ArrayLike | None = None) -> Need
         are taken not to vary.
     weights
         ``[items]``, above 0.
+    strata
+        ``[items]``, the fixed block (task) of each; items are then needed in the same proportions.
     """
-    return needed_for(crossed(paired_table(a, b), weights))
+    return needed_for(crossed(paired_table(a, b), weights, strata))
 
 
 def needed_for(spread: Crossed) -> Needed:

@@ -98,6 +98,26 @@ def item_weights(weights: ArrayLike, items: int) -> Array:
     return found
 
 
+def blocks(strata: ArrayLike | None, items: int) -> list[NDArray[np.intp]]:
+    """Return the places of the items of each stratum, by rising number; all, without strata.
+
+    Raises
+    ------
+    UserError
+        For another number of strata than items, or numbers that are not whole.
+    """
+    if strata is None:
+        return [np.arange(items)]
+    found = np.asarray(strata)
+    if found.shape != (items,) or not np.issubdtype(found.dtype, np.integer):
+        raise UserError(
+            "strata",
+            f"got shape {found.shape} of {found.dtype}",
+            f"one whole number for each of the {items} item(s) is needed",
+        )
+    return [np.flatnonzero(found == number) for number in np.unique(found)]
+
+
 def percentile_interval(value: float, resampled: Array, confidence: float = CONFIDENCE) -> Interval:
     """Return the estimate with the percentiles of its resampled values."""
     tail = (1 - confidence) / 2

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
+from lm_calib_plugin.comparison.items import item_scores
 from lm_calib_plugin.comparison.numbers import (
     CONFIDENCE,
     RESAMPLES,
@@ -18,13 +17,12 @@ from lm_calib_plugin.comparison.numbers import (
     differences,
     draws_by_items,
     finite,
-    item_weights,
     paired_table,
     percentile_interval,
 )
+from lm_calib_plugin.comparison.resampling import Resampling, expand
 
 RESOLVED = 0.75
-_CHUNK = 1 << 22  # numbers drawn at a time: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -89,6 +87,7 @@ def two_level_bootstrap(
     seed: int = 0,
     *,
     weights: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
     confidence: float = CONFIDENCE,
     expanded: bool = False,
 ) -> Interval:
@@ -114,6 +113,10 @@ def two_level_bootstrap(
     weights
         ``[items]``, above 0, the same for all draws: a score is ``sum(w x) / sum(w)``, and a
         resample takes that ratio anew.
+    strata
+        ``[items]``, whole numbers: the fixed block (task) of each item. Items are taken again
+        within their block, and what a block weighs in sum stays, so that differences between
+        blocks are no noise.
     confidence
         Of the interval, 0.95 by default.
     expanded
@@ -121,49 +124,14 @@ def two_level_bootstrap(
     """
     scores = draws_by_items("a", a) if b is None else paired_table(a, b)
     draws, items = scores.shape
-    heavy = None if weights is None else item_weights(weights, items)
-    factor = expansion(draws, confidence) if expanded else 1.0
+    taken = Resampling(draws, items, resamples, seed, weights=weights, strata=strata)
+    ordered = taken.ordered(scores)
     found = []
-    step = max(1, _CHUNK // max(draws, items))
-    for taken_draws, taken_items in _taken(draws, items, resamples, seed, step):
-        rows = taken_draws.astype(np.float64) / draws
-        columns = taken_items.astype(np.float64) / items
-        if factor != 1:
-            rows = 1 / draws + factor * (rows - 1 / draws)
-        if heavy is not None:
-            columns = columns * heavy
-            columns /= columns.sum(1, keepdims=True)
-        found.append(((rows @ scores) * columns).sum(1))
-    value = scores.mean() if heavy is None else np.average(scores, 1, heavy).mean()
+    for shares, columns in taken.parts():
+        rows = expand(shares, draws, confidence if expanded else None)
+        found.append(((rows @ ordered) * columns).sum(1))
+    value = scores.mean() if weights is None else item_scores(scores, weights).mean()
     return percentile_interval(float(value), np.concatenate(found), confidence)
-
-
-@lru_cache(maxsize=4)
-def _taken(
-    draws: int, items: int, resamples: int, seed: int, step: int
-) -> tuple[tuple[NDArray[Any], ...], ...]:
-    """Return how often each draw and each item is taken, ``[resamples, draws or items]``, in parts.
-
-    Many comparisons of one table ask for the same, and drawing them is most of their time. As small
-    integers, those of 14,000 items and 2,000 resamples are 28 MB.
-    """
-    rng = np.random.default_rng(seed)
-    found = []
-    for start in range(0, resamples, step):
-        count = min(step, resamples - start)
-        pair = [rng.multinomial(n, np.full(n, 1 / n), count) for n in (draws, items)]
-        found.append(tuple(n.astype(np.min_scalar_type(n.max())) for n in pair))
-    return tuple(found)
-
-
-def expansion(draws: int, confidence: float = CONFIDENCE) -> float:
-    """Return by how much deviations of resampled draws are scaled for few draws; 1 for one draw."""
-    if draws < 2:
-        return 1.0
-    tail = (1 + confidence) / 2
-    return float(
-        math.sqrt(draws / (draws - 1)) * stats.t.ppf(tail, draws - 1) / stats.norm.ppf(tail)
-    )
 
 
 def paired_delta(
@@ -173,6 +141,7 @@ def paired_delta(
     seed: int = 0,
     *,
     weights: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
     expanded: bool = False,
 ) -> PairedDelta:
     """Compare two arms pair by pair; see :func:`two_level_bootstrap` for the interval.
@@ -183,10 +152,15 @@ def paired_delta(
         ``[draws, items]`` or ``[draws]``, of one shape; equal places are one pair.
     weights
         ``[items]``; they weigh the difference, not the shares of pairs.
+    strata
+        ``[items]``, the fixed block of each.
     """
     gaps = paired_table(a, b)
+    delta = two_level_bootstrap(
+        a, b, resamples, seed, weights=weights, strata=strata, expanded=expanded
+    )
     return PairedDelta(
-        two_level_bootstrap(a, b, resamples, seed, weights=weights, expanded=expanded),
+        delta,
         better=float((gaps > 0).mean()),
         worse=float((gaps < 0).mean()),
         ties=float((gaps == 0).mean()),

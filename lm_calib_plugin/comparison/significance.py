@@ -54,7 +54,12 @@ def sign_flip(sums: ArrayLike) -> float:
     return min(1.0, float(chances[np.abs(totals) >= abs(int(whole.sum()))].sum()))
 
 
-def p_value(a: ArrayLike, b: ArrayLike, weights: ArrayLike | None = None) -> float | None:
+def p_value(
+    a: ArrayLike,
+    b: ArrayLike,
+    weights: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
+) -> float | None:
     """Return the two-sided p value of no difference between two arms.
 
     One draw of each (or draws that are all equal) leaves the items: exact McNemar for 0/1 items,
@@ -73,6 +78,10 @@ def p_value(a: ArrayLike, b: ArrayLike, weights: ArrayLike | None = None) -> flo
         ``[draws, items]`` or ``[draws]``, of one shape.
     weights
         ``[items]``, above 0.
+    strata
+        ``[items]``, the fixed block (task) of each: errors over items are then within blocks, with
+        the degrees of freedom by Satterthwaite. Exact tests do not take them into account: flips
+        of signs allow for all that blocks could do, so they stay valid.
 
     Returns
     -------
@@ -80,7 +89,7 @@ def p_value(a: ArrayLike, b: ArrayLike, weights: ArrayLike | None = None) -> flo
         None where nothing can be tested: one draw, or draws that are all equal, without items.
     """
     gaps = paired_table(a, b)
-    spread = crossed(gaps, weights)
+    spread = crossed(gaps, weights, strata)
     if not gaps.any():
         return 1.0
     if not spread.draws:  # one draw, or draws that all agree
@@ -90,13 +99,14 @@ def p_value(a: ArrayLike, b: ArrayLike, weights: ArrayLike | None = None) -> flo
         exact = sign_flip(gaps.sum(0))
         if len(gaps) == 1:
             return exact
-    random = _t_test(spread.value, [(spread.draws, len(gaps)), (spread.items, gaps.shape[1])])
+    errors = [(spread.draws, len(gaps) - 1), (spread.items, spread.item_freedom)]
+    random = _t_test(spread.value, errors)
     return random if exact is None or random is None else max(random, exact)
 
 
-def _t_test(value: float, errors: list[tuple[float | None, int]]) -> float | None:
-    """Return the p value of a mean with squared errors, each with the count it was taken over."""
-    seen = [(error, count - 1) for error, count in errors if error]
+def _t_test(value: float, errors: list[tuple[float | None, float]]) -> float | None:
+    """Return the p value of a mean with squared errors, each with its degrees of freedom."""
+    seen = [(error, freedom) for error, freedom in errors if error]
     if not seen:
         return None
 

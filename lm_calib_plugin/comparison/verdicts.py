@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -93,6 +94,8 @@ def verdict(
     higher_is_better: bool = True,
     margin: float | None = None,
     weights: ArrayLike | None = None,
+    strata: ArrayLike | None = None,
+    intervals: tuple[Interval, Interval] | None = None,
     units: Units = POINTS,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -111,6 +114,11 @@ def verdict(
         Of equivalence, in units of the scores; None asks nothing about it.
     weights
         ``[items]``, above 0.
+    strata
+        ``[items]``, the fixed block (task) of each.
+    intervals
+        Those of the difference to 95 % and to 90 %, expanded, where they are known already
+        (:class:`~lm_calib_plugin.comparison.Resampling`).
     units
         How numbers are printed; they are tested as they are.
 
@@ -124,7 +132,11 @@ def verdict(
     draws, items = gaps.shape
     if not gaps.any():
         return Verdict("identical", "identical: no pair differs", None)
-    delta = two_level_bootstrap(first, second, resamples, seed, weights=weights, expanded=True)
+    items_are: dict[str, Any] = {"weights": weights, "strata": strata}
+    random: dict[str, Any] = {"resamples": resamples, "seed": seed, **items_are}
+    delta, narrow = intervals or (None, None)
+    if delta is None:
+        delta = two_level_bootstrap(first, second, expanded=True, **random)
     if draws == 1 and len(set(data_free)) < 2:
         return _one_draw(delta, items, units)
     varies = bool((first != first[0]).any() or (second != second[0]).any())
@@ -141,7 +153,7 @@ def verdict(
         numbers += f" over {items:,} items, no draw varies"
     inside = None
     if margin is not None:
-        test = equivalence(first, second, margin, weights=weights, resamples=resamples, seed=seed)
+        test = equivalence(first, second, margin, interval=narrow, **random)
         if test.equivalent:
             inside = f"less than {margin * units.scale:g} {units.name} apart"
     if delta.excludes_zero:
@@ -150,7 +162,7 @@ def verdict(
             return Verdict(f"resolved_{word}", f"resolved, {word}: {numbers}{ending}", 0)
         ending = f"; more draws do not make one draw tell them apart{ending}"
         return Verdict(f"{word}_on_average", f"{word} on average only: {numbers}{ending}", 0)
-    missing = needed(first, second, weights)
+    missing = needed(first, second, **items_are)
     more = max(1, missing.draws - draws) if varies and missing.draws is not None else None
     if inside:
         return Verdict("equivalent", f"equivalent, {inside}: {numbers}", more)

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from lm_calib_plugin import comparison
-from lm_calib_plugin.comparison.pairs import expansion
+from lm_calib_plugin.comparison.resampling import expansion
 from tests.comparison.simulated import arms, expected_score
 
 TRIALS = 200

@@ -87,7 +87,7 @@ def test_item_noise_does_not_average_out_over_draws():
 def test_memory_of_the_bootstrap_is_bounded_and_chunks_do_not_matter_much(monkeypatch):
     scores = np.random.default_rng(16).normal(0, 1, (3, 40))
     whole = comparison.two_level_bootstrap(scores)
-    monkeypatch.setattr("lm_calib_plugin.comparison.pairs._CHUNK", 4000)
+    monkeypatch.setattr("lm_calib_plugin.comparison.resampling._CHUNK", 4000)
     parts = comparison.two_level_bootstrap(scores)
     assert parts.low == pytest.approx(whole.low, abs=0.1)
     assert parts.value == whole.value
