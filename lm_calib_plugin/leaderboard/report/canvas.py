@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -48,9 +49,16 @@ def logarithmic(axis: Any, which: str, values: Sequence[float]) -> None:
     getattr(axis, f"set_{which}lim")(*ends)
     one = getattr(axis, f"{which}axis")
     few = ends[1] < _FEW * ends[0]
-    one.set_major_locator(MaxNLocator(5) if few else LogLocator(numticks=7))
+    one.set_major_locator(MaxNLocator(5) if few else LogLocator(numticks=6))
     one.set_minor_locator(NullLocator())
-    one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e+0", "e")))
+    one.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
+
+
+def _power(value: float) -> str:
+    if value < 1e4:
+        return f"{value:g}"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    return f"{value / 10**exponent:.3g}e{exponent}"
 
 
 def _engine(figure: Any) -> Any:

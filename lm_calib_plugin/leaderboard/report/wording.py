@@ -187,11 +187,14 @@ def legend(analysis: Analysis, column: Column | None) -> str:
                 f"Ranks are told by {heading(column)}, as far as differences in it are resolved:"
                 " 1–3 says that none tells more. "
             )
-    return order + (
+    scores = (score for entry in analysis.entries for score in entry.scores.values())
+    huge = any(value is not None and value >= HUGE for s in scores for value in (s.mean, s.high))
+    text = order + (
         "Retention is (score − chance) / (dense − chance). With each mean: sd, the standard"
         " deviation over draws, and the number of draws; in brackets the 95 % interval over draws"
-        " and items. Numbers above 1e6 stand in full in leaderboard.csv."
+        " and items."
     )
+    return text + (" Numbers above 1e6 stand in full in leaderboard.csv." if huge else "")
 
 
 def agreement(found: Agreement) -> str:

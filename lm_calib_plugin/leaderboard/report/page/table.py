@@ -291,6 +291,7 @@ def _score_field(analysis: Analysis, column: Column, first: bool) -> Field:
         return score.mean, parts
 
     unit = column.unit if column.unit != POINTS or first else ""
+    unit = "" if column.task.endswith(unit) else unit  # "average perplexity" says it
     place = list(analysis.columns).index(column)
     help = wording.meaning(column)
     key = f"t{place}"
