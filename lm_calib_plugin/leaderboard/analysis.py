@@ -23,7 +23,7 @@ from lm_calib_plugin.leaderboard.tables import (
     POINTS,
     Analysis,
 )
-from lm_calib_plugin.leaderboard.variation import heats, rankings, shares
+from lm_calib_plugin.leaderboard.variation import agreements, heats, rankings, shares
 
 NOISE = "implementation noise"
 
@@ -68,6 +68,7 @@ def analyze(grid: Grid, cells: Sequence[Cell], records: Records) -> Analysis:
         notes=tuple(_notes(board)),
         failures=tuple(failures),
         missing=tuple(missing),
+        agreements=tuple(agreements(board)),
     )
 
 
