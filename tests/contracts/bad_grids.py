@@ -76,9 +76,7 @@ GRIDS = [
     case("method_unknown", "method", "did you mean `wanda`?", methods=["wnada"]),
     case("method_none", "methods.m", "got {'method': None}", methods={"m": {"method": None}}),
     case("level_unknown", "levels", "got 'half'", "50%, 2:4, W3", levels=["half"]),
-    case(
-        "level_too_many_bits", "wanda W3", "bits", "exclude: [{level: W3", levels=["50%", "W3"]
-    ),
+    case("level_too_many_bits", "wanda W3", "bits", "exclude: [{level: W3", levels=["50%", "W3"]),
     case("calibration_none", "calibrations.c4", "got None", calibrations={"c4": None}),
     case("calibration_unknown", "wanda 50% c5", "c5", "exclude:", calibrations=["c5"]),
     case("recipe_list", "recipe", "got [1]", "`name: value` lines", recipe=[1]),
