@@ -26,6 +26,8 @@ from lm_calib_plugin.leaderboard.tables import (
 from lm_calib_plugin.leaderboard.variation import agreements, heats, rankings, shares
 
 NOISE = "implementation noise"
+# Versions that may differ between records, and are told then.
+VERSIONED = ("lm-calib-plugin", "torch", "transformers", "datasets")
 
 
 def analyze(grid: Grid, cells: Sequence[Cell], records: Records) -> Analysis:
@@ -44,13 +46,13 @@ def analyze(grid: Grid, cells: Sequence[Cell], records: Records) -> Analysis:
     scales = scales_of(grid.tasks, first.tasks, grid.metrics, grid.chance)
     board = Board(grid, found, scales)
     checks = tuple(controls(board))
-    failures = [
-        (arm.cells[d].title, error) for arm in found.arms for d, error in arm.failed.items()
-    ]
     missing = [arm.cells[d].title for arm in found.arms for d in arm.missing]
-    missing += [cell.title for cell, _, again in found.repeats if again is None]
+    broken = {title for title, _ in found.failures}
+    missing += [
+        cell.title for cell, _, again in found.repeats if again is None and cell.title not in broken
+    ]
     forbidden = [f"{NOISE}: {c.words}" for c in checks if c.passed is False]
-    for what, several in (("not measured", missing), ("broken", failures)):
+    for what, several in (("not measured", missing), ("broken", found.failures)):
         if several:
             forbidden.append(f"{len(several)} of {len(cells)} cells are {what}")
     return Analysis(
@@ -66,7 +68,7 @@ def analyze(grid: Grid, cells: Sequence[Cell], records: Records) -> Analysis:
         conditions=_conditions(board, first),
         no_ranking=tuple(forbidden),
         notes=tuple(_notes(board)),
-        failures=tuple(failures),
+        failures=tuple(found.failures),
         missing=tuple(missing),
         agreements=tuple(agreements(board)),
     )
@@ -82,17 +84,17 @@ def _conditions(board: Board, first: Record) -> dict[str, Any]:
             record = next(iter(arm.records.values()))
             for name in ("model", "tokenizer"):
                 found[f"{name} {arm.model}"] = str(record.conditions.get(name))[:16]
-    versions = {
-        name: sorted({str(r.costs.get("versions", {}).get(name)) for r in board.records()})
-        for name in ("torch", "transformers", "lm-calib-plugin")
-    }
-    return found | {name: ", ".join(values) for name, values in versions.items()}
+    return found | {name: ", ".join(_versions(board, name)) for name in VERSIONED}
+
+
+def _versions(board: Board, package: str) -> list[str]:
+    return sorted({str(r.costs.get("versions", {}).get(package)) for r in board.records()})
 
 
 def _notes(board: Board) -> Iterable[str]:
     units = {s.column.unit for s in board.scales}
     yield (
-        "Intervals hold 95 % over draws and items, widened for few draws; ± is the standard "
+        "Intervals hold 95 % over draws and items, widened for few draws; sd is the standard "
         "deviation over draws. p values are adjusted by Holm within a model and level."
     )
     if PERPLEXITY in units:
@@ -103,7 +105,11 @@ def _notes(board: Board) -> Iterable[str]:
     checked = {(arm.model, arm.level) for arm in board.arms if arm.role == DATA_FREE}
     for model, level in board.tables if board.grid.controls.data_free else ():
         if (model, level) not in checked:
-            yield f"{model}, {level}: no method without data as a control."
+            yield f"{model}, {level}: no method without data goes with this level as a control."
+    for arm in board.arms:
+        if arm.same:
+            again = ", ".join(map(str, arm.same))
+            yield f"{arm.id}: another draw gives the same set, so draw {again} does not count."
     for scale in board.scales:
         if scale.column.items is None:
             yield (
@@ -121,7 +127,7 @@ def _notes(board: Board) -> Iterable[str]:
                     f"{arm.model} is not better than guessing in {scale.column.task}: it "
                     "counts for no retention."
                 )
-    for name in ("torch", "transformers"):
-        seen = {str(r.costs.get("versions", {}).get(name)) for r in board.records()}
+    for name in VERSIONED:
+        seen = _versions(board, name)
         if len(seen) > 1:
-            yield f"Records were made with several versions of {name}: {', '.join(sorted(seen))}."
+            yield f"Records were made with several versions of {name}: {', '.join(seen)}."

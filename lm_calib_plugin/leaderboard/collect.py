@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lm_calib_plugin import registry
 from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.expression import parse_calibration
 from lm_calib_plugin.leaderboard.cells import Cell
-from lm_calib_plugin.leaderboard.records import DONE, FAILED, Record, Records
-from lm_calib_plugin.leaderboard.tables import DENSE
+from lm_calib_plugin.leaderboard.records import FAILED, Record, Records
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.storage import digest
 
 # What may not differ between records of one table, and what that is called.
 EVERYWHERE = {"lm_eval": "version of lm_eval"}
@@ -28,7 +31,10 @@ PER_TASK = {
 
 @dataclass
 class Arm:
-    """All draws of one model, level, method and calibration: one row of a table."""
+    """All draws of one model, level, method and calibration: one row of a table.
+
+    ``same`` are draws that turned out to be a set that counts already.
+    """
 
     model: str
     level: str
@@ -38,26 +44,40 @@ class Arm:
     cells: dict[int, Cell] = field(default_factory=dict)
     records: dict[int, Record] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
+    same: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
         """A name that no other row has."""
-        if self.role == DENSE:
-            return f"{self.model} dense"
-        return f"{self.model} {self.level} {self.method} {self.calibration}"
+        return next(iter(self.cells.values())).row
 
     @property
     def missing(self) -> tuple[int, ...]:
         """Draws that were not run."""
-        return tuple(d for d in self.cells if d not in self.records and d not in self.failed)
+        known = {*self.records, *self.failed, *self.same}
+        return tuple(draw for draw in self.cells if draw not in known)
+
+    def drop_same(self) -> None:
+        """Leave out draws of one and the same calibration set: no other text was looked at."""
+        seen: set[str] = set()
+        for draw in sorted(self.records):
+            data = (self.records[draw].compression or {}).get("calibration") or {}
+            if data.get("calib_id") in seen:
+                self.same = (*self.same, draw)
+                del self.records[draw]
+            seen.add(data.get("calib_id", draw))
 
 
 @dataclass
 class Collected:
-    """Rows in the order of the grid, and pairs of records that should be the same."""
+    """Rows in the order of the grid, and pairs of records that should be the same.
+
+    ``failures`` are titles and errors of all cells that failed, repeats among them.
+    """
 
     arms: list[Arm]
     repeats: list[tuple[Cell, Record | None, Record | None]]
+    failures: list[tuple[str, str]]
 
 
 def collect(cells: Sequence[Cell], records: Records) -> Collected:
@@ -68,29 +88,33 @@ def collect(cells: Sequence[Cell], records: Records) -> Collected:
     UserError
         When a record is damaged, or two were not made under the same conditions; both are named.
     """
-    arms: dict[tuple[str, ...], Arm] = {}
-    repeated: list[tuple[Cell, Record | None]] = []
-    found: list[Record] = []
+    arms: dict[str, Arm] = {}
+    done: dict[str, Record] = {}
+    failures: list[tuple[str, str]] = []
     for cell in cells:
         record = records.read(cell.key)
-        if record is not None and record.status == DONE:
-            found.append(record)
+        if record is not None and record.status == FAILED:
+            failures.append((cell.title, record.error or "failed"))
+        elif record is not None:
+            done[cell.key] = record
         if cell.repeat:
-            repeated.append((cell, record))
             continue
         place = (cell.model, cell.level, cell.method, cell.calibration)
-        arm = arms.setdefault(place, Arm(*place, cell.role))
+        arm = arms.setdefault(cell.row, Arm(*place, cell.role))
         arm.cells[cell.draw] = cell
-        if record is not None and record.status == FAILED:
-            arm.failed[cell.draw] = record.error or "failed"
+        if cell.key in done:
+            arm.records[cell.draw] = done[cell.key]
         elif record is not None:
-            arm.records[cell.draw] = record
-    check_comparable(found)
-    repeats = []
-    for cell, record in repeated:
-        arm = arms[cell.model, cell.level, cell.method, cell.calibration]
-        repeats.append((cell, arm.records.get(cell.draw), record))
-    return Collected(list(arms.values()), repeats)
+            arm.failed[cell.draw] = record.error or "failed"
+    check_comparable(done.values())
+    repeats = [
+        (cell, arms[cell.row].records.get(cell.draw), done.get(cell.key))
+        for cell in cells
+        if cell.repeat
+    ]
+    for arm in arms.values():
+        arm.drop_same()
+    return Collected(list(arms.values()), repeats, failures)
 
 
 def check_comparable(records: Iterable[Record]) -> None:
@@ -132,10 +156,12 @@ def _check_set(record: Record, same: Callable[..., None]) -> None:
     recipe = record.identity.get("recipe")
     if not own or not recipe:
         return
-    from lm_calib_plugin.recipe import Recipe
-    from lm_calib_plugin.storage import digest
-
     asked = {name: recipe.get(name) for name in Recipe.calibration_fields()}
+    if any(
+        term.name in registry.table("mixture") for term in parse_calibration(asked["calibration"])
+    ):
+        # Its shares are found for a method and a level.
+        asked = recipe
     place = ("set", record.cell["model"], digest(asked))
     what = f"tokens of {record.cell['calibration']}, draw {record.cell['draw']}"
     same(record, place, own["calib_id"], what)

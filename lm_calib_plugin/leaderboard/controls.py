@@ -14,23 +14,36 @@ from lm_calib_plugin.leaderboard.tables import COMPRESSED, DATA_FREE, NULL, Cont
 def controls(board: Board) -> Iterable[Control]:
     """Yield every check with what came out of it."""
     for arm in board.arms:
-        if arm.role == DATA_FREE and len(arm.records) > 1:
-            one, *others = (arm.records[d] for d in sorted(arm.records))
-            gaps = [gap for other in others for gap in _differences(one, other)]
+        if arm.role == DATA_FREE and len(arm.cells) > 1:
+            one, *others = (arm.records.get(draw) for draw in sorted(arm.cells))
             name = f"{arm.model}, {arm.method} {arm.level}, no data"
-            said = f"draws of {arm.id} differ: {gaps[0]}" if gaps else "all draws are the same"
-            yield Control(name, not gaps, said)
+            for other in others:
+                yield _same(name, one, other, f"runs of {arm.id}")
     for cell, before, again in board.found.repeats:
         name = f"{cell.model}, {cell.method} {cell.level}, {cell.calibration}, run twice"
-        if before is None or again is None:
-            yield Control(name, None, "not measured")
-            continue
-        gaps = _differences(before, again)
-        said = f"two runs of {cell.title} differ: {gaps[0]}" if gaps else "identical"
-        yield Control(name, not gaps, said)
+        yield _same(name, before, again, f"two runs of {cell.title}")
     for arm in board.arms:
         if arm.role == NULL:
             yield from _null(board, arm)
+
+
+def _same(name: str, one: Record | None, other: Record | None, what: str) -> Control:
+    """Return the check that two records that should be the same are."""
+    if one is None or other is None:
+        return Control(name, None, "not measured")
+    gaps = _differences(one, other)
+    if not gaps:
+        return Control(name, True, "identical, bit by bit")
+    words = f"{what} differ: {gaps[0]}"
+    made = [_machine(record) for record in (one, other)]
+    if made[0] != made[1]:
+        words += f"; made on {made[0]}, and on {made[1]}"
+    return Control(name, False, words)
+
+
+def _machine(record: Record) -> str:
+    facts = {**record.costs.get("machine", {}), **record.costs.get("versions", {})}
+    return ", ".join(f"{name} {value}" for name, value in sorted(facts.items()))
 
 
 def _null(board: Board, arm: Arm) -> Iterable[Control]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 
 from lm_calib_plugin.errors import UserError, listed, nearest
-from lm_calib_plugin.leaderboard.tables import COMPRESSED, Analysis, Kept
+from lm_calib_plugin.leaderboard.tables import COMPRESSED, DATA_FREE, Analysis, Kept
 
 MEASURES = tuple(f.name for f in fields(Kept) if f.name not in ("worst_task", "tasks"))
 
@@ -37,17 +37,25 @@ def read_gates(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def shortfalls(analysis: Analysis, gates: dict[str, float]) -> list[str]:
+def shortfalls(
+    analysis: Analysis, gates: Mapping[str, float], methods: Collection[str]
+) -> list[str]:
     """Return a line for each row that is below a limit, or has nothing to be judged by.
 
-    Rows of controls are not judged. A leaderboard that must not be ranked passes no gate.
+    Rows of controls are not judged; those of ``methods``, which a grid names, are none. A
+    leaderboard that must not be ranked, or has no row to be judged, passes no gate.
     """
     if not gates:
         return []
     found = list(analysis.no_ranking)
-    for entry in analysis.entries:
-        if entry.role != COMPRESSED:
-            continue
+    judged = [
+        entry
+        for entry in analysis.entries
+        if entry.role == COMPRESSED or (entry.role == DATA_FREE and entry.method in methods)
+    ]
+    if not judged:
+        found.append("no row to be judged")
+    for entry in judged:
         for name, limit in gates.items():
             value = getattr(entry.kept, name) if entry.kept is not None else None
             if value is None:

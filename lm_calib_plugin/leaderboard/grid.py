@@ -28,6 +28,7 @@ HARNESS = (
     "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs", "seed",
     "confirm_run_unsafe_code",
 )  # fmt: skip
+SEEDS = 4  # of random, numpy, torch and the choice of shots
 CONTROLS = ("data_free", "repeat", "null")
 DEFAULT_NULL = "null:random"
 _PERCENT = re.compile(r"^(\d+(?:\.\d+)?) ?%$")
@@ -155,6 +156,7 @@ def check_grid(content: Mapping[str, Any], name: str = "leaderboard") -> Grid:
         baseline=None if (base := content.get("baseline")) is None else str(base),
         controls=controls,
     )
+    _check_axes(grid)
     for model, arguments in grid.models.items():
         if not arguments.get("pretrained"):
             raise UserError(f"models.{model}", "has no pretrained", "a hub name or a folder")
@@ -170,6 +172,22 @@ def check_grid(content: Mapping[str, Any], name: str = "leaderboard") -> Grid:
     return _with_selections(grid, content)
 
 
+def _check_axes(grid: Grid, overrides: Sequence[Override] = ()) -> None:
+    """Refuse a field on an axis that is not its own: names of rows would not be true."""
+    places: dict[str, Mapping[str, Any]] = {"recipe": grid.recipe}
+    for axis in ("methods", "levels", "calibrations"):
+        places |= {f"{axis}.{name}": fields for name, fields in getattr(grid, axis).items()}
+    places |= {f"overrides[{n}].set": override.set for n, override in enumerate(overrides)}
+    for place, fields in places.items():
+        for name, home in (
+            ("method", "methods"),
+            ("calibration", "calibrations"),
+            ("calib_seed", "draws"),
+        ):
+            if name in fields and not place.startswith(home):
+                raise UserError(f"{place}.{name}", f"has its place in `{home}`", fix="move it")
+
+
 def _with_selections(grid: Grid, content: Mapping[str, Any]) -> Grid:
     exclude = tuple(
         _selection(grid, f"exclude[{n}]", one) for n, one in enumerate(_list("exclude", content))
@@ -181,12 +199,8 @@ def _with_selections(grid: Grid, content: Mapping[str, Any]) -> Grid:
             raise UserError(place, f"got {one!r}", "{where: {axis: name}, set: {field: value}}")
         where = _selection(grid, f"{place}.where", one["where"])
         overrides.append(Override(where, _mapping(f"{place}.set", one["set"])))
+    _check_axes(grid, overrides)
     return replace(grid, exclude=exclude, overrides=tuple(overrides))
-
-
-def selects(where: Mapping[str, Sequence[str]], cell: Mapping[str, Any]) -> bool:
-    """Tell whether a selection (axis -> names) holds for a cell, given by its names."""
-    return all(str(cell[axis]) in names for axis, names in where.items())
 
 
 def _selection(grid: Grid, place: str, given: Any) -> dict[str, tuple[str, ...]]:
@@ -327,6 +341,9 @@ def _harness(given: Any) -> dict[str, Any]:
     for name in found:
         if name not in HARNESS:
             raise UserError(f"harness.{name}", "unknown", nearest(name, HARNESS), listed(HARNESS))
+    seeds = found.get("seed")
+    if isinstance(seeds, list) and len(seeds) != SEEDS:
+        raise UserError("harness.seed", f"got {seeds}", f"one number, or {SEEDS} of them")
     return {name: value for name, value in found.items() if value is not None}
 
 

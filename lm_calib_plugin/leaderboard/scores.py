@@ -12,6 +12,8 @@ from lm_calib_plugin.storage import digest
 
 # The score must be that of the harness to this relative error, else it is not understood.
 TOLERANCE = 1e-6
+# Metrics whose items are log likelihoods with the words or bytes that they are divided by.
+ROLLING = ("word_perplexity", "byte_perplexity", "bits_per_byte")
 
 
 def task_result(
@@ -47,7 +49,7 @@ def task_result(
         if not math.isfinite(value):
             raise CalibError(f"{name}: {label} is {value}: the model is broken, or the task is.")
         own = [_of_rule(samples[leaf], rule) for leaf in leaves]
-        found = _items([[s.get(metric) for s in part] for part in own], float(value))
+        found = _items(metric, [[s.get(metric) for s in part] for part in own], float(value))
         better = results.get("higher_is_better", {}).get(leaves[0], {}).get(metric)
         error = scores.get(f"{metric}_stderr,{rule}")
         # Several filters of one metric keep their names.
@@ -71,7 +73,7 @@ def task_result(
         for part in first
         for s in part
     ]
-    guesses = [1 / len(s["arguments"]) for part in first for s in part]
+    guesses = [1 / _choices(s) for part in first for s in part]
     return TaskResult(
         version=",".join(sorted({str(results["versions"].get(leaf)) for leaf in leaves})),
         n_shot=max((results["n-shot"].get(leaf) or 0 for leaf in leaves), default=0),
@@ -83,13 +85,20 @@ def task_result(
     )
 
 
+def _choices(sample: Mapping[str, Any]) -> int:
+    """Return between how many answers an item chooses."""
+    asked = len(sample["arguments"])
+    # There every answer is asked for without the question, too.
+    return asked // 2 if "acc_mutual_info" in sample["metrics"] else asked
+
+
 def _of_rule(samples: Sequence[Mapping[str, Any]], rule: str) -> list[Mapping[str, Any]]:
     """Return the samples of one filter by the number of their item."""
     return sorted((s for s in samples if s["filter"] == rule), key=lambda s: s["doc_id"])
 
 
 def _items(
-    parts: Sequence[Sequence[Any]], value: float
+    metric: str, parts: Sequence[Sequence[Any]], value: float
 ) -> tuple[str, list[float] | None, list[float] | None]:
     """Return form, values and weights that give the score; no values where none do.
 
@@ -109,11 +118,12 @@ def _items(
         ):
             if _score(form, items, weights, value):
                 return form, items, weights
-    if all(isinstance(x, (tuple, list)) and len(x) == 2 for x in noted):
+    # Pairs of other metrics (f1, mcc) are answers and truth.
+    if metric in ROLLING and all(isinstance(x, (tuple, list)) and len(x) == 2 for x in noted):
         weights = [float(x[1]) for x in noted]
         nats = [-float(x[0]) / max(float(x[1]), 1e-9) for x in noted]
         bits = [x / math.log(2) for x in nats]
-        for form, items in ((EXPONENTIAL, nats), (MEAN, bits), (MEAN, nats)):
+        for form, items in ((EXPONENTIAL, nats), (MEAN, bits)):
             if _score(form, items, weights, value):
                 return form, items, weights
     return MEAN, None, None

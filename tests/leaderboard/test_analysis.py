@@ -17,7 +17,7 @@ from lm_calib_plugin.leaderboard.gate import read_gates, shortfalls
 from lm_calib_plugin.leaderboard.grid import Grid
 from lm_calib_plugin.leaderboard.records import FAILED, Records
 from lm_calib_plugin.leaderboard.tables import Analysis
-from tests.leaderboard.made_up import ITEMS, fill, grid, record_of, result
+from tests.leaderboard.made_up import GRID, ITEMS, fill, grid, record_of, result
 
 
 def said(folder: Path, made: Grid | None = None) -> Analysis:
@@ -127,7 +127,7 @@ def test_a_data_free_method_that_varies_forbids_ranking(tmp_path: Path) -> None:
     tasks["quiz"] = dataclasses.replace(tasks["quiz"], metrics={"acc": metric})
     Records(tmp_path).write(record_of(noisy, tasks=tasks))
     analysis = analyze(made, cells, Records(tmp_path))
-    assert analysis.no_ranking[0].startswith("implementation noise: draws of tiny 50% magnitude")
+    assert analysis.no_ranking[0].startswith("implementation noise: runs of tiny 50% magnitude")
     assert "items by up to 1" in analysis.no_ranking[0]
 
 
@@ -229,11 +229,11 @@ def test_two_reports_of_equal_records_are_equal(tmp_path: Path, full: Analysis) 
 
 def test_gates_judge_compressed_rows_only(full: Analysis) -> None:
     analysis = full
-    assert shortfalls(analysis, read_gates(["recovery=0.6"])) == []
-    low = shortfalls(analysis, read_gates(["recovery=0.95"]))
+    assert shortfalls(analysis, read_gates(["recovery=0.6"]), GRID["methods"]) == []
+    low = shortfalls(analysis, read_gates(["recovery=0.95"]), GRID["methods"])
     assert len(low) == 4
     assert low[0].startswith("tiny 50% wanda c4: recovery 0.6778 is below 0.95")
-    assert shortfalls(analysis, {}) == []
+    assert shortfalls(analysis, {}, []) == []
 
 
 @pytest.mark.parametrize("text", ["recovry=0.95", "recovery", "recovery=95", "recovery=x"])
@@ -254,3 +254,47 @@ def test_no_interval_of_a_share_leaves_what_is_possible(tmp_path: Path) -> None:
             Records(tmp_path).write(record_of(cell, tasks=tasks))
     score = analyze(made, cells, Records(tmp_path)).entry("tiny 50% wanda c4").scores["quiz"]
     assert (score.low, score.high) == (0.0, 100.0)
+
+
+def test_a_repeat_that_failed_is_told(tmp_path: Path) -> None:
+    made = grid()
+    cells = fill(tmp_path, made)
+    repeat = next(c for c in cells if c.repeat)
+    Records(tmp_path).write(record_of(repeat, status=FAILED, error="it broke", tasks={}))
+    analysis = analyze(made, cells, Records(tmp_path))
+    assert analysis.failures == ((repeat.title, "it broke"),)
+    assert analysis.missing == ()
+    assert any(c.words == "not measured" for c in analysis.controls)
+
+
+def test_draws_of_one_set_count_once(tmp_path: Path) -> None:
+    made = grid()
+    cells = fill(tmp_path, made)
+    for cell in cells:
+        if cell.calibration == "self":
+            own = record_of(cell).compression or {}
+            data = {"calib_id": "the same", "tokens": 1}
+            Records(tmp_path).write(record_of(cell, compression={**own, "calibration": data}))
+    analysis = analyze(made, cells, Records(tmp_path))
+    row = analysis.entry("tiny 50% wanda self")
+    assert (row.draws, row.missing) == ((0,), ())
+    assert any("draw 1, 2 does not count" in note for note in analysis.notes)
+
+
+def test_a_mixture_is_another_set_for_another_method(tmp_path: Path) -> None:
+    made = grid(calibrations=["c4", "minimax(c4+self)"])
+    cells = fill(tmp_path, made)
+    for cell in cells:
+        if cell.calibration.startswith("minimax"):
+            own = record_of(cell).compression or {}
+            data = {"calib_id": f"{cell.method} {cell.draw}", "tokens": 1}
+            Records(tmp_path).write(record_of(cell, compression={**own, "calibration": data}))
+    assert analyze(made, cells, Records(tmp_path)).no_ranking == ()
+
+
+def test_a_method_without_data_that_was_asked_for_is_judged(tmp_path: Path) -> None:
+    made = grid(methods=["magnitude"])
+    analysis = said(tmp_path, made)
+    low = shortfalls(analysis, read_gates(["recovery=0.99"]), made.methods)
+    assert low == ["tiny 50% magnitude none: recovery 0.5556 is below 0.99"]
+    assert shortfalls(analysis, read_gates(["recovery=0.1"]), ["wanda"]) == ["no row to be judged"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.leaderboard.cells import Cell, as_text, cells_of
 from lm_calib_plugin.leaderboard.grid import check_grid
 from lm_calib_plugin.recipe import Recipe
@@ -59,7 +60,7 @@ def test_controls_are_added() -> None:
     assert roles.count("null") == 2 * 2 * 2
     free = [c for c in found if c.role == "data-free"]
     assert {(c.method, c.calibration) for c in free} == {("magnitude", "none")}
-    assert [(c.draw, c.level) for c in free] == [(0, "50%"), (0, "2:4"), (1, "50%"), (1, "2:4")]
+    assert [(c.draw, c.level) for c in free] == [(0, "50%"), (1, "50%"), (0, "2:4"), (1, "2:4")]
     (again,) = [c for c in found if c.repeat]
     (first,) = [c for c in found if places([c]) == places([again]) and not c.repeat]
     assert (again.recipe, again.key != first.key) == (first.recipe, True)
@@ -125,3 +126,64 @@ def test_arguments_that_are_no_plain_text_are_json(value: Any) -> None:
     given = {"pretrained": "m", "x": value}
     assert json.loads(as_text(given)) == given
     assert as_text({"pretrained": "m", "x": 0.5}) == "pretrained=m,x=0.5"
+
+
+def test_every_level_gets_the_control_that_goes_with_it() -> None:
+    levels = {"half": {"sparsity": 0.5}, "W3": {"bits": 3}, "both": {"sparsity": 0.5, "bits": 4}}
+    out = [
+        {"method": "wanda", "level": ["W3", "both"]},
+        {"method": "gptq", "level": ["half", "both"]},
+        {"method": "sparsegpt+gptq", "level": ["half", "W3"]},
+    ]
+    found = cells(
+        controls=True,
+        levels=levels,
+        methods=["wanda", "gptq", "sparsegpt+gptq"],
+        # Of the methods with data alone.
+        recipe={"damp": 0.05, "propagate": "dense"},
+        overrides=[{"where": {"method": "wanda"}, "set": {"damp": None}}],
+        exclude=out,
+    )
+    free = {c.level: c.method for c in found if c.role == "data-free"}
+    assert free == {"half": "magnitude", "W3": "rtn", "both": "magnitude+rtn"}
+
+
+def test_overrides_of_a_draw_leave_runs_without_data_alone() -> None:
+    found = cells(
+        controls=True,
+        draws=2,
+        exclude=[{"draw": 1, "method": "wanda"}],
+        overrides=[{"where": {"draw": 0}, "set": {"ignore": "lm_head"}}],
+    )
+    free = [c for c in found if c.role == "data-free" and c.model == found[0].model]
+    assert [c.draw for c in free] == [0, 1] * len({c.level for c in free})
+    assert all("ignore" not in (c.recipe or {}) for c in free)
+
+
+def test_rows_of_one_name_are_refused() -> None:
+    with pytest.raises(UserError, match="two rows are called"):
+        cells(
+            methods={"wanda": {}, "wanda new": {"method": "ria"}},
+            calibrations={"c4": "c4", "new c4": "self"},
+        )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"levels": {"a": {"sparsity": 0.5, "method": "sparsegpt"}}},
+        {"recipe": {"calibration": "c4"}},
+        {"recipe": {"calib_seed": 1}},
+        {"overrides": [{"where": {"method": "wanda"}, "set": {"calib_seed": 1}}]},
+        {"recipe": {"calib_batch_size": 4}},
+        {"harness": {"seed": [1, 2, 3]}},
+    ],
+)
+def test_what_would_make_a_name_untrue_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        cells(**changes)
+
+
+def test_texts_that_look_like_numbers_stay_texts() -> None:
+    assert as_text({"revision": "12e4567"}) == '{"revision": "12e4567"}'
+    assert as_text({"revision": "main", "limit": 3}) == "revision=main,limit=3"

@@ -24,6 +24,7 @@ def sample(
         "target_hash": f"t{number}",
         "filter": rule,
         "arguments": [[]] * answers,
+        "metrics": list(notes),
         **notes,
     }
 
@@ -59,7 +60,6 @@ def test_a_mean_keeps_its_items_in_their_order() -> None:
     [
         ("word_perplexity", lambda nats, words: math.exp(-sum(nats) / sum(words))),
         ("bits_per_byte", lambda nats, words: -sum(nats) / sum(words) / math.log(2)),
-        ("nats_per_word", lambda nats, words: -sum(nats) / sum(words)),
     ],
 )
 def test_weighted_scores(metric: str, score: Any) -> None:
@@ -137,3 +137,15 @@ def test_scores_that_say_nothing_are_errors() -> None:
             task_result(["t"], results(rows, {"acc,none": value}, "t"), "t", True)
     with pytest.raises(UserError, match="no score of its own"):
         task_result(["t"], results(rows, {}, "t"), "t", True)
+
+
+def test_pairs_of_answer_and_truth_are_no_likelihoods() -> None:
+    found = one([(1, 0), (0, 0), (1, 0)], "f1", 0.0)
+    assert (found.items, found.weights, found.value) == (None, None, 0.0)
+
+
+def test_answers_that_are_asked_for_twice_count_once_for_guessing() -> None:
+    notes = {"acc": 1.0, "acc_mutual_info": 0.0}
+    rows = [sample(n, notes, answers=8) for n in range(4)]
+    scores = {"acc,none": 1.0, "acc_mutual_info,none": 0.0}
+    assert task_result(["t"], results({"t": rows}, scores, "t"), "t", True).chance == 0.25
