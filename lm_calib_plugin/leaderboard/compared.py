@@ -75,21 +75,21 @@ def _pairs(board: Board, arms: list[Arm]) -> list[tuple[str, list[tuple[Arm, Arm
     dense = board.dense(arms[0]) if arms else None
     base = board.grid.baseline
     by_place = {(a.method, a.calibration): a for a in arms}
-    first = next(iter(board.grid.methods))
-    others = []
-    for a in arms:
-        b = by_place.get((a.method, str(base)))
-        if b is not None and b is not a:
-            others.append((a, b))
+    others = [(a, by_place.get((a.method, str(base)))) for a in arms]
+    # Of this table: not every method is there at every level.
+    there = [a for a in arms if a.role != DATA_FREE] or arms
+    first = there[0].method if there else ""
+    beside = base if (first, base) in by_place else next((a.calibration for a in there), None)
     methods = []
     for a in arms:
-        b = by_place.get((first, a.calibration if a.role != DATA_FREE else str(base)))
-        if b is not None and a.method != first:
-            methods.append((a, b))
+        where = a.calibration if (first, a.calibration) in by_place else beside
+        same = a.role == DATA_FREE or where == a.calibration
+        if a.method != first and same:
+            methods.append((a, by_place.get((first, str(where)))))
     return [
         ("dense", [(a, dense) for a in arms] if dense is not None else []),
-        ("baseline", others),
-        ("method", methods),
+        ("baseline", [(a, b) for a, b in others if b is not None and b is not a]),
+        ("method", [(a, b) for a, b in methods if b is not None]),
     ]
 
 

@@ -36,7 +36,10 @@ GRID: dict[str, Any] = {
     "recipe": {"propagate": "dense"},
 }
 # What a cell scores in the quiz, without the noise of its draw.
-LEVEL = {"dense": 0.9, "wanda": 0.6, "sparsegpt": 0.7, "magnitude": 0.5}
+LEVEL = {
+    "dense": 0.9, "wanda": 0.6, "sparsegpt": 0.7, "magnitude": 0.5, "dsnot": 0.65, "rtn": 0.5,
+    "hqq": 0.55,
+}  # fmt: skip
 SOURCE = {"self": 0.1, "null:random": -0.1}
 # In the riddles (a second quiz, of another size and chance) sources stand the other way round.
 RIDDLE = {"c4": 0.8, "self": 0.7, "null:random": 0.5}
