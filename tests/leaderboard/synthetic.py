@@ -15,6 +15,7 @@ from lm_calib_plugin.leaderboard.tables import (
     DENSE,
     NULL,
     POINTS,
+    Agreement,
     Analysis,
     Column,
     Comparison,
@@ -41,6 +42,7 @@ COLUMNS = (
 DENSE_SCORES = {"arc_easy": 54.5, "hellaswag": 43.0, "wikitext": 22.75, AVERAGE: 48.75}
 EFFECT = {"wanda": 0.0, "sparsegpt": 1.2, "c4": 0.9, "code": -2.4, "null:shuffle": -4.0}
 DRAWS = 5
+NOISE = (Control("data-free spread", False, "Draws of magnitude differ."),)
 
 
 def scores(rng: np.random.Generator, drop: float, draws: int, spread: float) -> dict[str, Score]:
@@ -163,6 +165,7 @@ def comparison(a: Entry, b: Entry, against: str, column: Column) -> Comparison:
         f"resolved_{word}" if resolved else "coin_flip",
         words,
         None if resolved else 12,
+        len(first.draws) > 1 and 0 < chance < 1,
     )
 
 
@@ -198,6 +201,12 @@ def analysis(**changes) -> Analysis:
             heats.append(heat(model, level, method, own))
             rankings.append(ranking(model, level, method, own))
         shares += [share(model, level, column.task) for column in COLUMNS]
+    tasks = ("arc_easy", "hellaswag", "wikitext")
+    taus = ((1.0, 0.33, None), (0.33, 1.0, None), (None, None, None))
+    agreements = (
+        Agreement(MODELS[1], "60%", "wanda", "tasks", tasks, taus),
+        Agreement(MODELS[1], "", "wanda", "levels", ("50%", "60%"), ((1.0, -0.33), (-0.33, 1.0))),
+    )
     whole = Analysis(
         name="Source by method, small",
         description="Which calibration source, which method, and how sure are we?",
@@ -206,6 +215,7 @@ def analysis(**changes) -> Analysis:
         comparisons=tuple(comparisons(rows)),
         rankings=tuple(rankings),
         shares=tuple(shares),
+        agreements=agreements,
         heats=tuple(heats),
         controls=(
             Control("data-free spread", True, "Draws of magnitude agree to the last bit."),

@@ -7,9 +7,20 @@ import itertools
 
 import pytest
 
-from lm_calib_plugin.leaderboard.report import arrange, sentences
-from lm_calib_plugin.leaderboard.tables import AVERAGE, DENSE, POINTS, Analysis, Column
+from lm_calib_plugin.leaderboard.report import arrange, sentences, wording
+from lm_calib_plugin.leaderboard.tables import (
+    AVERAGE,
+    AVERAGE_PERPLEXITY,
+    DENSE,
+    PERPLEXITY,
+    POINTS,
+    Analysis,
+    Column,
+    Kept,
+)
 from tests.leaderboard import synthetic
+
+KEPT = Kept("arc_easy", 0.5, 0.6, 0.6, 0.8)
 
 
 def test_tables_are_one_a_model_and_level_with_dense_first():
@@ -98,14 +109,15 @@ def test_a_pair_that_was_not_compared_is_told_by_a_third_row():
 
 
 def test_what_must_not_be_ranked_keeps_the_order_of_the_grid_and_has_no_ranks():
-    whole = synthetic.analysis(no_ranking=("implementation noise: draws differ",))
+    whole = synthetic.analysis(no_ranking=("draws differ",), controls=synthetic.NOISE)
     for group in arrange.groups(whole):
         own = [e for e in whole.entries if (e.model, e.level) == (group.model, group.level)]
         assert [row.entry for row in group.rows[1:]] == own
         assert {row.rank for row in group.rows} == {""}
     assert sentences.says(whole) == []
     assert sentences.unranked(whole) == "Implementation noise: not ranked"
-    assert "noise" not in sentences.unranked(synthetic.analysis(no_ranking=("2 cells broken",)))
+    broken = ("1 cell is broken: implementation noise",)
+    assert "noise" not in sentences.unranked(synthetic.analysis(no_ranking=broken))
 
 
 def test_rows_without_scores_stand_last_and_have_no_rank():
@@ -126,3 +138,79 @@ def test_verdicts_say_who_cannot_be_told_apart_and_what_is_open():
     open_ = " ".join(s.text for s in sentences.says_not(synthetic.analysis()))
     for words in ("not resolved", "more draws", "1 cell failed and 1 cell did not run", "1.5 %"):
         assert words in open_
+
+
+@pytest.mark.parametrize(
+    ("failures", "missing", "words"),
+    [
+        ((), ("x", "y"), "2 cells did not run; their rows rest on fewer draws."),
+        ((("x", "broken"),), (), "1 cell failed; its row rests on fewer draws."),
+    ],
+)
+def test_only_what_happened_to_cells_is_told(failures, missing, words):
+    whole = synthetic.small(failures=failures, missing=missing)
+    assert words in [said.text for said in sentences.says_not(whole)]
+
+
+def opposed():
+    """Return three rows whose order by worst task is a, b, c; by average b is better than a."""
+    whole = four(set())
+    rows = [
+        dataclasses.replace(row, kept=dataclasses.replace(KEPT, worst=worst))
+        for row, worst in zip(whole.entries[:3], (0.6, 0.5, 0.4), strict=True)
+    ]
+    pairs = [
+        dataclasses.replace(pair, delta=-10.0, verdict="resolved_worse")
+        if (pair.a, pair.b) == ("a", "b")
+        else pair
+        for pair in whole.comparisons
+        if "d" not in (pair.a, pair.b)
+    ]
+    return dataclasses.replace(whole, entries=tuple(rows), comparisons=tuple(pairs))
+
+
+def test_ranks_follow_the_headline_where_the_worst_task_sorts_otherwise():
+    (group,) = arrange.groups(opposed())
+    found = {row.entry.id: row.ranks for row in group.rows}
+    assert list(found) == ["a", "b", "c"]
+    assert found == by_hand("abc", {("b", "a")})
+
+
+def test_who_is_better_for_sure_is_never_said_to_be_alike():
+    whole = opposed()
+    first, *_ = sentences.says(whole)
+    phrase = {entry.id: wording.phrase(entry) for entry in whole.entries}
+    assert f"{phrase['a']} stands first by its worst task" in first.text
+    assert f"in average {phrase['b']} is better, resolved" in first.text
+    assert "cannot be told" not in first.text
+
+
+def test_a_contradiction_further_down_is_told():
+    whole = opposed()
+    swap = {"a": "b", "b": "c", "c": "a"}
+    pairs = tuple(
+        dataclasses.replace(pair, a=swap[pair.a], b=swap[pair.b]) for pair in whole.comparisons
+    )
+    first, *_ = sentences.says(dataclasses.replace(whole, comparisons=pairs))
+    b, c = (wording.phrase(entry) for entry in whole.entries[1:])
+    assert f"{b} stands above {c} by its worst task; in average {c} is better" in first.text
+
+
+def test_without_retention_rows_stand_by_the_headline_best_first():
+    whole = four(set())
+    column = Column(AVERAGE_PERPLEXITY, "mean", PERPLEXITY, False, None)
+    rows = tuple(
+        dataclasses.replace(
+            row, kept=kept, scores={column.task: dataclasses.replace(row.scores[AVERAGE], mean=m)}
+        )
+        for row, m, kept in zip(
+            whole.entries,
+            (30.0, 10.0, 40.0, 20.0),
+            (None, Kept(None, None, None, None, None), None, None),
+            strict=True,
+        )
+    )
+    whole = Analysis("perplexities", "", (column,), rows)
+    (group,) = arrange.groups(whole)
+    assert [row.entry.id for row in group.rows] == ["b", "d", "a", "c"]
+    assert "by their means" in wording.legend(whole, column)

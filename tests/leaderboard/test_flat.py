@@ -27,6 +27,8 @@ def test_every_entry_is_a_line_with_numbers_in_full():
         assert float(line["arc_easy acc_norm [points]"]) == score.mean
         assert line["arc_easy acc_norm sd"] == ("" if score.sd is None else repr(score.sd))
         assert int(line["arc_easy acc_norm draws"]) == len(score.draws)
+        assert float(line["arc_easy acc_norm min"]) == min(score.draws)
+        assert float(line["arc_easy acc_norm max"]) == max(score.draws)
         assert float(line["worst_retention"]) == entry.kept.worst
         assert line["commands"].split("\n") == list(entry.commands)
 
@@ -54,6 +56,10 @@ def test_json_is_the_whole_analysis():
     found = json.loads(flat.leaderboard_json(analysis))
     ranks = [entry.pop("ranks") for entry in found["entries"]]
     assert found.pop("format") == flat.FORMAT
+    for entry in found["entries"]:
+        for score in entry["scores"].values():
+            order = sorted(score["draws"])
+            assert (score.pop("min"), score.pop("max")) == (order[0], order[-1])
     assert found == json.loads(json.dumps(dataclasses.asdict(analysis)))
     assert ranks[0] is None
     assert all(1 <= low <= high for low, high in filter(None, ranks))

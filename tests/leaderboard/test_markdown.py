@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
-from lm_calib_plugin.leaderboard.report import markdown, wording
-from lm_calib_plugin.leaderboard.tables import Score
+from lm_calib_plugin.leaderboard.report import markdown, page, wording
+from lm_calib_plugin.leaderboard.tables import Control, Score
 from tests.leaderboard import synthetic
 
 
@@ -44,8 +45,8 @@ def test_no_standard_deviation_without_number_of_draws():
 
 
 def test_what_is_not_ranked_says_so_on_top_with_the_reason():
-    reason = "implementation noise: draws of magnitude differ"
-    text = markdown.markdown(synthetic.analysis(no_ranking=(reason,)))
+    reason = "draws of magnitude differ"
+    text = markdown.markdown(synthetic.analysis(no_ranking=(reason,), controls=synthetic.NOISE))
     assert text.index("Implementation noise: not ranked") < text.index("## ")
     assert reason in text
     assert "Rankings from one draw" not in text
@@ -81,3 +82,80 @@ def test_numbers_are_written_for_people():
     assert wording.spread(Score((1.0, 3.0), 2.0, 1.41421), "points") == "sd 1.41, 2 draws"
     assert wording.spread(Score((1.0,), 1.0), "points") == "1 draw"
     assert wording.interval(-1, 2, signed=True) == "[−1.00, +2.00]"
+
+
+def test_huge_and_empty_numbers_are_not_spread_out():
+    unit = "perplexity"
+    broken = Score((4e6, 1.294e8), 6.67e7, 8.87e7, None, 3943.0, 5.02e12)
+    assert wording.short(broken.mean, unit) == "> 1e6"
+    assert wording.spread(broken, unit) == "sd > 1e6, 2 draws"
+    assert wording.bounds(broken, unit) == "[3943, > 1e6]"
+    assert wording.spread(broken, unit, full=True) == "sd 8.87e+07, 2 draws"
+    assert wording.extremes(broken) == (4e6, 1.294e8)
+    same = Score((54.5, 54.5), 54.5, 0.0, None, 54.5, 54.5)
+    assert wording.spread(same, "points") == "2 draws, all the same"
+    assert wording.bounds(same, "points") == wording.bounds(Score((1.0,), 1.0), "points") == ""
+    whole = synthetic.small()
+    entry = dataclasses.replace(whole.entries[1], scores={"wikitext": broken})
+    whole = dataclasses.replace(whole, entries=(entry,), comparisons=(), rankings=())
+    text = markdown.markdown(whole)
+    assert "| > 1e6 (sd > 1e6, 2 draws) \\[3943, \\> 1e6\\] |" in text
+    assert "e+" not in text
+
+
+def test_agreement_of_rankings_is_a_square_table():
+    text = markdown.markdown(synthetic.analysis())
+    assert "**org/Tiny-Llama · 60% · wanda, tasks with tasks**" in text
+    assert "| hellaswag | +0.33 | +1.00 | – |" in text
+    assert "**org/Tiny-Llama · wanda, levels with levels**" in text
+    assert "| 60% | −0.33 | +1.00 |" in text
+    assert "Do rankings agree" not in markdown.markdown(synthetic.analysis(no_ranking=("x",)))
+
+
+def test_draws_that_disagree_on_the_winner_are_marked():
+    whole = synthetic.small()
+    turning = sum(pair.flips for pair in whole.comparisons)
+    assert 0 < turning < len(whole.comparisons)
+    for text in (markdown.markdown(whole), page.render(whole)):
+        assert text.count("the winner changes with the draw") == turning
+
+
+def test_rows_are_named_by_what_they_take():
+    by_role = {entry.role: entry for entry in synthetic.analysis().entries}
+    assert wording.name(by_role["data-free"]) == "magnitude, without data"
+    assert wording.phrase(by_role["data-free"]) == "magnitude, without data"
+    assert wording.name(by_role["dense"]) == "dense"
+    assert wording.name(by_role["null"]).endswith(" · null:shuffle")
+
+
+def test_the_legend_explains_what_stands_behind_a_mean():
+    for text in (markdown.markdown(synthetic.analysis()), page.render(synthetic.analysis())):
+        text = text.replace("\u00a0", " ")
+        assert text.count("sd, the standard deviation over draws, and the number of draws") == 1
+        assert "in brackets the 95 % interval over draws and items" in text
+
+
+def test_versions_that_differ_say_so():
+    found = dict(wording.conditions(synthetic.analysis(conditions={"torch": "2.12, 2.13", "x": 1})))
+    assert found == {"torch": "2.12, 2.13 (not the same for all records)", "x": "1"}
+    assert "shared by all" not in page.render(synthetic.analysis())
+
+
+def test_null_calibrations_are_one_line_a_method_and_level():
+    said = "without meaning, it scores above {} of 3 calibrations in {}"
+    null = [
+        Control(f"m, wanda {level}, null:{name}", None, said.format(beaten, task))
+        for level in ("50%", "60%")
+        for name, beaten in (("ascii", 0), ("random", 1))
+        for task in ("average", "perplexity")
+    ]
+    others = [Control("m, wanda 50%, c4, run twice", None, "not measured"), *synthetic.NOISE]
+    found = wording.controls([others[0], *null, others[1]])
+    assert [control.name for control in found] == [
+        others[0].name, "m, wanda 50%, null", "m, wanda 60%, null", others[1].name
+    ]  # fmt: skip
+    assert found[1].words == (
+        "calibrations without meaning score above: null:ascii 0 of 3 calibrations in average,"
+        " 0 of 3 calibrations in perplexity; null:random 1 of 3 calibrations in average,"
+        " 1 of 3 calibrations in perplexity"
+    )

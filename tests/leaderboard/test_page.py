@@ -106,9 +106,16 @@ def test_an_interval_stands_next_to_every_difference(text):
     assert all(re.search(r"<small>\[.+, .+\]</small>", row) for row in rows[1:])
 
 
+def test_agreement_of_rankings_is_told(text):
+    assert "Do rankings agree?" in text
+    assert "wanda, levels with levels</caption>" in text
+    assert "−0.33" in text
+    assert "Do rankings agree?" not in page.render(synthetic.small(no_ranking=("x",)))
+
+
 def test_what_must_not_be_ranked_can_not_be_sorted():
-    reason = "implementation noise: draws of <i>magnitude</i> differ"
-    found = page.render(synthetic.small(no_ranking=(reason,)))
+    reason = "draws of <i>magnitude</i> differ"
+    found = page.render(synthetic.small(no_ranking=(reason,), controls=synthetic.NOISE))
     assert "Implementation noise: not ranked" in found
     assert "draws of &lt;i&gt;magnitude" in found
     (head,) = re.findall(r'id="entries">.*?</thead>', found, re.S)

@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lm_calib_plugin.leaderboard.report import plots, svg
+from lm_calib_plugin.leaderboard.report import markdown, plots, svg
+from lm_calib_plugin.leaderboard.tables import Score
 from tests.leaderboard import synthetic
 
 pytest.importorskip("matplotlib")
@@ -76,6 +77,62 @@ def test_what_must_not_be_ranked_has_no_plot_of_ranks():
     bare = synthetic.small(no_ranking=("noise",), shares=(), heats=())
     bare = dataclasses.replace(bare, entries=bare.entries[:2], comparisons=())
     assert "ranks" not in {plot.kind for plot in plots.draw(bare)}
+
+
+def rankings(methods, calibrations, columns=("average", "wikitext")):
+    """Return a leaderboard of all rankings that such a grid has."""
+    whole = synthetic.small(shares=(), heats=(), comparisons=())
+    base = whole.entries[1]
+    rows = {
+        (m, c): dataclasses.replace(base, id=f"{m}/{c}", method=m, calibration=c)
+        for m in methods
+        for c in calibrations
+    }
+    first = whole.rankings[0]
+    found = []
+    for column in columns:
+        for place, names in ((0, methods), (1, calibrations)):
+            for fixed in names:
+                ids = tuple(row.id for key, row in rows.items() if key[place] == fixed)
+                if len(ids) > 1:
+                    found.append(
+                        dataclasses.replace(first, fixed=fixed, column=column, entries=ids)
+                    )
+    return dataclasses.replace(whole, entries=tuple(rows.values()), rankings=tuple(found))
+
+
+def test_ranks_are_drawn_for_the_headline_within_methods_and_the_rest_is_named():
+    whole = rankings(("a", "b"), ("x", "y", "z"))
+    assert [(r.fixed, r.column) for r in plots.ranked(whole)] == [
+        ("a", "average"),
+        ("b", "average"),
+    ]
+    assert "2 of 10 rankings" in plots.left_out(whole)
+    assert "by average of calibrations within a method" in plots.left_out(whole)
+    few = rankings(("a", "b"), ("x",), ("average",))
+    assert [r.fixed for r in plots.ranked(few)] == ["x"]
+    assert plots.left_out(few) == ""
+    text = markdown.markdown(whole, [("a", "plots/a.svg")])
+    assert "2 of 10 rankings" in text
+
+
+def test_perplexities_that_explode_are_drawn_by_their_logarithms():
+    whole = synthetic.small(shares=(), heats=(), rankings=(), comparisons=())
+    column = next(c for c in whole.columns if c.unit == "perplexity")
+    rows = [
+        dataclasses.replace(
+            entry,
+            scores={column.task: Score(draws, sum(draws) / len(draws), 1.0, None, 1.5, 5e12)},
+        )
+        for entry, draws in zip(whole.entries, ((20.0,), (4e6, 1e8), (30.0, 31.0)), strict=False)
+    ]
+    found = plots.draw(dataclasses.replace(whole, columns=(column,), entries=tuple(rows)))
+    assert {plot.kind for plot in found} == {"quality", "draws"}
+    for plot in found:
+        assert "logarithms" in plot.reading
+        labels = set(re.findall(r">([\d.e]+)<", plot.inline))
+        assert {"100", "1e6"} & labels
+        assert not any("$" in label for label in labels)
 
 
 def test_settings_of_matplotlib_are_left_alone(drawn):

@@ -23,12 +23,16 @@ RESOLVED = ("resolved_better", "resolved_worse")
 class Row:
     """An entry where it stands; ``ranks`` are the best and the worst rank it may have.
 
-    A rank is told as far as pairs are resolved: "1 to 3" may be the first and may be the third.
-    None: a dense model, or a table that must not be ranked.
+    A rank is told by the headline column alone, as far as pairs are resolved: "1 to 3" may be the
+    first and may be the third. None: a dense model, or a table that must not be ranked. ``beats``
+    and ``beaten_by`` are the ids of rows that are worse and better for sure; they may stand above
+    or below, as rows are sorted by something else.
     """
 
     entry: Entry
     ranks: tuple[int, int] | None = None
+    beats: frozenset[str] = frozenset()
+    beaten_by: frozenset[str] = frozenset()
 
     @property
     def rank(self) -> str:
@@ -56,8 +60,9 @@ class Group:
 def groups(analysis: Analysis) -> tuple[Group, ...]:
     """Return the tables of a leaderboard, models and levels in the order of the grid.
 
-    Rows are sorted by worst-task retention, then by geometric mean, then by mean; where nothing
-    may be ranked they stay as in the grid. Levels are never pooled.
+    Rows are sorted by worst-task retention, then by geometric mean, then by mean, then by the
+    headline column, which alone sorts them where there is no retention; where nothing may be
+    ranked they stay as in the grid. Levels are never pooled.
     """
     found: dict[tuple[str, str], list[Entry]] = {}
     dense: dict[str, list[Entry]] = {}
@@ -124,29 +129,36 @@ def _ranked(
     column = headline(analysis)
     rows = sorted(entries, key=lambda entry: _strength(entry, column))
     scored = [entry for entry in rows if _score(entry, column) is not None]
-    better = _better(scored, column, pairs) if column is not None else {}
-    ranks = {}
-    for place, entry in enumerate(scored):
-        above = sum(entry.id in better[other.id] for other in scored[:place])
-        ranks[entry.id] = (1 + above, len(scored) - len(better[entry.id]))
-    return [Row(entry, ranks.get(entry.id)) for entry in rows]
+    beats = _beaten(scored, column, pairs) if column is not None else {}
+    found = []
+    for entry in rows:
+        if entry.id not in beats:
+            found.append(Row(entry))
+            continue
+        worse = frozenset(beats[entry.id])
+        better = frozenset(id for id, others in beats.items() if entry.id in others)
+        ranks = (1 + len(better), len(scored) - len(worse))
+        found.append(Row(entry, ranks, worse, better))
+    return found
 
 
-def _better(
+def _beaten(
     rows: Sequence[Entry], column: Column, pairs: dict[tuple[str, str], float | None]
 ) -> dict[str, set[str]]:
-    """Return, for each row, the rows below it that it beats for sure.
+    """Return, for each row, the rows that it beats for sure, wherever they stand.
 
-    A pair that was not compared counts, too, where a third row stands between for sure.
+    A pair that was not compared counts, too, where a third row stands between for sure, unless the
+    intervals of the pair say the contrary.
     """
-    found = {
-        a.id: {b.id for b in rows[place + 1 :] if _beats(a, b, column, pairs)}
-        for place, a in enumerate(rows)
-    }
-    for place in reversed(range(len(rows))):
-        own = rows[place].id
-        for between in list(found[own]):
-            found[own] |= {id for id in found[between] if (own, id) not in pairs}
+    found = {a.id: {b.id for b in rows if b is not a and _beats(a, b, column, pairs)} for a in rows}
+    for between in found:
+        for own, worse in found.items():
+            if between in worse:
+                worse |= {
+                    id
+                    for id in found[between]
+                    if id != own and (own, id) not in pairs and own not in found[id]
+                }
     return found
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 from lm_calib_plugin.export.card_text import one_line
 from lm_calib_plugin.leaderboard.report.svg import Palette
 
+_FEW = 20  # ends closer than this hold too few powers of ten for an axis
 WIDTH = 4.5  # inches of 72 units: what a phone shows without making texts smaller
 
 
@@ -29,6 +31,26 @@ def legend(figure: Any, axis: Any, colors: Palette) -> None:
         handles, labels, loc="outside lower left", ncols=2, frameon=False,
         labelcolor=colors["ink"], handlelength=1.8, columnspacing=1.2,
     )  # fmt: skip
+
+
+def logarithmic(axis: Any, which: str, values: Sequence[float]) -> None:
+    """Turn the ``x`` or ``y`` of an axis into one of logarithms that shows these values.
+
+    Bars that reach further than ten times beyond the values are cut at the edge, as a hopeless
+    interval would leave no room for anything else.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = min(values), max(values)
+    getattr(axis, f"set_{which}scale")("log")
+    before = getattr(axis, f"get_{which}lim")()
+    ends = (max(min(before), low / 10), min(max(before), high * 10))
+    getattr(axis, f"set_{which}lim")(*ends)
+    one = getattr(axis, f"{which}axis")
+    few = ends[1] < _FEW * ends[0]
+    one.set_major_locator(MaxNLocator(5) if few else LogLocator(numticks=7))
+    one.set_minor_locator(NullLocator())
+    one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e+0", "e")))
 
 
 def _engine(figure: Any) -> Any:

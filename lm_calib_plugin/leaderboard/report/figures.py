@@ -15,6 +15,7 @@ from lm_calib_plugin.leaderboard.report.svg import Palette
 from lm_calib_plugin.leaderboard.tables import (
     DATA_FREE,
     DENSE,
+    PERPLEXITY,
     Analysis,
     Column,
     Entry,
@@ -120,6 +121,10 @@ def quality(
             "dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right",
             va="bottom", xytext=(0, 1), textcoords="offset points", color=colors["ink"],
         )  # fmt: skip
+    means = [mean for line in lines for _, mean, _, _ in line.points]
+    means += [] if dense is None else [dense]
+    if is_log(column, means):
+        canvas.logarithmic(axis, "y", means)
     edge = gap * (side * len(lines) / 2 + (0.03 if len(places) > 1 else 0.4))
     axis.set_xlim(places[0] - edge, places[-1] + edge)
     axis.set_xticks(places, [f"{place:g}" for place in places])
@@ -152,6 +157,9 @@ def strips(analysis: Analysis, group: Group, column: Column, colors: Palette) ->
         rows += found
     title = f"{group.title} · single draws"
     figure, axis = canvas.new_figure(1.1 + _ROW * len(rows), title, name_of(column), colors)
+    dense = _dense(analysis, group.model, column)
+    seen = [x for row in own for x in row.scores[column.task].draws]
+    log = is_log(column, seen)
     for y, row in enumerate(rows):
         if isinstance(row, str):
             continue
@@ -159,14 +167,15 @@ def strips(analysis: Analysis, group: Group, column: Column, colors: Palette) ->
         if row.role != DATA_FREE:
             color = colors.series(names[row.calibration])
         values = np.array(row.scores[column.task].draws)
-        _outline(axis, values, y, color)
+        _outline(axis, values, y, color, log)
         axis.plot(values, np.full(len(values), y), "o", color=color, markersize=4, alpha=0.75)
         mean = row.scores[column.task].mean
         axis.plot([mean, mean], [y - 0.32, y + 0.32], color=colors["ink"], linewidth=1.6)
-    dense = _dense(analysis, group.model, column)
     if dense is not None:
         axis.axvline(dense, color=colors["ink"], linewidth=1, linestyle=":")
         axis.annotate("dense ", (dense, -0.55), ha="right", va="center", color=colors["ink"])
+    if log:
+        canvas.logarithmic(axis, "x", seen)
     labels = [r if isinstance(r, str) else wording.calibration(r) or r.method for r in rows]
     axis.set_yticks(range(len(rows)), [canvas.wrapped(label) for label in labels])
     for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
@@ -182,16 +191,25 @@ def strips(analysis: Analysis, group: Group, column: Column, colors: Palette) ->
     return figure
 
 
-def _outline(axis: Any, values: Any, y: float, color: str) -> None:
+def is_log(column: Column, values: Sequence[float]) -> bool:
+    """Tell whether scores are drawn by their logarithms: perplexities, and what spans much."""
+    if not values or min(values) <= 0 or not np.isfinite(values).all():
+        return False
+    return column.unit == PERPLEXITY or wording.is_wide(values)
+
+
+def _outline(axis: Any, values: Any, y: float, color: str, log: bool) -> None:
     """Draw the estimated density of enough draws that differ."""
     from scipy.stats import gaussian_kde
 
     if len(values) < _VIOLIN or np.ptp(values) <= 1e-9 * max(1.0, float(np.abs(values).max())):
         return
+    values = np.log(values) if log else values
     sd = values.std(ddof=1)
     place = np.linspace(values.min() - sd, values.max() + sd, 41)
     density = gaussian_kde(values)(place)
     half = 0.4 * density / density.max()
+    place = np.exp(place) if log else place
     axis.fill_between(place, y - half, y + half, color=color, alpha=0.22, linewidth=0)
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lm_calib_plugin.leaderboard.report import wording
 from lm_calib_plugin.leaderboard.report.arrange import Row, groups
 from lm_calib_plugin.leaderboard.tables import (
     AVERAGES,
@@ -23,6 +24,7 @@ from lm_calib_plugin.leaderboard.tables import (
 )
 
 FORMAT = 1
+_PARTS = ("sd", "draws", "min", "max", "item_error", "low", "high")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -45,11 +47,14 @@ def comparisons_csv(analysis: Analysis) -> str:
 
 
 def leaderboard_json(analysis: Analysis) -> str:
-    """Return everything, with the ranks of the tables; numbers that are none are texts."""
+    """Return everything, with ranks, least and largest draws; numbers that are none are texts."""
     content: dict[str, Any] = {"format": FORMAT, **dataclasses.asdict(analysis)}
     ranks = {row.entry.id: row.ranks for row in rows(analysis)}
     for entry in content["entries"]:
         entry["ranks"] = ranks.get(entry["id"])
+        for score in entry["scores"].values():
+            score["min"] = min(score["draws"], default=None)
+            score["max"] = max(score["draws"], default=None)
     return _json(content)
 
 
@@ -99,10 +104,7 @@ def text(value: str) -> str:
 
 def _names(column: Column) -> list[str]:
     task = column.task if column.task in AVERAGES else f"{column.task} {column.metric}"
-    return [
-        f"{task} {part}"
-        for part in (f"[{column.unit}]", "sd", "draws", "item_error", "low", "high")
-    ]
+    return [f"{task} {part}" for part in (f"[{column.unit}]", *_PARTS)]
 
 
 def _line(analysis: Analysis, row: Row) -> list[Any]:
@@ -119,9 +121,10 @@ def _line(analysis: Analysis, row: Row) -> list[Any]:
     for column in analysis.columns:
         score = entry.scores.get(column.task)
         if score is None:
-            line += [None] * 6
+            line += [None] * (1 + len(_PARTS))
             continue
-        line += [score.mean, score.sd, len(score.draws), score.item_error, score.low, score.high]
+        line += [score.mean, score.sd, len(score.draws), *wording.extremes(score)]
+        line += [score.item_error, score.low, score.high]
     lists = ("calib_ids", "keys", "failed", "missing", "warnings", "commands")
     return line + [getattr(entry, name) for name in lists]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lm_calib_plugin.export.card_text import block, code, plain, table
-from lm_calib_plugin.leaderboard.report import sentences, wording
+from lm_calib_plugin.leaderboard.report import arrange, sentences, wording
 from lm_calib_plugin.leaderboard.report.arrange import Group, groups
+from lm_calib_plugin.leaderboard.report.plots import left_out
 from lm_calib_plugin.leaderboard.tables import AVERAGES, Analysis, Column, Comparison, Entry, Score
 
 
@@ -24,7 +25,8 @@ def markdown(analysis: Analysis, plots: Sequence[tuple[str, str]] | None = ()) -
     parts += _comparisons(analysis)
     parts += _shares(analysis)
     parts += _rankings(analysis)
-    parts += _plots(plots)
+    parts += _agreements(analysis)
+    parts += _plots(analysis, plots)
     parts += _list("Failures", (f"{plain(c)}: {plain(e)}" for c, e in analysis.failures))
     parts += _list("Missing", map(plain, analysis.missing))
     parts += _list("Notes", map(plain, analysis.notes))
@@ -61,29 +63,22 @@ def _tables(analysis: Analysis) -> list[str]:
     parts = []
     if analysis.controls:
         word = {True: "passed", False: "**failed**", None: wording.NOTHING}
-        rows = [[plain(c.name), word[c.passed], plain(c.words)] for c in analysis.controls]
+        checks = wording.controls(analysis.controls)
+        rows = [[plain(c.name), word[c.passed], plain(c.words)] for c in checks]
         parts += ["## Controls", table(["control", "", "what was seen"], rows)]
     if analysis.conditions:
-        rows = [
-            [plain(key), plain(wording.value(found))] for key, found in analysis.conditions.items()
-        ]
+        rows = [[plain(key), plain(found)] for key, found in wording.conditions(analysis)]
         parts += ["## Conditions", table(["condition", "value"], rows)]
     if analysis.columns:
         rows = [[plain(wording.heading(c)), plain(wording.meaning(c))] for c in analysis.columns]
         parts += ["## Tasks", table(["column", "meaning"], rows)]
-    how = (
-        "Rows are sorted by the retention of their worst task, then by the geometric mean."
-        " Retention is (score − chance) / (dense − chance). A rank such as 1–3 says that no"
-        " resolved difference tells more. Behind each mean: standard deviation and number of draws,"
-        " and the 95 % interval over draws and items."
-    )
+    legend = plain(wording.legend(analysis, arrange.headline(analysis)))
     for group in groups(analysis):
         parts.append(f"## {plain(group.title)}")
         if analysis.no_ranking:
             parts.append(f"*{sentences.unranked(analysis)}.*")
-        else:
-            parts.append(how)
-            how = ""
+        parts.append(legend)
+        legend = ""
         parts.append(_table(analysis, group))
     return parts
 
@@ -133,17 +128,8 @@ def _draws(entry: Entry) -> str:
 def _score(score: Score | None, column: Column) -> str:
     if score is None:
         return wording.NOTHING
-    parts = [wording.number(score.mean, column.unit), f"({wording.spread(score, column.unit)})"]
-    if score.low is not None:
-        parts.append(plain(wording.interval(score.low, score.high, column.unit, like=score.mean)))
-    return " ".join(parts)
-
-
-_AGAINST = {
-    "dense": "Against the dense model",
-    "baseline": "Against the baseline calibration",
-    "method": "Method against method",
-}
+    parts = [wording.short(score.mean, column.unit), f"({wording.spread(score, column.unit)})"]
+    return " ".join([*parts, plain(wording.bounds(score, column.unit))]).rstrip()
 
 
 def _comparisons(analysis: Analysis) -> list[str]:
@@ -151,14 +137,12 @@ def _comparisons(analysis: Analysis) -> list[str]:
         return []
     parts = [
         "## Comparisons",
-        "Difference of a and b with its 95 % interval, paired by item and draw; items on which a"
-        " is better / worse; P: the chance that one draw of a is better than one of b; p after Holm"
-        " within a model and level.",
+        wording.COMPARISONS,
     ]
     kinds = dict.fromkeys(pair.against for pair in analysis.comparisons)
     for against in kinds:
         pairs = [pair for pair in analysis.comparisons if pair.against == against]
-        parts.append(f"### {plain(_AGAINST.get(against, against))}")
+        parts.append(f"### Against {plain(wording.AGAINST.get(against, against))}")
         parts.append(_pairs(analysis, pairs))
     return parts
 
@@ -169,6 +153,7 @@ def _pairs(analysis: Analysis, pairs: Sequence[Comparison]) -> str:
     rows = []
     for pair in pairs:
         a, b = analysis.entry(pair.a), analysis.entry(pair.b)
+        said = f"**{plain(wording.verdict(pair))}**: {plain(pair.words)}"
         bounds = wording.interval(pair.low, pair.high, pair.unit, signed=True, like=pair.delta)
         rows.append(
             [
@@ -177,10 +162,10 @@ def _pairs(analysis: Analysis, pairs: Sequence[Comparison]) -> str:
                 plain(wording.name(b)),
                 plain(names.get(pair.column, pair.column)),
                 f"{wording.number(pair.delta, pair.unit, signed=True)} {plain(bounds)}",
-                wording.flips(pair),
+                wording.items(pair),
                 wording.percent(pair.probability_better, 0),
                 plain(wording.probability(pair.p_holm)),
-                f"**{plain(wording.verdict(pair))}**: {plain(pair.words)}",
+                "; ".join(filter(None, [said, plain(wording.turns(pair))])),
             ]
         )
     return table(head, rows)
@@ -212,11 +197,9 @@ def _shares(analysis: Analysis) -> list[str]:
             cells.append(text)
         task = titles.get(shares.column, shares.column)
         rows.append([plain(f"{shares.model}, {shares.level}"), plain(task), *cells])
-    estimators = ", ".join(dict.fromkeys(shares.estimator for shares in analysis.shares))
     return [
         "## What varies",
-        f"Shares of the variance of one draw's score, with 95 % intervals (estimator:"
-        f" {plain(estimators)}). Naive: not corrected for draw noise, as papers print them.",
+        plain(wording.shares(analysis)),
         table(["model, level", "task", *map(plain, names)], rows),
     ]
 
@@ -240,18 +223,34 @@ def _rankings(analysis: Analysis) -> list[str]:
         )
     return [
         "## Rankings from one draw",
-        "How well the ranking of single draws tells that of the means: expected Kendall tau-b"
-        " (1: always the same, 0: none), and how often one draw puts the first row first.",
+        wording.RANKINGS,
         table(["model, level, fixed", "task", "by the means", "tau-b", "first stays first"], rows),
     ]
 
 
-def _plots(plots: Sequence[tuple[str, str]] | None) -> list[str]:
+def _agreements(analysis: Analysis) -> list[str]:
+    if not analysis.agreements or analysis.no_ranking:
+        return []
+    parts = ["## Do rankings agree?", plain(wording.AGREEMENTS)]
+    for found in analysis.agreements:
+        names = [plain(name) for name in found.names]
+        rows = [
+            [name, *map(wording.tau, taus)] for name, taus in zip(names, found.taus, strict=True)
+        ]
+        parts += [f"**{plain(wording.agreement(found))}**", table(["", *names], rows)]
+    return parts
+
+
+def _plots(analysis: Analysis, plots: Sequence[tuple[str, str]] | None) -> list[str]:
     if plots is None:
         return ["## Plots", f"{wording.NO_PLOTS} To install it: {code(wording.INSTALL_PLOTS)}"]
     if not plots:
         return []
-    return ["## Plots", *(f"![{plain(title)}](<{address}>)" for title, address in plots)]
+    return [
+        "## Plots",
+        plain(left_out(analysis)),
+        *(f"![{plain(title)}](<{address}>)" for title, address in plots),
+    ]
 
 
 def _commands(analysis: Analysis) -> list[str]:

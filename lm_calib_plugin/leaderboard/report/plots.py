@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 from lm_calib_plugin.export.card_text import one_line
-from lm_calib_plugin.leaderboard.report import figures, flat, maps, svg
+from lm_calib_plugin.leaderboard.report import figures, flat, maps, svg, wording
 from lm_calib_plugin.leaderboard.report.arrange import Group, groups, headline
-from lm_calib_plugin.leaderboard.tables import AVERAGES, POINTS, Analysis, Column
+from lm_calib_plugin.leaderboard.tables import AVERAGES, POINTS, Analysis, Column, Ranking
 
 KINDS = ("quality", "draws", "tasks", "ranks", "shares")
 SETTINGS: dict[str, Any] = {
@@ -39,6 +39,11 @@ SETTINGS: dict[str, Any] = {
     "text.parse_math": False,  # names may hold a dollar sign
     "axes.unicode_minus": True,
 }
+
+
+_CUT = "Scale of logarithms; bars that end at the edge reach further."
+# With no more plots of ranks than this, methods within a calibration are drawn, too.
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -137,13 +142,17 @@ def _quality(analysis: Analysis, columns: list[Column]) -> Iterator[_Plan]:
             lines = figures.quality_lines(analysis, panel, column)
             if not any(line.points for line in lines):
                 continue
+            means = [mean for line in lines for _, mean, _, _ in line.points]
+            bars = "Mean over draws with its 95 % interval over draws and items."
+            if figures.is_log(column, means):
+                bars += f" {_CUT}"
             yield _Plan(
                 "quality",
                 panel.model,
                 "",
                 (panel.method, panel.axis, column.task),
                 f"{panel.model} · {panel.method}: {column.task} against {panel.axis}",
-                "Mean over draws with its 95 % interval over draws and items.",
+                bars,
                 f"{figures.name_of(column)} against {panel.axis}. "
                 + " ".join(line.words(column) for line in lines),
                 partial(figures.quality, analysis, panel, column, lines),
@@ -154,13 +163,15 @@ def _draws(analysis: Analysis, group: Group, column: Column) -> Iterator[_Plan]:
     rows = [row.entry for row in group.rows if column.task in row.entry.scores]
     if not any(len(entry.draws) > 1 for entry in rows):
         return
+    seen = [x for entry in rows for x in entry.scores[column.task].draws]
+    log = " Scale of logarithms." if figures.is_log(column, seen) else ""
     yield _Plan(
         "draws",
         group.model,
         group.level,
         (column.task,),
         f"{group.title}: draws of {column.task}",
-        "One point a draw, a bar at the mean; an outline from five draws up.",
+        f"One point a draw, a bar at the mean; an outline from five draws up.{log}",
         f"{figures.name_of(column)} of single draws. "
         + " ".join(figures.draw_words(entry, column) for entry in rows),
         partial(figures.strips, analysis, group, column),
@@ -184,8 +195,34 @@ def _heats(analysis: Analysis) -> Iterator[_Plan]:
         )
 
 
+def ranked(analysis: Analysis) -> list[Ranking]:
+    """Return the rankings that are drawn: calibrations within a method, in the headline column.
+
+    Methods within a calibration come with them where both together are few; the tables have all.
+    """
+    column = headline(analysis)
+    own = [r for r in analysis.rankings if column is not None and r.column == column.task]
+    if len(own) < _FEW:
+        return own
+    within = [r for r in own if {analysis.entry(id).method for id in r.entries} == {r.fixed}]
+    return within or own
+
+
+def left_out(analysis: Analysis) -> str:
+    """Return what is not drawn, in a sentence; nothing where all is."""
+    drawn, column = ranked(analysis), headline(analysis)
+    if analysis.no_ranking or column is None or len(drawn) == len(analysis.rankings):
+        return ""
+    methods = {r.fixed for r in drawn} <= {entry.method for entry in analysis.entries}
+    return (
+        f"Rank stability is drawn for {len(drawn)} of {len(analysis.rankings)} rankings, those by"
+        f" {wording.heading(column)}{' of calibrations within a method' if methods else ''};"
+        " all stand in the table of rankings."
+    )
+
+
 def _ranks(analysis: Analysis) -> Iterator[_Plan]:
-    for ranking in analysis.rankings:
+    for ranking in ranked(analysis):
         yield _Plan(
             "ranks",
             ranking.model,

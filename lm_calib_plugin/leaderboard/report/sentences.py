@@ -34,7 +34,7 @@ def unranked(analysis: Analysis) -> str:
     """Return the headline of a leaderboard that must not be ranked, else nothing."""
     if not analysis.no_ranking:
         return ""
-    noise = any("implementation noise" in reason for reason in analysis.no_ranking)
+    noise = any(control.passed is False for control in analysis.controls)
     return "Implementation noise: not ranked" if noise else "Incomplete: not ranked"
 
 
@@ -54,10 +54,7 @@ def says_not(analysis: Analysis) -> list[Sentence]:
     """Return what the numbers do not carry: what is open, thin, failed, missing or leaked."""
     found = [_open(analysis), _nulls(analysis), _thin(analysis), _leaked(analysis)]
     if analysis.failures or analysis.missing:
-        found.append(
-            f"{_count(len(analysis.failures), 'cell')} failed and"
-            f" {_count(len(analysis.missing), 'cell')} did not run; their rows rest on fewer draws."
-        )
+        found.append(_fewer(analysis))
     failed = [control.name for control in analysis.controls if control.passed is False]
     if failed:
         found.append(f"Controls that failed: {_list(failed)}.")
@@ -80,8 +77,9 @@ def _leaders(analysis: Analysis, group: Group) -> str:
     ranked = [row for row in group.rows if row.ranks is not None]
     if not ranked or column is None:
         return ""
-    first, where = ranked[0], wording.heading(column)
-    able = [row for row in ranked if row.ranks is not None and row.ranks[0] == 1]
+    first, others, where = ranked[0], ranked[1:], wording.heading(column)
+    better = [row for row in others if row.entry.id in first.beaten_by]
+    alike = [row for row in others if row.entry.id not in first.beaten_by | first.beats]
     worst = first.entry.kept.worst if first.entry.kept else None
     keeps = ""
     if first.entry.kept and worst is not None:
@@ -90,12 +88,51 @@ def _leaders(analysis: Analysis, group: Group) -> str:
             f" ({first.entry.kept.worst_task})."
         )
     lead = f"{wording.phrase(first.entry)} stands first"
-    if len(ranked) == 1:
+    if not others:
         return f"{wording.phrase(first.entry)} was measured alone.{keeps}"
-    if len(able) == 1:
-        return f"{lead}, resolved against all {len(ranked) - 1} others in {where}.{keeps}"
-    rest = _names([row for row in able if row is not first])
-    return f"{lead}, but cannot be told from {rest} in {where}.{keeps}"
+    turned = _turned(others, where)
+    if better:
+        by = "its worst task" if worst is not None else "its mean"
+        verb = "is" if len(better) == 1 else "are"
+        text = f"{lead} by {by}; in {where} {_names(better)} {verb} better, resolved."
+    elif alike:
+        text = f"{lead}, but cannot be told from {_names(alike)} in {where}."
+    else:
+        text = f"{lead}, resolved against all {len(others)} others in {where}."
+    return f"{text}{keeps}{turned}"
+
+
+def _turned(rows: Sequence[Row], where: str) -> str:
+    """Tell of rows that stand below others than which they are better for sure."""
+    found = [
+        (above, below)
+        for place, below in enumerate(rows)
+        for above in rows[:place]
+        if below.entry.id in above.beaten_by
+    ]
+    if not found:
+        return ""
+    if len(found) > 1:
+        return (
+            f" {len(found)} pairs of other rows stand by their worst tasks the other way round than"
+            f" {where} resolves them."
+        )
+    above, below = (wording.phrase(row.entry) for row in found[0])
+    return (
+        f" {above} stands above {below} by its worst task; in {where} {below} is better, resolved."
+    )
+
+
+def _fewer(analysis: Analysis) -> str:
+    """Tell of cells that failed or did not run."""
+    parts = [
+        f"{_count(len(cells), 'cell')} {what}"
+        for cells, what in ((analysis.failures, "failed"), (analysis.missing, "did not run"))
+        if cells
+    ]
+    one = len(analysis.failures) + len(analysis.missing) == 1
+    rest = "its row rests" if one else "their rows rest"
+    return f"{' and '.join(parts)}; {rest} on fewer draws."
 
 
 def _names(rows: Sequence[Row]) -> str:
@@ -109,7 +146,7 @@ def _list(names: Sequence[str]) -> str:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number or 'No'} {what}" + ("" if number == 1 else "s")
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _headline_pairs(analysis: Analysis, against: str = "") -> list[Comparison]:
@@ -121,19 +158,12 @@ def _headline_pairs(analysis: Analysis, against: str = "") -> list[Comparison]:
     ]
 
 
-_AGAINST = {
-    "baseline": "a baseline calibration",
-    "method": "another method",
-    "dense": "the dense model",
-}
-
-
 def _differences(analysis: Analysis, against: str) -> str:
     pairs = _headline_pairs(analysis, against)
     sure = [pair for pair in pairs if is_resolved(pair)]
     if not pairs:
         return ""
-    total = f"{len(sure)} of {_count(len(pairs), 'difference')} from {_AGAINST[against]}"
+    total = f"{len(sure)} of {_count(len(pairs), 'difference')} from {wording.AGAINST[against]}"
     verb = "is" if len(sure) == 1 else "are"
     if not sure or against == "dense":
         return f"{total} {verb} resolved."
@@ -198,7 +228,7 @@ def _nulls(analysis: Analysis) -> str:
     if not open_:
         return ""
     shown = _list(open_) if len(open_) <= _NAMES else f"{len(open_)} rows"
-    return f"A null calibration may be as good as the first row: {shown}."
+    return f"A null calibration may be as good as the best row: {shown}."
 
 
 def _thin(analysis: Analysis) -> str:

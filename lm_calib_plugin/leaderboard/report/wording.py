@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lm_calib_plugin.leaderboard.tables import (
     DATA_FREE,
     DENSE,
     POINTS,
+    Agreement,
+    Analysis,
     Column,
     Comparison,
+    Control,
     Entry,
     Score,
 )
 
 NOTHING = "–"
+# Scores beyond say no more than that a model is broken; files for programs have them in full.
+HUGE = 1e6
+# Numbers that lie further apart than this factor are drawn by their logarithms.
+WIDE = 100.0
+AGAINST = {
+    "dense": "the dense model",
+    "baseline": "the baseline calibration",
+    "method": "another method",
+}
+COMPARISONS = (
+    "Differences are paired by draw and item and stand with their 95 % intervals in brackets."
+    " Better / worse: the items on which a is better and worse. P(a better): the chance that one"
+    " draw of a is better than one of b. p is adjusted by Holm within a model and level."
+)
+AGREEMENTS = (
+    "Whether tasks, and levels, rank the calibrations of a method alike, by the means over draws:"
+    " Kendall tau-b (+1: the same ranking, 0: nothing in common, −1: the reverse; a dash where one"
+    " ranks nothing). Few calibrations agree easily by accident."
+)
+RANKINGS = (
+    "How well the ranking of single draws tells that of the means: expected Kendall tau-b"
+    " (1: always the same, 0: not at all), and how often one draw puts the first row first."
+)
 NO_PLOTS = "Plots are left out, as matplotlib is not installed."
 INSTALL_PLOTS = "pip install 'lm-calib-plugin[plots]'"
 MINUS = "−"
+# Conditions that may differ from record to record; records with others are refused.
+VERSIONS = ("torch", "transformers", "lm-calib-plugin")
+# How the words of a control by a null calibration begin.
+_NULL = "without meaning, it scores above "
 
 
 def decimals(value: float, unit: str) -> int:
@@ -44,6 +75,15 @@ def number(
     return sign + text
 
 
+def short(
+    value: float | None, unit: str = POINTS, *, signed: bool = False, like: float | None = None
+) -> str:
+    """Return a number for a table, where a huge one is only said to be that."""
+    if value is not None and HUGE <= abs(value) < math.inf:
+        return f"> {HUGE:.0e}".replace("e+0", "e") if value > 0 else f"< {MINUS}1e6"
+    return number(value, unit, signed=signed, like=like)
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a share, given as a fraction."""
     if value is None or not math.isfinite(value):
@@ -59,12 +99,32 @@ def interval(
     *,
     signed: bool = False,
     like: float | None = None,
+    write: Callable[..., str] = number,
 ) -> str:
-    """Return a 95 % interval in brackets, a dash where there is none."""
+    """Return two bounds in brackets, a dash where there are none."""
     if low is None or high is None:
         return NOTHING
-    bounds = (number(bound, unit, signed=signed, like=like) for bound in (low, high))
-    return f"[{', '.join(bounds)}]"
+    written = (write(bound, unit, signed=signed, like=like) for bound in (low, high))
+    return f"[{', '.join(written)}]"
+
+
+def bounds(score: Score, unit: str) -> str:
+    """Return the interval of a score for a table; nothing where it says nothing."""
+    low, high = score.low, score.high
+    if low is None or high is None or low == high or low >= HUGE:
+        return ""
+    return interval(low, high, unit, like=score.mean, write=short)
+
+
+def extremes(score: Score) -> tuple[float | None, float | None]:
+    """Return the least and the largest score of a draw."""
+    return min(score.draws, default=None), max(score.draws, default=None)
+
+
+def is_wide(values: Iterable[float]) -> bool:
+    """Tell whether numbers span so much that only their logarithms can be drawn."""
+    found = list(values)
+    return bool(found) and min(found) > 0 and max(found) > WIDE * min(found)
 
 
 def draws(count: int) -> str:
@@ -72,11 +132,14 @@ def draws(count: int) -> str:
     return "1 draw" if count == 1 else f"{count} draws"
 
 
-def spread(score: Score, unit: str) -> str:
+def spread(score: Score, unit: str, *, full: bool = False) -> str:
     """Return the standard deviation over draws, never without their number."""
+    count = draws(len(score.draws))
     if score.sd is None:
-        return draws(len(score.draws))
-    return f"sd {number(score.sd, unit, like=score.mean)}, {draws(len(score.draws))}"
+        return count
+    if len(set(score.draws)) == 1 and len(score.draws) > 1:
+        return f"{count}, all the same"
+    return f"sd {(number if full else short)(score.sd, unit, like=score.mean)}, {count}"
 
 
 def probability(value: float | None) -> str:
@@ -88,21 +151,99 @@ def probability(value: float | None) -> str:
 
 def name(entry: Entry) -> str:
     """Return what tells a row from others of its table: method and calibration."""
-    return " · ".join(_parts(entry)) or entry.role
+    return _joined(entry, " · ")
 
 
 def phrase(entry: Entry) -> str:
     """Return the same as part of a sentence."""
-    return "the dense model" if entry.role == DENSE else " on ".join(_parts(entry))
+    return "the dense model" if entry.role == DENSE else _joined(entry, " on ")
 
 
 def calibration(entry: Entry) -> str:
     """Return the calibration of a row, nothing where the method takes no data."""
-    return "" if entry.role in (DENSE, DATA_FREE) else entry.calibration
+    if entry.role in (DENSE, DATA_FREE) or entry.calibration == "none":
+        return ""
+    return entry.calibration
 
 
-def _parts(entry: Entry) -> list[str]:
-    return [part for part in (entry.method, calibration(entry)) if part]
+def _joined(entry: Entry, between: str) -> str:
+    if entry.role == DENSE:
+        return "dense"
+    method = entry.method or entry.role
+    if entry.role == DATA_FREE:
+        return f"{method}, without data"
+    return between.join(part for part in (method, calibration(entry)) if part)
+
+
+def legend(analysis: Analysis, column: Column | None) -> str:
+    """Return how the tables are read; ``column`` is the one that ranks are told by."""
+    order = "Rows stand as in the grid. "
+    if not analysis.no_ranking:
+        order = "Rows are sorted by the retention of their worst task, then by the geometric mean. "
+        if all(e.kept is None or e.kept.worst is None for e in analysis.entries):
+            order = "Rows are sorted by their means, best first. "
+        if column is not None:
+            order += (
+                f"Ranks are told by {heading(column)}, as far as differences in it are resolved:"
+                " 1–3 says that none tells more. "
+            )
+    return order + (
+        "Retention is (score − chance) / (dense − chance). With each mean: sd, the standard"
+        " deviation over draws, and the number of draws; in brackets the 95 % interval over draws"
+        " and items. Numbers above 1e6 stand in full in leaderboard.csv."
+    )
+
+
+def agreement(found: Agreement) -> str:
+    """Return what rankings are compared: model, level, method, and over what."""
+    places = [part for part in (found.model, found.level, found.fixed) if part]
+    return f"{' · '.join(places)}, {found.over} with {found.over}"
+
+
+def tau(value: float | None) -> str:
+    """Return a Kendall tau-b."""
+    return NOTHING if value is None else number(value, signed=True)
+
+
+def shares(analysis: Analysis) -> str:
+    """Return how shares of the variance are read."""
+    estimators = ", ".join(dict.fromkeys(shares.estimator for shares in analysis.shares))
+    return (
+        "Shares of the variance of one draw's score with their 95 % intervals (estimator:"
+        f" {estimators}). Naive: not corrected for the noise of draws, as papers print them."
+    )
+
+
+def conditions(analysis: Analysis) -> list[tuple[str, str]]:
+    """Return under which conditions records were made; those not shared by all say so."""
+    found = []
+    for key, thing in analysis.conditions.items():
+        text = value(thing)
+        several = key in VERSIONS and isinstance(thing, str) and ", " in thing
+        found.append((key, f"{text} (not the same for all records)" if several else text))
+    return found
+
+
+def controls(found: Sequence[Control]) -> list[Control]:
+    """Return controls; those of null calibrations are one line a method and level.
+
+    Such a control judges nothing, and its name is method and level, a comma and the calibration.
+    """
+    lines: dict[str, dict[str, list[str]]] = {}
+    for control in found:
+        head, _, tail = control.name.rpartition(", ")
+        if control.passed is None and head and control.words.startswith(_NULL):
+            lines.setdefault(head, {}).setdefault(tail, []).append(control.words[len(_NULL) :])
+    shown = []
+    for control in found:
+        head = control.name.rpartition(", ")[0]
+        if control.passed is None and control.words.startswith(_NULL) and head in lines:
+            said = [f"{name} {', '.join(words)}" for name, words in lines.pop(head).items()]
+            words = f"calibrations without meaning score above: {'; '.join(said)}"
+            shown.append(Control(f"{head}, null", None, words))
+        elif not (control.passed is None and control.words.startswith(_NULL) and head):
+            shown.append(control)
+    return shown
 
 
 def heading(column: Column) -> str:
@@ -125,7 +266,12 @@ def verdict(pair: Comparison) -> str:
     return pair.verdict.replace("_", " ")
 
 
-def flips(pair: Comparison) -> str:
+def turns(pair: Comparison) -> str:
+    """Return a remark where draws disagree on the winner."""
+    return "⇄ the winner changes with the draw" if pair.flips else ""
+
+
+def items(pair: Comparison) -> str:
     """Return the shares of items on which a is better and worse."""
     if pair.beneficial is None or pair.harmful is None:
         return NOTHING

@@ -39,7 +39,7 @@ def _scores(analysis: Analysis, entry: Entry) -> Markup | None:
         unit, like = column.unit, score.mean
         kept = entry.kept.tasks.get(column.task) if entry.kept else None
         draws = ", ".join(wording.number(value, unit, like=like) for value in score.draws)
-        sd = wording.NOTHING if score.sd is None else wording.spread(score, unit)
+        sd = wording.NOTHING if score.sd is None else wording.spread(score, unit, full=True)
         rows.append(
             tag(
                 "tr",
@@ -47,6 +47,7 @@ def _scores(analysis: Analysis, entry: Entry) -> Markup | None:
                 tag("td", wording.number(score.mean, unit), cls="num"),
                 tag("td", wording.interval(score.low, score.high, unit, like=like), cls="num"),
                 tag("td", sd, cls="num"),
+                tag("td", wording.interval(*wording.extremes(score), unit, like=like), cls="num"),
                 tag("td", wording.number(score.item_error, unit, like=like), cls="num"),
                 tag("td", wording.percent(kept), cls="num"),
                 tag("td", draws, cls="wide"),
@@ -54,10 +55,9 @@ def _scores(analysis: Analysis, entry: Entry) -> Markup | None:
         )
     if not rows:
         return None
-    heads = ["", "Mean", "95 % interval", "Over draws", "Item error", "Kept", "Single draws"]
-    cells = (
-        tag("th", head, scope="col", cls="num" if 0 < n < 6 else "") for n, head in enumerate(heads)
-    )
+    numbers = ["Mean", "95 % interval", "Over draws", "Min, max", "Item error", "Kept"]
+    heads = [("", ""), *((name, "num") for name in numbers), ("Single draws", "")]
+    cells = (tag("th", head, scope="col", cls=cls) for head, cls in heads)
     head = tag("thead", tag("tr", *cells))
     return tag("div", tag("table", head, tag("tbody", *rows)), cls="inner")
 

@@ -11,7 +11,7 @@ from string import Template
 from lm_calib_plugin.leaderboard.report import sentences, svg
 from lm_calib_plugin.leaderboard.report.page import pairs, sections, table
 from lm_calib_plugin.leaderboard.report.page.markup import Markup, escape, join, tag
-from lm_calib_plugin.leaderboard.report.plots import Plot
+from lm_calib_plugin.leaderboard.report.plots import Plot, left_out
 from lm_calib_plugin.leaderboard.tables import Analysis
 
 
@@ -29,7 +29,7 @@ def render(analysis: Analysis, plots: Sequence[Plot] | None = ()) -> str:
         _section("checks", "Controls and conditions", sections.checks(analysis)),
         _section("tables", "Tables", table.filters(analysis), table.table(analysis)),
         _section("comparisons", "Comparisons", pairs.comparisons(analysis)),
-        _section("plots", "Plots", sections.plots(plots)),
+        _section("plots", "Plots", sections.plots(plots, left_out(analysis))),
         _section("varies", "What varies", sections.varies(analysis)),
         _section("notes", "Notes and failures", sections.notes(analysis)),
     ]

@@ -12,27 +12,17 @@ _HEADS = (
     ("pair", "a against b", "text", "ascending"),
     ("task", "Task", "text", "ascending"),
     ("delta", "a − b", "number", "descending"),
-    ("flips", "Items better / worse", "number", "descending"),
+    ("items", "Items better / worse", "number", "descending"),
     ("chance", "P(a better)", "number", "descending"),
     ("p", "p (Holm)", "number", "ascending"),
     ("words", "In words", "", ""),
 )
-AGAINST = {
-    "dense": "the dense model",
-    "baseline": "the baseline calibration",
-    "method": "another method",
-}
 
 
 def comparisons(analysis: Analysis) -> Markup | None:
     """Return filters and table of all comparisons."""
     if not analysis.comparisons:
         return None
-    hint = (
-        "Differences are paired by draw and item and stand with their 95 % intervals. P(a better)"
-        " is the chance that one draw of a is better than one of b; p is adjusted by Holm"
-        " within a model and level."
-    )
     head = tag("tr", *(_head(*each) for each in _HEADS))
     scales = _scales(analysis)
     rows = [_row(analysis, pair, scales) for pair in analysis.comparisons]
@@ -46,7 +36,7 @@ def comparisons(analysis: Analysis) -> Markup | None:
     )
     region = tag("div", whole, cls="scroll", tabindex=0, role="region", aria_label="Comparisons")
     nothing = tag("p", "No comparison fits these filters.", cls="hint", id="no-pairs", hidden=True)
-    return join([tag("p", hint, cls="hint"), _filters(analysis), region, nothing])
+    return join([tag("p", wording.COMPARISONS, cls="hint"), _filters(analysis), region, nothing])
 
 
 def _filters(analysis: Analysis) -> Markup:
@@ -59,7 +49,7 @@ def _filters(analysis: Analysis) -> Markup:
         )
     kinds = [tag("option", "all", value="")]
     for against in dict.fromkeys(pair.against for pair in analysis.comparisons):
-        kinds.append(tag("option", AGAINST.get(against, against), value=against))
+        kinds.append(tag("option", wording.AGAINST.get(against, against), value=against))
     box = tag("input", type="checkbox", name="resolved", value="1")
     return tag(
         "form",
@@ -101,7 +91,8 @@ def _row(analysis: Analysis, pair: Comparison, scales: dict[tuple[str, str], flo
     task = next(
         (wording.heading(c) for c in analysis.columns if c.task == pair.column), pair.column
     )
-    items = wording.NOTHING if pair.beneficial is None else wording.flips(pair)
+    turns = [tag("small", wording.turns(pair))] if pair.flips else []
+    items = wording.NOTHING if pair.beneficial is None else wording.items(pair)
     cells: list[tuple[float | str | None, list[Markup | str], str]] = [
         (kind, [tag("span", kind, cls=f"verdict {state}")], ""),
         (f"{wording.name(a)} {wording.name(b)}", [*names], ""),
@@ -110,7 +101,7 @@ def _row(analysis: Analysis, pair: Comparison, scales: dict[tuple[str, str], flo
         (pair.beneficial, [items], "num"),
         (pair.probability_better, [wording.percent(pair.probability_better, 0)], "num"),
         (pair.p_holm, [wording.probability(pair.p_holm)], "num"),
-        (None, [pair.words], "words"),
+        (None, [pair.words, *turns], "words"),
     ]
     found = []
     for (key, title, *_), (value, content, cls) in zip(_HEADS, cells, strict=True):

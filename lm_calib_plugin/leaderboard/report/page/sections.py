@@ -33,10 +33,10 @@ def _bold(lead: str) -> Markup | None:
 
 
 def checks(analysis: Analysis) -> Markup | None:
-    """Return controls, and the conditions that all records share."""
+    """Return controls, the conditions of the records, and what columns measure."""
     marks = {True: ("✓", " passed: "), False: ("✗", " failed: "), None: ("–", ": ")}
     controls = []
-    for control in analysis.controls:
+    for control in wording.controls(analysis.controls):
         mark, word = marks[control.passed]
         state = "bad" if control.passed is False else "good" if control.passed else "open"
         controls.append(
@@ -49,9 +49,9 @@ def checks(analysis: Analysis) -> Markup | None:
     parts: list[Markup] = []
     if controls:
         parts.append(tag("ul", *controls, cls="controls"))
-    conditions = [(key, wording.value(found)) for key, found in analysis.conditions.items()]
+    conditions = wording.conditions(analysis)
     if conditions:
-        parts.append(_folded(f"{len(conditions)} conditions shared by all records", conditions))
+        parts.append(_folded(f"{len(conditions)} conditions", conditions))
     columns = [(wording.heading(c), wording.meaning(c)) for c in analysis.columns]
     if columns:
         parts.append(_folded(f"{len(columns)} columns and what they measure", columns))
@@ -63,7 +63,7 @@ def _folded(title: str, pairs: Iterable[tuple[str, str]]) -> Markup:
     return tag("details", tag("summary", title), tag("dl", *rows))
 
 
-def plots(found: Sequence[Plot] | None) -> Markup | None:
+def plots(found: Sequence[Plot] | None, left_out: str = "") -> Markup | None:
     """Return all plots, by kind; figures go with the filters for model and level."""
     if found is None:
         install = tag("code", wording.INSTALL_PLOTS)
@@ -76,6 +76,7 @@ def plots(found: Sequence[Plot] | None) -> Markup | None:
             for plot in own
         ]
         readings = " ".join(dict.fromkeys(plot.reading for plot in own))
+        readings += f" {left_out}" if kind == "ranks" and left_out else ""
         parts.append(
             tag(
                 "div",
@@ -89,12 +90,14 @@ def plots(found: Sequence[Plot] | None) -> Markup | None:
 
 
 def varies(analysis: Analysis) -> Markup | None:
-    """Return shares of the variance and the rankings of single draws, as tables."""
+    """Return shares of the variance, rankings of single draws and how rankings agree."""
     parts = []
     if analysis.shares:
         parts.append(_shares(analysis))
     if analysis.rankings and not analysis.no_ranking:
         parts.append(_rankings(analysis))
+    if analysis.agreements and not analysis.no_ranking:
+        parts.append(_agreements(analysis))
     return join(parts) if parts else None
 
 
@@ -113,12 +116,8 @@ def _shares(analysis: Analysis) -> Markup:
         )
         for s in analysis.shares
     ]
-    estimators = ", ".join(dict.fromkeys(shares.estimator for shares in analysis.shares))
-    hint = (
-        f"Shares of the variance of one draw's score with their 95 % intervals (estimator:"
-        f" {estimators}). Naive: not corrected for the noise of draws, as papers print them."
-    )
-    return join([tag("p", hint, cls="hint"), _plain_table("Shares of the variance", heads, rows)])
+    hint = tag("p", wording.shares(analysis), cls="hint")
+    return join([hint, _plain_table("Shares of the variance", heads, rows)])
 
 
 def _share(shares: Shares, name: str) -> list[Markup | str]:
@@ -156,11 +155,30 @@ def _rankings(analysis: Analysis) -> Markup:
             )
         )
     heads = ["Model, level, fixed", "Task", "By the means", "tau-b", "First stays first"]
-    hint = (
-        "How well the ranking of single draws tells that of the means: expected Kendall tau-b"
-        " (1: always the same, 0: not at all), and how often one draw puts the first row first."
-    )
-    return join([tag("p", hint, cls="hint"), _plain_table("Rankings of single draws", heads, rows)])
+    hint = tag("p", wording.RANKINGS, cls="hint")
+    return join([hint, _plain_table("Rankings of single draws", heads, rows)])
+
+
+def _agreements(analysis: Analysis) -> Markup:
+    parts = [tag("h3", "Do rankings agree?"), tag("p", wording.AGREEMENTS, cls="hint")]
+    for found in analysis.agreements:
+        rows = [
+            tag(
+                "tr",
+                tag("th", name, scope="row"),
+                *(
+                    _cell(other, wording.tau(tau), cls="num")
+                    for other, tau in zip(found.names, taus, strict=True)
+                ),
+                data_model=found.model,
+                data_level=found.level,
+                cls="row",
+            )
+            for name, taus in zip(found.names, found.taus, strict=True)
+        ]
+        title = wording.agreement(found)
+        parts.append(_plain_table(title, [found.over, *found.names], rows, shown=True))
+    return join(parts)
 
 
 def _heading(analysis: Analysis, task: str) -> str:
@@ -171,11 +189,13 @@ def _cell(label: str, *content: Markup | str, cls: str = "") -> Markup:
     return tag("td", tag("div", *content), data_label=label, cls=cls)
 
 
-def _plain_table(caption: str, heads: Sequence[str], rows: Sequence[Markup]) -> Markup:
+def _plain_table(
+    caption: str, heads: Sequence[str], rows: Sequence[Markup], *, shown: bool = False
+) -> Markup:
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in heads)))
     whole = tag(
         "table",
-        tag("caption", tag("span", caption, cls="unseen")),
+        tag("caption", caption if shown else tag("span", caption, cls="unseen")),
         head,
         tag("tbody", *rows),
         cls="cards plain",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -86,8 +87,8 @@ def _sorting(analysis: Analysis) -> Markup | None:
     """Return sorting for screens that have no table heads."""
     if analysis.no_ranking:
         return None
-    options = [tag("option", "rank", value="")]
-    options += [tag("option", f.title, value=f.key) for f in fields(analysis) if f.key != "rank"]
+    options = [tag("option", "as in the report", value="")]
+    options += [tag("option", f.title, value=f.key) for f in fields(analysis)]
     select = tag("select", *options, name="sort")
     return tag("label", tag("span", "Sort by"), select, cls="narrow")
 
@@ -107,13 +108,9 @@ def table(analysis: Analysis) -> Markup:
     sortable = not analysis.no_ranking
     head = tag("tr", *(_head(field, sortable) for field in shown))
     bodies = [_body(analysis, group, shown, place) for place, group in enumerate(groups(analysis))]
-    caption = (
-        "Rows are sorted by the retention of their worst task, then by the geometric mean."
-        " A rank such as 1–3 says that no resolved difference tells more. Sorting stays within a"
-        " model and level."
-        if sortable
-        else "Rows stand as in the grid."
-    )
+    caption = wording.legend(analysis, headline(analysis))
+    if sortable:
+        caption += " Sorting stays within a model and level."
     whole = tag(
         "table",
         tag("caption", caption),
@@ -284,12 +281,12 @@ def _score_field(analysis: Analysis, column: Column, first: bool) -> Field:
         score = row.entry.scores.get(column.task)
         if score is None:
             return None, [wording.NOTHING]
-        mean = tag("b", wording.number(score.mean, column.unit))
+        mean = tag("b", wording.short(score.mean, column.unit))
         parts: list[Markup | str] = [mean]
         if first:
-            bounds = wording.interval(score.low, score.high, column.unit, like=score.mean)
+            bounds = wording.bounds(score, column.unit)
             parts = [tag("div", _forest(score, group, column), mean, cls="lead")]
-            parts.append(tag("small", bounds))
+            parts += [tag("small", bounds)] if bounds else []
         parts.append(tag("small", wording.spread(score, column.unit)))
         return score.mean, parts
 
@@ -302,15 +299,18 @@ def _score_field(analysis: Analysis, column: Column, first: bool) -> Field:
 
 
 def _forest(score: Score, group: Group, column: Column) -> Markup | str:
-    """Draw mean and interval on a scale that all rows of a table share."""
+    """Draw mean and interval on a scale that all rows of a table share; a wide one is of logs."""
     found = [row.entry.scores[column.task] for row in group.rows if column.task in row.entry.scores]
     bounds = [b for s in found for b in (s.low, s.high, s.mean) if b is not None]
-    low, high = min(bounds), max(bounds)
-    if high <= low or high == float("inf"):
+    if not all(map(math.isfinite, bounds)):
+        return ""
+    scale = math.log if wording.is_wide(bounds) else float
+    low, high = scale(min(bounds)), scale(max(bounds))
+    if high <= low:
         return ""
 
     def place(value: float) -> float:
-        return round(3 + 94 * (value - low) / (high - low), 1)
+        return round(3 + 94 * (scale(value) - low) / (high - low), 1)
 
     parts = []
     for row in group.rows:
