@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,11 @@ class Resampling:
         step = max(1, _CHUNK // max(draws, items))
         self._taken = (draws, self._sizes, resamples, seed, step)
 
+    @cached_property
+    def _rows(self) -> Array:
+        """Shares of draws, ``[resamples, draws]``, kept when the items are long forgotten."""
+        return np.concatenate([draws for draws, _ in _taken(*self._taken)]) / self.draws
+
     def parts(self) -> Iterator[tuple[Array, Array]]:
         """Yield shares of draws and weights of items, ``[resamples, draws or items]``, in parts."""
         for taken_draws, taken_items in _taken(*self._taken):
@@ -121,8 +126,7 @@ class Resampling:
         if b is not None:
             each = a - b
             each = np.where(np.abs(each) <= _ROUNDING * np.maximum(abs(a), abs(b)), 0.0, each)
-        rows = np.concatenate([draws for draws, _ in _taken(*self._taken)]) / self.draws
-        rows = expand(rows, self.draws, confidence if expanded else None)
+        rows = expand(self._rows, self.draws, confidence if expanded else None)
         return percentile_interval(value, (rows * each).sum(1), confidence)
 
 

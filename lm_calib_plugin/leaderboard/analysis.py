@@ -23,7 +23,7 @@ from lm_calib_plugin.leaderboard.tables import (
     POINTS,
     Analysis,
 )
-from lm_calib_plugin.leaderboard.variation import heats, rankings, shares
+from lm_calib_plugin.leaderboard.variation import agreements, heats, rankings, shares
 
 NOISE = "implementation noise"
 # Versions that may differ between records, and are told then.
@@ -70,6 +70,7 @@ def analyze(grid: Grid, cells: Sequence[Cell], records: Records) -> Analysis:
         notes=tuple(_notes(board)),
         failures=tuple(found.failures),
         missing=tuple(missing),
+        agreements=tuple(agreements(board)),
     )
 
 
@@ -94,7 +95,8 @@ def _notes(board: Board) -> Iterable[str]:
     units = {s.column.unit for s in board.scales}
     yield (
         "Intervals hold 95 % over draws and items, widened for few draws; sd is the standard "
-        "deviation over draws. p values are adjusted by Holm within a model and level."
+        "deviation over draws. p values are adjusted by Holm within a model and level, and "
+        "verdicts follow them."
     )
     if PERPLEXITY in units:
         yield (

@@ -10,7 +10,9 @@ from lm_calib_plugin.leaderboard.collect import Arm, Collected
 from lm_calib_plugin.leaderboard.grid import Grid
 from lm_calib_plugin.leaderboard.records import Record
 from lm_calib_plugin.leaderboard.scale import Scale, Values, values_of
-from lm_calib_plugin.leaderboard.tables import AVERAGES, COMPRESSED, DENSE
+from lm_calib_plugin.leaderboard.tables import AVERAGES, COMPRESSED, DATA_FREE, DENSE
+
+Draws = tuple[int, ...]
 
 
 class Board:
@@ -30,6 +32,8 @@ class Board:
         self.tables = list(
             dict.fromkeys((arm.model, arm.level) for arm in self.arms if arm.role != DENSE)
         )
+        self._resamplings: dict[tuple[str, int, int], stats.Resampling] = {}
+        self._resampled: dict[tuple[str, int, str, Draws], Any] = {}
 
     def rows(self, model: str, level: str) -> list[Arm]:
         """Return the rows of one table."""
@@ -39,6 +43,43 @@ class Board:
         """Return the score of every draw of a row, as it is worked with."""
         values = self.values[arm.id, scale.column.task]
         return stats.item_scores(values.table, values.weights)
+
+    def resampling(self, arm: Arm, scale: Scale, count: int) -> stats.Resampling:
+        """Return the resamples of a column for a number of draws; all rows have equal items."""
+        values = self.values[arm.id, scale.column.task]
+        items = values.table.shape[1] if values.table.ndim == 2 else 1
+        place = (scale.column.task, count, items)
+        if place not in self._resamplings:
+            self._resamplings[place] = stats.Resampling(count, items, **values.items)
+        return self._resamplings[place]
+
+    def resampled(self, arm: Arm, scale: Scale, draws: Draws, count: int) -> Any:
+        """Return the scores of draws of a row over resampled items, ``[resamples, draws]``.
+
+        Parameters
+        ----------
+        draws
+            Of the row; one may stand for all.
+        count
+            How many draws are resampled.
+        """
+        task = scale.column.task
+        if (task, count, arm.id, draws) not in self._resampled:
+            # Most of the work is that of the items, so it is done for many rows at a time.
+            wanted = {(arm.id, draws): None}
+            for other in self.arms:
+                labels = self.values[other.id, task].labels
+                if len(labels) == count:
+                    wanted[other.id, labels] = None
+                if other.role in (DENSE, DATA_FREE):
+                    wanted[other.id, labels[:1]] = None
+            keys = [key for key in wanted if (task, count, *key) not in self._resampled]
+            tables = [self.values[id, task].of(labels) for id, labels in keys]
+            tables = [t if t.ndim == 2 else t[:, None] for t in tables]
+            found = self.resampling(arm, scale, count).scores(tables)
+            for key, scores in zip(keys, found, strict=True):
+                self._resampled[(task, count, *key)] = scores
+        return self._resampled[task, count, arm.id, draws]
 
     def means(self, arm: Arm, unit: str) -> dict[str, float]:
         """Return the mean scores of a row in the tasks of a unit."""

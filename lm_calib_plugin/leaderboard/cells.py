@@ -166,6 +166,8 @@ def cells_of(grid: Grid) -> list[Cell]:
     UserError
         When method, level and calibration of a cell do not go together; what to exclude is named.
     """
+    for fields in grid.methods.values():
+        registry.find_method(str(fields["method"]))
     found: list[Cell] = []
     for model in grid.models:
         compressed = list(_compressed(grid, model))

@@ -9,7 +9,7 @@ from typing import Any
 from lm_calib_plugin import comparison as stats
 from lm_calib_plugin.leaderboard.board import Board
 from lm_calib_plugin.leaderboard.collect import Arm
-from lm_calib_plugin.leaderboard.scale import Scale, Values
+from lm_calib_plugin.leaderboard.scale import Scale
 from lm_calib_plugin.leaderboard.tables import POINTS, Entry, Kept, Score
 from lm_calib_plugin.recipe import Recipe
 
@@ -56,8 +56,8 @@ def _score(board: Board, arm: Arm, scale: Scale) -> Score:
     mean = scale.shown(float(each.mean()))
     error = None
     if values.table.ndim == 2:
-        error = stats.item_error(values.table, weights=values.weights)
-    interval = _interval(values)
+        error = stats.item_error(values.table, **values.items)
+    interval = _interval(board, arm, scale, float(each.mean()))
     spread = stats.draw_spread(shown).sd if len(shown) > 1 else None
     return Score(
         tuple(shown),
@@ -69,11 +69,14 @@ def _score(board: Board, arm: Arm, scale: Scale) -> Score:
     )
 
 
-def _interval(values: Values) -> stats.Interval | None:
+def _interval(board: Board, arm: Arm, scale: Scale, mean: float) -> stats.Interval | None:
     """Return the interval over draws and items; None where neither can vary."""
-    if values.table.ndim == 1 and len(values.labels) < 2:
+    values = board.values[arm.id, scale.column.task]
+    count = len(values.labels)
+    if values.table.ndim == 1 and count < 2:
         return None
-    return stats.two_level_bootstrap(values.table, weights=values.weights, expanded=True)
+    scores = board.resampled(arm, scale, values.labels, count)
+    return board.resampling(arm, scale, count).interval(mean, scores)
 
 
 def _kept(board: Board, arm: Arm) -> Kept | None:

@@ -33,6 +33,7 @@ from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.leaderboard.cells import Cell
 from lm_calib_plugin.leaderboard.local import place_of
 from lm_calib_plugin.leaderboard.records import DONE, FAILED, NAME_LENGTH, Record, without_times
+from lm_calib_plugin.leaderboard.requests import SharedRequests
 from lm_calib_plugin.leaderboard.scores import task_result
 from lm_calib_plugin.storage import digest, own_version, version_of
 
@@ -104,6 +105,7 @@ class Bench:
         seconds: dict[str, float] = {}
         with _timed(seconds, "tasks"):
             tasks = self._loaded_tasks(cell)
+            tasks.requests.serve(digest(dict(cell.loading)))
         with _timed(seconds, "model"):
             model = self._model(cell, seconds)
         with _timed(seconds, "evaluation"), _environment_once():
@@ -196,6 +198,7 @@ class LoadedTasks:
     objects: list[Any]
     parts: dict[str, tuple[list[str], bool]]
     manager: Any
+    requests: SharedRequests
 
 
 def load_tasks(names: tuple[str, ...], include: str | None) -> LoadedTasks:
@@ -216,7 +219,9 @@ def load_tasks(names: tuple[str, ...], include: str | None) -> LoadedTasks:
     unknown += [name for name in files if not Path(name).is_file()]
     if unknown:
         raise UserError("tasks", f"not found: {listed(unknown)}", "see lm_eval ls tasks")
-    found = LoadedTasks([], {}, manager)
+    objects: list[Any] = []
+    parts: dict[str, tuple[list[str], bool]] = {}
+    single: list[Any] = []
     for name in names:
         loaded = manager.load([load_yaml(name) if name in files else name])
         groups = loaded["groups"]
@@ -231,10 +236,11 @@ def load_tasks(names: tuple[str, ...], include: str | None) -> LoadedTasks:
                 "tasks, and groups with aggregate_metric_list",
                 f"name its tasks instead: {listed(leaves)}",
             )
-        found.objects.extend(top or loaded["tasks"].values())
+        objects.extend(top or loaded["tasks"].values())
+        single.extend(loaded["tasks"].values())
         kinds = {task.OUTPUT_TYPE for task in loaded["tasks"].values()}
-        found.parts[name] = (leaves, kinds == {"multiple_choice"})
-    return found
+        parts[name] = (leaves, kinds == {"multiple_choice"})
+    return LoadedTasks(objects, parts, manager, SharedRequests(single))
 
 
 def failed(cell: Cell, error: str, seconds: float = 0.0) -> Record:

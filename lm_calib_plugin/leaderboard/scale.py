@@ -14,7 +14,14 @@ from lm_calib_plugin.comparison import POINTS as IN_POINTS
 from lm_calib_plugin.comparison import Units
 from lm_calib_plugin.errors import UserError, listed, nearest
 from lm_calib_plugin.leaderboard.collect import Arm
-from lm_calib_plugin.leaderboard.records import EXPONENTIAL, Metric, TaskResult
+from lm_calib_plugin.leaderboard.records import (
+    EXPONENTIAL,
+    NAME_LENGTH,
+    Metric,
+    Record,
+    TaskResult,
+)
+from lm_calib_plugin.leaderboard.scores import TOLERANCE, score_of
 from lm_calib_plugin.leaderboard.tables import (
     AVERAGE,
     AVERAGE_PERPLEXITY,
@@ -36,12 +43,19 @@ class Values:
     """Scores of one row in one column: ``[draws, items]``, or ``[draws]`` without items.
 
     They are shares for points, nats for perplexities, else the metric itself; ``weights`` is
-    ``[items]``. ``labels`` are the draws.
+    ``[items]``. ``labels`` are the draws. ``strata`` is the task of each item, ``[items]``, in
+    columns over several tasks, which are fixed blocks: other items would come from the same tasks.
     """
 
     table: Array
     weights: Array | None
     labels: tuple[int, ...]
+    strata: NDArray[np.int64] | None = None
+
+    @property
+    def items(self) -> dict[str, Any]:
+        """Weights and strata, as the functions of ``comparison`` take them."""
+        return {"weights": self.weights, "strata": self.strata}
 
     def of(self, draws: Sequence[int]) -> Array:
         """Return the rows of some draws."""
@@ -50,11 +64,16 @@ class Values:
 
 @dataclass(frozen=True)
 class Scale:
-    """A column, and how its numbers are worked with and shown."""
+    """A column, and how its numbers are worked with and shown.
+
+    ``reference`` is the metric of the first record (that of the dense row, where there is one): all
+    records make their scores of items as it does. None for averages.
+    """
 
     column: Column
     exponential: bool
     units: Units
+    reference: Metric | None = None
 
     @property
     def lower_is_better(self) -> bool:
@@ -133,7 +152,7 @@ def _scale(task: str, result: TaskResult, asked: str | None, chance: float | Non
         # Only what guessing scores in this metric.
         (guess if share and (chance is not None or name.startswith("acc")) else None),
     )
-    return Scale(column, unit == PERPLEXITY, units)
+    return Scale(column, unit == PERPLEXITY, units, metric)
 
 
 def _is_share(metric: Metric) -> bool:
@@ -143,23 +162,36 @@ def _is_share(metric: Metric) -> bool:
 
 
 def values_of(arm: Arm, scale: Scale, scales: Sequence[Scale]) -> Values:
-    """Return the scores of a row in a column."""
+    """Return the scores of a row in a column.
+
+    Raises
+    ------
+    UserError
+        For a record whose items do not make its score as those of the reference do; it is named.
+    """
     labels = tuple(sorted(arm.records))
     if scale.column.task in AVERAGES:
         return _averaged(arm, scale, scales, labels)
-    metrics = [_metric(arm.records[draw].tasks, scale.column) for draw in labels]
-    if any(metric.items is None for metric in metrics):
-        return Values(np.array([metric.value for metric in metrics]), None, labels)
-    weights = metrics[0].weights
+    records = [arm.records[draw] for draw in labels]
+    reference = scale.reference
+    if reference is None or reference.items is None:
+        values = [_metric(record, scale.column).value for record in records]
+        return Values(np.array(values), None, labels)
+    weights = reference.weights
     return Values(
-        np.array([metric.items for metric in metrics], dtype=np.float64),
+        np.array([_items(record, scale.column, reference) for record in records]),
         None if weights is None else np.array(weights, dtype=np.float64),
         labels,
     )
 
 
 def _averaged(arm: Arm, scale: Scale, scales: Sequence[Scale], labels: tuple[int, ...]) -> Values:
-    """Put the items of all tasks side by side; every task weighs the same in sum."""
+    """Put the items of all tasks side by side; every task weighs the same in sum.
+
+    Tasks are the strata. A group of tasks such as ``mmlu`` counts as one: records do not say which
+    of its items belongs to which task, so that in its own column, too, differences between its
+    tasks count as noise of the items, and intervals are too long rather than too short.
+    """
     parts = [
         values_of(arm, s, scales)
         for s in scales
@@ -171,9 +203,45 @@ def _averaged(arm: Arm, scale: Scale, scales: Sequence[Scale], labels: tuple[int
     for part in parts:
         own = np.ones(part.table.shape[1]) if part.weights is None else part.weights
         weights.append(own / own.sum())
-    return Values(np.concatenate([p.table for p in parts], 1), np.concatenate(weights), labels)
+    sizes = [part.table.shape[1] for part in parts]
+    return Values(
+        np.concatenate([p.table for p in parts], 1),
+        np.concatenate(weights),
+        labels,
+        np.repeat(np.arange(len(parts)), sizes),
+    )
 
 
-def _metric(tasks: Mapping[str, Any], column: Column) -> Metric:
-    found: Metric = tasks[column.task].metrics[column.metric]
-    return found
+def _metric(record: Record, column: Column) -> Metric:
+    metrics = record.tasks[column.task].metrics
+    if column.metric not in metrics:
+        raise _refused(record, column, f"has no {column.metric}")
+    return metrics[column.metric]
+
+
+def _items(record: Record, column: Column, reference: Metric) -> Array:
+    """Return the items of a record; how they make the score is what they do in the reference.
+
+    That was found for each record by itself, from numbers: items that are all equal may make their
+    score in several ways, and count as made in that of the reference where it gives their score.
+    """
+    metric = _metric(record, column)
+    if metric.items is None:
+        raise _refused(record, column, "does not say how its items make the score")
+    if len(metric.items) != len(reference.items or ()):
+        raise _refused(record, column, f"has {len(metric.items)} items")
+    if (metric.form, metric.weights) != (reference.form, reference.weights):
+        score = score_of(reference.form, metric.items, reference.weights)
+        if not math.isclose(score, metric.value, rel_tol=TOLERANCE, abs_tol=1e-12):
+            raise _refused(record, column, "adds its items up in another way")
+    return np.array(metric.items, dtype=np.float64)
+
+
+def _refused(record: Record, column: Column, what: str) -> UserError:
+    items = f"{column.items} items" if column.items is not None else "scores"
+    return UserError(
+        "records",
+        f"{record.key[:NAME_LENGTH]} ({record.cell['title']}) {what} in {column.task}",
+        f"{items} of one kind are needed in every record of {column.metric}",
+        f"delete {record.key[:NAME_LENGTH]}.json and run the grid again",
+    )

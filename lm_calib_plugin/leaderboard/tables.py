@@ -110,8 +110,8 @@ class Comparison:
     ``harmful`` are the shares of paired items on which a is better and worse, ``p`` the p value and
     ``p_holm`` that after Holm over the table. ``probability_better`` is P(one draw of a beats one
     of b). ``verdict`` is a short kind, ``words`` the sentence for people, and ``more_draws`` how
-    many more draws would resolve it, where that can be said. ``flips``: whether draws that both
-    have disagree on the winner; None where no two draws are paired.
+    many more draws would resolve it, where that can be said. ``flips``: whether paired draws
+    disagree on the winner (a data-free arm stands beside every draw); None for fewer than two.
     """
 
     a: str

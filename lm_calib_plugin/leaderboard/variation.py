@@ -12,9 +12,11 @@ from lm_calib_plugin.leaderboard.board import Board
 from lm_calib_plugin.leaderboard.collect import Arm
 from lm_calib_plugin.leaderboard.scale import Scale
 from lm_calib_plugin.leaderboard.tables import (
+    AVERAGES,
     DATA_FREE,
     PERPLEXITY,
     POINTS,
+    Agreement,
     Heat,
     Ranking,
     Share,
@@ -23,14 +25,18 @@ from lm_calib_plugin.leaderboard.tables import (
 
 
 def rankings(board: Board) -> list[Ranking]:
-    """Return the rankings of calibrations for each method, and of methods for each calibration."""
+    """Return the rankings of calibrations for each method, and of methods for each calibration.
+
+    Where a row has one draw, nobody knows what another would rank: there is no ranking then.
+    """
     found = []
     for of in (lambda a: a.method, lambda a: a.calibration):
         for model, level, fixed, arms in board.groups(of):
             if len(arms) < 2:
                 continue
             for scale in board.headline():
-                found.append(_ranking(board, model, level, fixed, arms, scale))
+                if all(len(arm.records) > 1 for arm in arms):
+                    found.append(_ranking(board, model, level, fixed, arms, scale))
     return found
 
 
@@ -42,16 +48,52 @@ def _ranking(
     order = sorted(range(len(arms)), key=lambda i: -float(draws[i].mean()))
     draws = [draws[i] for i in order]
     differ = len({float(d.mean()) for d in draws}) > 1
-    several = all(len(d) > 1 for d in draws)
     return Ranking(
         model,
         level,
         fixed,
         scale.column.task,
         tuple(arms[i].id for i in order),
-        stats.expected_tau(draws) if differ and several else None,
+        stats.expected_tau(draws) if differ else None,
         tuple(tuple(float(x) for x in row) for row in stats.rank_stability(draws)),
     )
+
+
+def agreements(board: Board) -> list[Agreement]:
+    """Return how alike tasks, and levels, rank the calibrations of each method."""
+    found = []
+    tasks = [s for s in board.scales if s.column.task not in AVERAGES]
+    by_method: dict[tuple[str, str], dict[str, list[Arm]]] = {}
+    for model, level, method, arms in board.groups(lambda a: a.method):
+        by_method.setdefault((model, method), {})[level] = arms
+        scores = [[_mean(board, arm, scale) for scale in tasks] for arm in arms]
+        names = tuple(scale.column.task for scale in tasks)
+        found += _agreement(model, level, method, "tasks", names, scores)
+    main = board.headline()[0]
+    for (model, method), levels in by_method.items():
+        each = [{a.calibration: a for a in arms} for arms in levels.values()]
+        # Those that every level has.
+        shared = [name for name in each[0] if all(name in arms for arms in each)]
+        scores = [[_mean(board, arms[name], main) for arms in each] for name in shared]
+        found += _agreement(model, "", method, "levels", tuple(levels), scores)
+    return found
+
+
+def _mean(board: Board, arm: Arm, scale: Scale) -> float:
+    """Return the mean score of a row, more being better."""
+    mean = float(board.each(arm, scale).mean())
+    return mean if scale.column.higher_is_better else -mean
+
+
+def _agreement(
+    model: str, level: str, fixed: str, over: str, names: tuple[str, ...], scores: Any
+) -> list[Agreement]:
+    if len(scores) < 2 or len(names) < 2:
+        return []
+    taus = stats.tau_between(scores)
+    # A column whose rows all tie ranks nothing.
+    rows = tuple(tuple(None if np.isnan(t) else float(t) for t in row) for row in taus)
+    return [Agreement(model, level, fixed, over, names, rows)]
 
 
 def shares(board: Board) -> list[Shares]:

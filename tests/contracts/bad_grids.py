@@ -76,13 +76,11 @@ GRIDS = [
     case("method_unknown", "method", "did you mean `wanda`?", methods=["wnada"]),
     case("method_none", "methods.m", "got {'method': None}", methods={"m": {"method": None}}),
     case("level_unknown", "levels", "got 'half'", "50%, 2:4, W3", levels=["half"]),
-    case(
-        "level_too_many_bits", "wanda W3 c4", "bits", "exclude: [{level: W3", levels=["50%", "W3"]
-    ),
+    case("level_too_many_bits", "wanda W3", "bits", "exclude: [{level: W3", levels=["50%", "W3"]),
     case("calibration_none", "calibrations.c4", "got None", calibrations={"c4": None}),
     case("calibration_unknown", "wanda 50% c5", "c5", "exclude:", calibrations=["c5"]),
     case("recipe_list", "recipe", "got [1]", "`name: value` lines", recipe=[1]),
-    case("recipe_unknown_field", "wanda 50% c4", "nsamples", "exclude:", recipe={"nsample": 8}),
+    case("recipe_unknown_field", "wanda 50%", "nsamples", "exclude:", recipe={"nsample": 8}),
     case("draws_zero", "draws", ">= 1", draws=0),
     case("draws_fraction", "draws", "whole number", draws=1.5),
     case("draws_none", "draws", "got []", "different seeds", draws=[]),
@@ -119,7 +117,7 @@ GRIDS = [
     ),
     case(
         "override_field",
-        "wanda 50% c4",
+        "wanda 50%",
         "nsamples",
         overrides=[{"where": {"method": "wanda"}, "set": {"nsample": 4}}],
     ),

@@ -298,3 +298,30 @@ def test_a_method_without_data_that_was_asked_for_is_judged(tmp_path: Path) -> N
     low = shortfalls(analysis, read_gates(["recovery=0.99"]), made.methods)
     assert low == ["tiny 50% magnitude none: recovery 0.5556 is below 0.99"]
     assert shortfalls(analysis, read_gates(["recovery=0.1"]), ["wanda"]) == ["no row to be judged"]
+
+
+def test_methods_are_compared_with_the_first_that_is_at_a_level(tmp_path: Path) -> None:
+    made = grid(
+        methods=["wanda", "sparsegpt", "dsnot"],
+        levels=["50%", "60%"],
+        exclude=[{"method": "wanda", "level": "60%"}],
+        tasks=["quiz"],
+    )
+    pairs = {(c.a, c.b) for c in said(tmp_path, made).comparisons if c.against == "method"}
+    assert ("tiny 60% dsnot self", "tiny 60% sparsegpt self") in pairs
+    assert ("tiny 60% magnitude none", "tiny 60% sparsegpt c4") in pairs
+    assert ("tiny 50% sparsegpt self", "tiny 50% wanda self") in pairs
+    assert not any("sparsegpt" in b for a, b in pairs if "50%" in a)
+
+
+def test_methods_without_data_are_compared_with_each_other(tmp_path: Path) -> None:
+    made = grid(
+        methods=["rtn", "hqq"],
+        levels=["W3"],
+        tasks=["quiz"],
+        recipe={},
+        calibrations=None,
+        baseline=None,
+    )
+    pairs = {(c.a, c.b) for c in said(tmp_path, made).comparisons if c.against == "method"}
+    assert pairs == {("tiny W3 hqq none", "tiny W3 rtn none")}

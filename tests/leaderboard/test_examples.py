@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,16 @@ def test_the_grid_of_the_guide_is_one() -> None:
 def test_the_guide_names_every_grid() -> None:
     for path in GRIDS:
         assert f"examples/leaderboards/{path.name})" in GUIDE
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_the_commands_in_comments_are_understood(path: Path) -> None:
+    comments = [c[1:] for c in path.read_text(encoding="utf-8").splitlines() if c.startswith("#")]
+    text = "\n".join(comments).replace("\\\n", " ")
+    lines = re.findall(r"lm-calib leaderboard run .*", text)
+    assert lines
+    for line in lines:
+        words = shlex.split(line)
+        assert words[3] == f"examples/leaderboards/{path.name}"
+        changes = [words[n + 1] for n, word in enumerate(words) if word == "--set"]
+        assert cells_of(read_grid(path, changes))

@@ -101,6 +101,23 @@ def test_a_cell_does_not_depend_on_those_before_it(
         assert lasting(bench.measure(cells[n])) == lasting(records[n])
 
 
+def test_requests_are_built_once_and_asked_without_old_answers(
+    cells: list[Cell], tmp_path: Path
+) -> None:
+    bench = Bench(tmp_path)
+    first, second, again = (bench.measure(cell) for cell in (cells[0], cells[1], cells[0]))
+    assert bench._tasks is not None
+    shared = bench._tasks[1].requests
+    assert shared.built == len(
+        {leaf for leaves, _ in bench._tasks[1].parts.values() for leaf in leaves}
+    )
+    assert lasting(first) == lasting(again)
+    assert first.tasks != second.tasks
+    shared.serve("another model")
+    bench.measure(cells[0])
+    assert shared.built > len(bench._tasks[1].parts)
+
+
 def test_scores_are_those_of_the_command_that_is_printed(
     cells: list[Cell], records: list[Record], tmp_path: Path
 ) -> None:
