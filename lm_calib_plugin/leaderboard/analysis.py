@@ -95,8 +95,8 @@ def _notes(board: Board) -> Iterable[str]:
     units = {s.column.unit for s in board.scales}
     yield (
         "Intervals hold 95 % over draws and items, widened for few draws; sd is the standard "
-        "deviation over draws. p values are adjusted by Holm within a model and level, and "
-        "verdicts follow them."
+        "deviation over draws. p values are adjusted by Holm within a model, level, column and "
+        "kind of partner, and verdicts follow them."
     )
     if PERPLEXITY in units:
         yield (

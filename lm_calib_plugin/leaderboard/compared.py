@@ -22,8 +22,8 @@ RESOLVED, ON_AVERAGE = "resolved_", "_on_average"
 def comparisons(board: Board) -> list[Comparison]:
     """Return every row against dense, the baseline and the first method, in every column.
 
-    p values are adjusted within a model and level, and nothing is resolved that they do not
-    resolve.
+    p values are adjusted within a list that is read as one: those of a model and level, against
+    one kind of partner, in one column. Nothing is resolved that they do not resolve.
     """
     found: list[Comparison] = []
     # Column by column, as all comparisons of one share their resamples.
@@ -48,12 +48,24 @@ def comparisons(board: Board) -> list[Comparison]:
     return found
 
 
+def _holm(table: list[Comparison]) -> list[tuple[float | None, int]]:
+    """Return the adjusted p value of each comparison, and over how many it was adjusted."""
+    lists: dict[tuple[str, str], list[int]] = {}
+    for number, one in enumerate(table):
+        lists.setdefault((one.against, one.column), []).append(number)
+    found: list[tuple[float | None, int]] = [(None, 0)] * len(table)
+    for numbers in lists.values():
+        adjusted = stats.holm([table[number].p for number in numbers])
+        tested = sum(p is not None for p in adjusted)
+        for number, p in zip(numbers, adjusted, strict=True):
+            found[number] = p, tested
+    return found
+
+
 def _adjusted(table: list[Comparison]) -> list[Comparison]:
     """Return comparisons with p values after Holm, and verdicts that do not say more than they."""
-    adjusted = stats.holm([one.p for one in table])
-    tested = sum(p is not None for p in adjusted)
     found = []
-    for one, p in zip(table, adjusted, strict=True):
+    for one, (p, tested) in zip(table, _holm(table), strict=True):
         one = replace(one, p_holm=p)
         if p is not None and p >= ALPHA:
             over = f"not resolved after Holm over {tested} comparisons (p = {p:.2f})"

@@ -32,7 +32,8 @@ AGAINST = {
 COMPARISONS = (
     "Differences are paired by draw and item and stand with their 95 % intervals in brackets."
     " Better / worse: the items on which a is better and worse. P(a better): the chance that one"
-    " draw of a is better than one of b. p is adjusted by Holm within a model and level."
+    " draw of a is better than one of b. p is adjusted by Holm within"
+    " a model, level, column and kind of partner."
 )
 AGREEMENTS = (
     "Whether tasks, and levels, rank the calibrations of a method alike, by the means over draws:"
