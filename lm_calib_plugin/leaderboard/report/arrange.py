@@ -91,9 +91,14 @@ def groups(analysis: Analysis) -> tuple[Group, ...]:
 
 def headline(analysis: Analysis) -> Column | None:
     """Return the column that ranks are told by: an average of tasks, else the first one."""
+    return next(iter(summed(analysis)), None)
+
+
+def summed(analysis: Analysis) -> list[Column]:
+    """Return the columns that sum up tasks, of points first; the first task where none does."""
     by_name = {column.task: column for column in analysis.columns}
     named = [by_name[name] for name in AVERAGES if name in by_name]
-    return next(iter([*named, *analysis.columns]), None)
+    return named or list(analysis.columns[:1])
 
 
 def is_resolved(comparison: Comparison) -> bool:

@@ -7,8 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lm_calib_plugin.leaderboard.report import wording
-from lm_calib_plugin.leaderboard.report.arrange import Group, Row, groups, headline, is_resolved
-from lm_calib_plugin.leaderboard.tables import NULL, Analysis, Comparison, Share
+from lm_calib_plugin.leaderboard.report.arrange import (
+    Group,
+    Row,
+    groups,
+    headline,
+    is_resolved,
+    summed,
+)
+from lm_calib_plugin.leaderboard.tables import NULL, Analysis, Column, Comparison, Share
 
 PARTS = {
     "source": "source",
@@ -43,10 +50,14 @@ def says(analysis: Analysis) -> list[Sentence]:
     if analysis.no_ranking:
         return []
     found = [Sentence(group.title, _leaders(analysis, group)) for group in groups(analysis)]
+    columns = summed(analysis)
     for against in ("baseline", "method", "dense"):
-        found.append(Sentence("", _differences(analysis, against)))
+        for column in columns:
+            text = _differences(analysis, against, column, len(columns) > 1)
+            found.append(Sentence("", text))
     models = dict.fromkeys(shares.model for shares in analysis.shares)
-    found += [Sentence(model, _varies(analysis, model)) for model in models]
+    for column in columns:
+        found += [Sentence(model, _varies(analysis, model, column)) for model in models]
     return [sentence for sentence in found if sentence.text]
 
 
@@ -149,21 +160,23 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _headline_pairs(analysis: Analysis, against: str = "") -> list[Comparison]:
-    column = headline(analysis)
+def _pairs_of(analysis: Analysis, column: Column, against: str = "") -> list[Comparison]:
     return [
         pair
         for pair in analysis.comparisons
-        if column is not None and pair.column == column.task and against in ("", pair.against)
+        if pair.column == column.task and against in ("", pair.against)
     ]
 
 
-def _differences(analysis: Analysis, against: str) -> str:
-    pairs = _headline_pairs(analysis, against)
+def _differences(analysis: Analysis, against: str, column: Column, several: bool) -> str:
+    """Tell how many differences are resolved in a column; it is named where there are several."""
+    pairs = _pairs_of(analysis, column, against)
     sure = [pair for pair in pairs if is_resolved(pair)]
     if not pairs:
         return ""
-    total = f"{len(sure)} of {_count(len(pairs), 'difference')} from {wording.AGAINST[against]}"
+    where = f"In {wording.heading(column)}, " if several else ""
+    total = f"{where}{len(sure)} of {_count(len(pairs), 'difference')} from"
+    total += f" {wording.AGAINST[against]}"
     verb = "is" if len(sure) == 1 else "are"
     if not sure or against == "dense":
         return f"{total} {verb} resolved."
@@ -175,18 +188,17 @@ def _differences(analysis: Analysis, against: str) -> str:
     )
 
 
-def _varies(analysis: Analysis, model: str) -> str:
+def _varies(analysis: Analysis, model: str, column: Column) -> str:
     """Tell the two largest shares of the variance, level by level."""
-    column = headline(analysis)
     levels = []
     for shares in analysis.shares:
-        if column is None or (shares.model, shares.column) != (model, column.task):
+        if (shares.model, shares.column) != (model, column.task):
             continue
         order = sorted(shares.parts, key=lambda part: -shares.parts[part].value)
         texts = [f"{PARTS.get(part, part)} {_share(shares.parts[part])}" for part in order[:2]]
         if texts:
             levels.append(" and ".join(texts) + (f" at {shares.level}" if shares.level else ""))
-    if column is None or not levels:
+    if not levels:
         return ""
     name = wording.heading(column)
     return f"of the variance of one draw's {name}, {'; '.join(levels)} (95 % intervals)."
@@ -200,7 +212,7 @@ def _share(share: Share) -> str:
 
 
 def _open(analysis: Analysis) -> str:
-    pairs = _headline_pairs(analysis)
+    pairs = [pair for column in summed(analysis) for pair in _pairs_of(analysis, column)]
     unsure = [pair for pair in pairs if not is_resolved(pair)]
     if not unsure:
         return ""
