@@ -28,6 +28,7 @@ HARNESS = (
     "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs", "seed",
     "confirm_run_unsafe_code",
 )  # fmt: skip
+SECRET = ("token", "proxies")
 SEEDS = 4  # of random, numpy, torch and the choice of shots
 CONTROLS = ("data_free", "repeat", "null")
 DEFAULT_NULL = "null:random"
@@ -160,6 +161,14 @@ def check_grid(content: Mapping[str, Any], name: str = "leaderboard") -> Grid:
     for model, arguments in grid.models.items():
         if not arguments.get("pretrained"):
             raise UserError(f"models.{model}", "has no pretrained", "a hub name or a folder")
+        for name in SECRET:
+            if arguments.get(name):
+                raise UserError(
+                    f"models.{model}.{name}",
+                    "would stand in records, reports and commands",
+                    "log in with `hf auth login`, or set HF_TOKEN",
+                    "drop it",
+                )
     if grid.baseline is not None and grid.baseline not in grid.calibrations:
         names = grid.calibrations
         raise UserError(

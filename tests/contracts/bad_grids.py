@@ -80,6 +80,13 @@ GRIDS = [
     case("calibration_none", "calibrations.c4", "got None", calibrations={"c4": None}),
     case("calibration_unknown", "wanda 50% c5", "c5", "exclude:", calibrations=["c5"]),
     case("recipe_list", "recipe", "got [1]", "`name: value` lines", recipe=[1]),
+    case(
+        "model_token",
+        "models.m.token",
+        "records",
+        "HF_TOKEN",
+        models={"m": {"pretrained": "org/m", "token": "hf_secret"}},
+    ),
     case("recipe_unknown_field", "wanda 50%", "nsamples", "exclude:", recipe={"nsample": 8}),
     case("draws_zero", "draws", ">= 1", draws=0),
     case("draws_fraction", "draws", "whole number", draws=1.5),

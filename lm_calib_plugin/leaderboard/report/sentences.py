@@ -177,7 +177,7 @@ def _differences(analysis: Analysis, against: str, column: Column, several: bool
     where = f"In {wording.heading(column)}, " if several else ""
     total = f"{where}{len(sure)} of {_count(len(pairs), 'difference')} from"
     total += f" {wording.AGAINST[against]}"
-    verb = "is" if len(sure) == 1 else "are"
+    verb = "is" if 1 in (len(sure), len(pairs)) else "are"
     if not sure or against == "dense":
         return f"{total} {verb} resolved."
     largest = max(sure, key=lambda pair: abs(pair.delta))
