@@ -12,7 +12,7 @@ import pytest
 from lm_calib_plugin import bank_commands, calibrate, preflight
 from lm_calib_plugin.cli import main
 from lm_calib_plugin.export import bitmask, command, look
-from lm_calib_plugin.leaderboard import analysis, report, start, verify
+from lm_calib_plugin.leaderboard import analysis, gate, report, start, verify
 from lm_calib_plugin.leaderboard.tables import Analysis
 from tests.tiny import saved_model
 
@@ -87,6 +87,7 @@ def test_the_command_about_leaderboards_is_understood(
     monkeypatch.setattr(report, "write_report", note)
     monkeypatch.setattr(analysis, "analyze", lambda *given: Analysis("", "", (), ()))
     monkeypatch.setattr(verify, "chosen", lambda *given, **options: [])
+    monkeypatch.setattr(gate, "shortfalls", lambda *given: [])
     with pytest.raises(SystemExit) as ended:
         main(shlex.split(line)[1:])
     assert ended.value.code in (None, 0)

@@ -82,6 +82,7 @@ def test_failed_cells_are_1_until_they_are_run_again(
     assert lm_calib(capsys, "run", "grid.yaml", "--quiet", "--retry-failed")[0] == 0
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_who_is_stopped_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int, code: int

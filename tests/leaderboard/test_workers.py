@@ -173,6 +173,7 @@ def test_workers_end_when_their_parent_is_killed_and_nothing_is_done_twice(tmp_p
     assert sorted(again) == sorted(c.key for c in cells if c.key not in done)
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_ends_workers_in_order(tmp_path: Path) -> None:
     slow = command(tmp_path, "time.sleep(30)")
     parent = subprocess.Popen(
