@@ -94,6 +94,14 @@ class Record:
         """
         try:
             data = path.read_bytes()
+        except OSError as error:
+            raise _unusable(str(path), error) from None
+        return cls.from_bytes(data, str(path))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, place: str) -> Record:
+        """Read the content of a file; ``place`` names it in the error of :meth:`from_file`."""
+        try:
             content = check_record(json_object(data), data)
             version = content.pop("record_version", None)
             if version != RECORD_VERSION:
@@ -105,11 +113,8 @@ class Record:
                 for name, task in content["tasks"].items()
             }
             return cls(**content)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                str(path), f"cannot be used ({error})", "a record as it was written",
-                "delete it; its cell is then run again",
-            ) from None  # fmt: skip
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _unusable(place, error) from None
 
 
 def without_times(value: Any) -> Any:
@@ -117,6 +122,15 @@ def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: without_times(v) for k, v in value.items() if not k.endswith(TIMES)}
     return [without_times(one) for one in value] if isinstance(value, list) else value
+
+
+def _unusable(place: str, error: Exception) -> UserError:
+    return UserError(
+        place,
+        f"cannot be used ({error})",
+        "a record as it was written",
+        "delete it; its cell is then run again",
+    )
 
 
 class Records:
