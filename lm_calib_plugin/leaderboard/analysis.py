@@ -21,13 +21,12 @@ from lm_calib_plugin.leaderboard.tables import (
     DENSE,
     PERPLEXITY,
     POINTS,
+    VERSIONED,
     Analysis,
 )
 from lm_calib_plugin.leaderboard.variation import agreements, heats, rankings, shares
 
 NOISE = "implementation noise"
-# Versions that may differ between records, and are told then.
-VERSIONED = ("lm-calib-plugin", "torch", "transformers", "datasets")
 
 
 def analyze(grid: Grid, cells: Sequence[Cell], records: Records) -> Analysis:

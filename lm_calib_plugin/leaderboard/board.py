@@ -86,10 +86,7 @@ class Board:
         found = {}
         for scale in self.scales:
             if scale.column.unit == unit and scale.column.task not in AVERAGES:
-                values = self.values[arm.id, scale.column.task]
-                found[scale.column.task] = float(
-                    stats.item_scores(values.table, values.weights).mean()
-                )
+                found[scale.column.task] = float(self.each(arm, scale).mean())
         return found
 
     def chance(self) -> dict[str, float]:

@@ -26,6 +26,7 @@ from lm_calib_plugin.leaderboard.claims import TRIALS
 from lm_calib_plugin.leaderboard.local import cells_from, cells_text, run_cells, waiting
 from lm_calib_plugin.leaderboard.progress import Bar
 from lm_calib_plugin.leaderboard.records import Records
+from lm_calib_plugin.leaderboard.workers import bench
 from lm_calib_plugin.storage import write_text
 
 DEFAULTS = {"CPU": 1.0, "GPU": 1.0}
@@ -174,10 +175,7 @@ def take(texts: Iterable[str], cells: Sequence[Cell], records: Records) -> None:
 
     keys = {cell.key for cell in cells}
     for text in texts:
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / "record.json"
-            path.write_text(text, encoding="utf-8")
-            record = Record.from_file(path)
+        record = Record.from_bytes(text.encode(), "ray")
         if record.key not in keys:
             raise UserError("ray", f"a worker sent a record of another cell, {record.key[:16]}")
         if not records.has(record.key):
@@ -202,17 +200,11 @@ def _run_group(
     # Without a shared disk, what a retry of this group can go on from stays on this machine.
     own = shared if seen else Path(tempfile.gettempdir()) / f"lm-calib-{token}" / str(number)
     records = Records(own)
-    run_cells(cells, own, (measure or _bench)(own / "logs"))
+    run_cells(cells, own, (measure or bench)(own / "logs"))
     texts = [records.path(c.key).read_text("utf-8") for c in cells if records.has(c.key)]
     if not seen:
         shutil.rmtree(own, ignore_errors=True)
     return texts
-
-
-def _bench(logs: Path) -> Callable[[Cell], Any]:
-    from lm_calib_plugin.leaderboard.run import Bench
-
-    return Bench(logs).measure
 
 
 @contextlib.contextmanager

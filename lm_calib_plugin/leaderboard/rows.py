@@ -51,7 +51,7 @@ def entry_of(board: Board, arm: Arm) -> Entry:
 
 def _score(board: Board, arm: Arm, scale: Scale) -> Score:
     values = board.values[arm.id, scale.column.task]
-    each = stats.item_scores(values.table, values.weights)
+    each = board.each(arm, scale)
     shown = [scale.shown(float(x)) for x in each]
     mean = scale.shown(float(each.mean()))
     error = None

@@ -34,7 +34,7 @@ from lm_calib_plugin.leaderboard.cells import Cell
 from lm_calib_plugin.leaderboard.local import place_of
 from lm_calib_plugin.leaderboard.records import DONE, FAILED, NAME_LENGTH, Record, without_times
 from lm_calib_plugin.leaderboard.requests import SharedRequests
-from lm_calib_plugin.leaderboard.scores import task_result
+from lm_calib_plugin.leaderboard.scores import no_score, task_result
 from lm_calib_plugin.storage import digest, own_version, version_of
 
 # Arguments that only matter while a model is loaded: a model in memory has them behind it.
@@ -230,12 +230,7 @@ def load_tasks(names: tuple[str, ...], include: str | None) -> LoadedTasks:
         leaves = sorted(loaded["tasks"])
         summed = all(group.aggregate_metric_list for group in top) if top else len(leaves) == 1
         if not summed or len(top) > 1:
-            raise UserError(
-                "tasks",
-                f"{name} has no score of its own",
-                "tasks, and groups with aggregate_metric_list",
-                f"name its tasks instead: {listed(leaves)}",
-            )
+            raise no_score(name, leaves)
         objects.extend(top or loaded["tasks"].values())
         single.extend(loaded["tasks"].values())
         kinds = {task.OUTPUT_TYPE for task in loaded["tasks"].values()}

@@ -21,7 +21,7 @@ from lm_calib_plugin.leaderboard.records import (
     Record,
     TaskResult,
 )
-from lm_calib_plugin.leaderboard.scores import TOLERANCE, score_of
+from lm_calib_plugin.leaderboard.scores import gives
 from lm_calib_plugin.leaderboard.tables import (
     AVERAGE,
     AVERAGE_PERPLEXITY,
@@ -74,11 +74,6 @@ class Scale:
     exponential: bool
     units: Units
     reference: Metric | None = None
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether less is better."""
-        return not self.column.higher_is_better
 
     def shown(self, value: float) -> float:
         """Return a score as it is printed."""
@@ -230,10 +225,9 @@ def _items(record: Record, column: Column, reference: Metric) -> Array:
         raise _refused(record, column, "does not say how its items make the score")
     if len(metric.items) != len(reference.items or ()):
         raise _refused(record, column, f"has {len(metric.items)} items")
-    if (metric.form, metric.weights) != (reference.form, reference.weights):
-        score = score_of(reference.form, metric.items, reference.weights)
-        if not math.isclose(score, metric.value, rel_tol=TOLERANCE, abs_tol=1e-12):
-            raise _refused(record, column, "adds its items up in another way")
+    alike = (metric.form, metric.weights) == (reference.form, reference.weights)
+    if not alike and not gives(reference.form, metric.items, reference.weights, metric.value):
+        raise _refused(record, column, "adds its items up in another way")
     return np.array(metric.items, dtype=np.float64)
 
 

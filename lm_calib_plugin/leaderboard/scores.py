@@ -61,12 +61,7 @@ def task_result(
             stderr=float(error) if isinstance(error, (int, float)) else None,
         )
     if not metrics:
-        raise UserError(
-            "tasks",
-            f"{name} has no score of its own",
-            "tasks, and groups with aggregate_metric_list",
-            f"name its tasks instead: {listed(leaves)}",
-        )
+        raise no_score(name, leaves)
     first = [_of_rule(part, part[0]["filter"]) for part in samples.values()]
     asked = [
         [s["doc_id"], s["doc_hash"], s["prompt_hash"], s["target_hash"]]
@@ -82,6 +77,16 @@ def task_result(
         items=len(asked),
         chance=sum(guesses) / len(guesses) if choices and guesses else None,
         metrics=metrics,
+    )
+
+
+def no_score(name: str, leaves: Sequence[str]) -> UserError:
+    """Return the error for a group, or a tag, that only its tasks have scores of."""
+    return UserError(
+        "tasks",
+        f"{name} has no score of its own",
+        "tasks, and groups with aggregate_metric_list",
+        f"name its tasks instead: {listed(leaves)}",
     )
 
 
@@ -116,7 +121,7 @@ def _items(
             (MEAN, values, alike),
             (EXPONENTIAL, [-x for x in values], None),
         ):
-            if _score(form, items, weights, value):
+            if gives(form, items, weights, value):
                 return form, items, weights
     # Pairs of other metrics (f1, mcc) are answers and truth.
     if metric in ROLLING and all(isinstance(x, (tuple, list)) and len(x) == 2 for x in noted):
@@ -124,7 +129,7 @@ def _items(
         nats = [-float(x[0]) / max(float(x[1]), 1e-9) for x in noted]
         bits = [x / math.log(2) for x in nats]
         for form, items in ((EXPONENTIAL, nats), (MEAN, bits)):
-            if _score(form, items, weights, value):
+            if gives(form, items, weights, value):
                 return form, items, weights
     return MEAN, None, None
 
@@ -142,7 +147,6 @@ def score_of(form: str, items: Sequence[float], weights: Sequence[float] | None)
         return math.inf
 
 
-def _score(
-    form: str, items: Sequence[float], weights: Sequence[float] | None, value: float
-) -> bool:
+def gives(form: str, items: Sequence[float], weights: Sequence[float] | None, value: float) -> bool:
+    """Tell whether items make a score."""
     return math.isclose(score_of(form, items, weights), value, rel_tol=TOLERANCE, abs_tol=1e-12)

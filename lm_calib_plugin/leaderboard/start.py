@@ -81,7 +81,7 @@ def run_grid(
         require_ray()
         resources = resources_of(where.ray_resources)
     else:
-        from lm_calib_plugin.leaderboard.workers import jobs_of, run_workers
+        from lm_calib_plugin.leaderboard.workers import bench, jobs_of, run_workers
 
         jobs, gpus = jobs_of(where.jobs, cells)
     if retry_failed:
@@ -93,11 +93,8 @@ def run_grid(
     elif jobs > 1:
         run_workers(cells, folder, jobs, gpus=gpus, quiet=quiet)
     else:
-        from lm_calib_plugin.leaderboard.run import Bench
-
         with Bar(cells, folder, quiet=quiet) as bar:
-            measure = Bench(folder / "logs").measure
-            run_cells(cells, folder, measure, done=lambda cell, record: bar.look())
+            run_cells(cells, folder, bench(folder / "logs"), done=lambda cell, record: bar.look())
     return outcome(cells, folder)
 
 

@@ -15,6 +15,8 @@ PERPLEXITY = "perplexity"
 # Columns over several tasks: of those in points, and of those that are perplexities.
 AVERAGE, AVERAGE_PERPLEXITY = "average", "average perplexity"
 AVERAGES = (AVERAGE, AVERAGE_PERPLEXITY)
+# Packages whose versions may differ between records; where they do, a report tells.
+VERSIONED = ("lm-calib-plugin", "torch", "transformers", "datasets")
 DENSE, COMPRESSED, DATA_FREE, NULL = "dense", "compressed", "data-free", "null"
 
 

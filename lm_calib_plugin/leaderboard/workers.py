@@ -154,14 +154,14 @@ def run_workers(
             while any(worker.process for worker in workers):
                 time.sleep(POLL)
                 for worker in workers:
-                    _look_after(worker, start, bar, bool(waiting(left, Records(folder))))
+                    _look_after(worker, start, bar, lambda: bool(waiting(left, Records(folder))))
                 bar.look()
         finally:
             _stop([worker.process for worker in workers if worker.process])
 
 
 def _look_after(
-    worker: _Worker, start: Callable[[_Worker], None], bar: Bar, unfinished: bool
+    worker: _Worker, start: Callable[[_Worker], None], bar: Bar, unfinished: Callable[[], bool]
 ) -> None:
     """Start the process of a worker again if it died."""
     code = worker.ended()
@@ -171,7 +171,7 @@ def _look_after(
         worker.process = None
         return
     words = worker.died(code)
-    if not unfinished:
+    if not unfinished():
         bar.say(words)
     elif worker.deaths > TRIALS:
         bar.say(f"{words}; {worker.deaths} times without a record: given up, see {worker.log}")
@@ -236,7 +236,7 @@ def work(
             run_cells(
                 cells,
                 folder,
-                (measure or _bench)(folder / LOGS),
+                (measure or bench)(folder / LOGS),
                 done=lambda cell, record: tell.write(f"{cell.key}\n"),
                 go_on=lambda: os.getppid() == parent,
             )
@@ -245,7 +245,8 @@ def work(
     return 0
 
 
-def _bench(logs: Path) -> Callable[[Cell], Record]:
+def bench(logs: Path) -> Callable[[Cell], Record]:
+    """Return what measures cells in this process; ``logs`` is for what they print."""
     from lm_calib_plugin.leaderboard.run import Bench
 
     return Bench(logs).measure

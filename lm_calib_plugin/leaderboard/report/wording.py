@@ -10,6 +10,7 @@ from lm_calib_plugin.leaderboard.tables import (
     DATA_FREE,
     DENSE,
     POINTS,
+    VERSIONED,
     Agreement,
     Analysis,
     Column,
@@ -47,8 +48,6 @@ RANKINGS = (
 NO_PLOTS = "Plots are left out, as matplotlib is not installed."
 INSTALL_PLOTS = "pip install 'lm-calib-plugin[plots]'"
 MINUS = "−"
-# Conditions that may differ from record to record; records with others are refused.
-VERSIONS = ("torch", "transformers", "lm-calib-plugin")
 # How the words of a control by a null calibration begin.
 _NULL = "without meaning, it scores above "
 
@@ -223,7 +222,7 @@ def conditions(analysis: Analysis) -> list[tuple[str, str]]:
     found = []
     for key, thing in analysis.conditions.items():
         text = value(thing)
-        several = key in VERSIONS and isinstance(thing, str) and ", " in thing
+        several = key in VERSIONED and isinstance(thing, str) and ", " in thing
         found.append((key, f"{text} (not the same for all records)" if several else text))
     return found
 

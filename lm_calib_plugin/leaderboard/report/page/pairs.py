@@ -88,9 +88,7 @@ def _row(analysis: Analysis, pair: Comparison, scales: dict[tuple[str, str], flo
         ),
         tag("small", bounds),
     ]
-    task = next(
-        (wording.heading(c) for c in analysis.columns if c.task == pair.column), pair.column
-    )
+    task = pair.column
     turns = [tag("small", wording.turns(pair))] if pair.flips else []
     items = wording.NOTHING if pair.beneficial is None else wording.items(pair)
     cells: list[tuple[float | str | None, list[Markup | str], str]] = [
