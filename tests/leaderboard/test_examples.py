@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from lm_calib_plugin.leaderboard.cells import cells_of
-from lm_calib_plugin.leaderboard.grid import CONTROLS, HARNESS, KEYS, check_grid, read_grid
+from lm_calib_plugin.leaderboard.grid import KEYS, check_grid, read_grid
+from lm_calib_plugin.leaderboard.grid_keys import CONTROLS, HARNESS
 from lm_calib_plugin.leaderboard.tables import DATA_FREE, DENSE, NULL
 
 ROOT = Path(__file__).parents[2]
