@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -152,3 +152,16 @@ class Method(ABC):
             levels (scales) is rounded to it.
         """
         ...
+
+    def compress_together(
+        self,
+        weights: Sequence[Tensor],
+        stats: LayerStats | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[LayerResult]:
+        """Compress layers that share an input; the results are those of one after the other.
+
+        ``weights`` are ``[out, in]`` each, with one ``in``; the rest is that of :meth:`compress`.
+        Methods that treat output rows by themselves may do all layers in one go.
+        """
+        return [self.compress(weight, stats, dtype) for weight in weights]

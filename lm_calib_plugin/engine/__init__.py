@@ -24,12 +24,13 @@ from lm_calib_plugin.engine.layers import (
     matches,
     untied,
 )
+from lm_calib_plugin.engine.plan import Plan, WalkResult
 from lm_calib_plugin.engine.reach import check_reach
 from lm_calib_plugin.engine.reshape import ReshapeResult, check_reshape, reshape
 from lm_calib_plugin.engine.rotation import rotate
 from lm_calib_plugin.engine.selection import select_layers
 from lm_calib_plugin.engine.sharing import Shared, shared_here, shared_statistics
-from lm_calib_plugin.engine.walk import Plan, WalkResult, run
+from lm_calib_plugin.engine.walk import run
 
 __all__ = [
     "CHOSEN",

@@ -46,7 +46,7 @@ from lm_calib_plugin.engine.watched import HOST, Watched, bytes_of, copied
 from lm_calib_plugin.values import whole
 
 if TYPE_CHECKING:
-    from lm_calib_plugin.engine.walk import Plan
+    from lm_calib_plugin.engine.plan import Plan
 
 _CGROUP = Path("/sys/fs/cgroup")
 

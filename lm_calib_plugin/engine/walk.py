@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,72 +13,23 @@ from tqdm import tqdm
 from lm_calib_plugin.engine import notes
 from lm_calib_plugin.engine.activations import install
 from lm_calib_plugin.engine.batches import Chunk
-from lm_calib_plugin.engine.correction import input_shift
 from lm_calib_plugin.engine.discovery import Blocks
 from lm_calib_plugin.engine.experts import fill_up
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.observe import InputGroups
 from lm_calib_plugin.engine.passes import BlockPass
+from lm_calib_plugin.engine.plan import Plan, WalkResult
 from lm_calib_plugin.engine.rows import rows
 from lm_calib_plugin.engine.sharing import run_statistics
 from lm_calib_plugin.engine.smoothing import scale_inputs
+from lm_calib_plugin.engine.solve import Solver
 from lm_calib_plugin.engine.static_ranges import count, input_ranges, limits_of
-from lm_calib_plugin.engine.tuning import BlockTuning
 from lm_calib_plugin.engine.watched import Watched, listen, pair
 from lm_calib_plugin.engine.wiring import Wiring, wiring_of
-from lm_calib_plugin.errors import CalibError, NumericalError, named
-from lm_calib_plugin.method import LayerResult, Method
-from lm_calib_plugin.report import LayerRow
-from lm_calib_plugin.statistics import STATISTICS, LayerStats, Ranges, TokenSample, statistic_of
-from lm_calib_plugin.statistics.sample import relative_error
+from lm_calib_plugin.errors import CalibError, NumericalError
+from lm_calib_plugin.statistics import STATISTICS, LayerStats, Ranges, TokenSample
 
 ERROR_TOKENS = 512
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do: one method on a list of layers.
-
-    ``methods`` holds, by name, the layers that are treated otherwise than the rest.
-    ``propagate`` is ``compressed`` or ``dense``: which model's hidden states the next block sees;
-    with ``true_sequential`` layers inside a block see compressed ones before them, too.
-    ``inputs`` names what goes through the dense model, to the last bit, so that what is watched of
-    it can be shared with other runs; see :mod:`lm_calib_plugin.engine.sharing`. None: it can not.
-    """
-
-    method: Method
-    layers: Sequence[TargetLayer]
-    propagate: str = "compressed"
-    methods: Mapping[str, Method] = field(default_factory=dict)
-    true_sequential: bool = False
-    inputs: str | None = None
-
-    def method_of(self, layer: TargetLayer) -> Method:
-        """Return the method as it treats one layer."""
-        return self.methods.get(layer.name, self.method).for_layer(layer.name)
-
-    @property
-    def statistic(self) -> str:
-        """What has to be known of the inputs for all layers; some share an input."""
-        kinds = {method.statistic for method in (self.method, *self.methods.values())}
-        return kinds.pop() if len(kinds) == 1 else statistic_of(kinds)
-
-    @property
-    def uses_heldout(self) -> bool:
-        """Whether a layer is judged by the sequences held out."""
-        return any(method.uses_heldout for method in (self.method, *self.methods.values()))
-
-
-@dataclass
-class WalkResult:
-    """Rows of the report, seconds by stage, warnings, and the grids of quantized layers."""
-
-    rows: list[LayerRow] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    grids: dict[str, Any] = field(default_factory=dict)
-    transforms: list[dict[str, Any]] = field(default_factory=list)
-    pads: int = 0
 
 
 def run(
@@ -135,8 +84,6 @@ class _Walk(BlockPass):
     ) -> None:
         super().__init__(model, blocks, chunks, device)
         self.plan, self.progress = plan, progress
-        self.borrowed: dict[str, int] = {}
-        self.unseen: list[str] = []
         self.wiring: Wiring | None = None
         self.shared = run_statistics(model, plan) if chunks else None
         # Parameters of the block in work with what they were, where its layers come in steps.
@@ -144,6 +91,7 @@ class _Walk(BlockPass):
         self.result = WalkResult(
             seconds=self.seconds, warnings=self.warnings, pads=sum(c.pads for c in chunks)
         )
+        self.solver = Solver(plan, blocks, chunks, self.result, progress)
 
     def run(self) -> WalkResult:
         by_block: dict[int, list[TargetLayer]] = {}
@@ -169,14 +117,16 @@ class _Walk(BlockPass):
                 self._block(index, layers, more=index < last)
         if HEAD in by_block:
             self.timed("compress", lambda: self._head(by_block[HEAD][0]))
-        self.warnings += notes.of_experts(self.unseen, self.borrowed)
+        order = {layer.name: number for number, layer in enumerate(self.plan.layers)}
+        self.result.rows.sort(key=lambda row: order[row.name])
+        self.warnings += notes.of_experts(self.solver.unseen, self.solver.borrowed)
         self.warnings += notes.of_rows(self.result.rows)
         if self.shared is not None:
             self.warnings += self.shared.finish(self.halved)
         return self.result
 
     def _without_data(self, layers: Sequence[TargetLayer]) -> None:
-        self._compress(layers, {})
+        self.solver.solve(layers, {})
         if self.plan.method.activations is not None:
             self._install(layers, None)
 
@@ -220,7 +170,7 @@ class _Walk(BlockPass):
         """Treat the layers of one block: observe, transform, compress, and round their inputs."""
         if self.recalls:
             seen = self.timed("observe", lambda: self._recalled(index, layers))
-            self.timed("compress", lambda: self._solve_all(layers, seen))
+            self.timed("compress", lambda: self.solver.solve(layers, seen))
         else:
             self._observe_and_solve(index, layers, ahead)
         if self.plan.method.activations is not None:
@@ -249,7 +199,7 @@ class _Walk(BlockPass):
                 watched = self.timed(
                     "observe", lambda own=own, last=last: self._watched(index, own, follow=last)
                 )
-            self.timed("compress", lambda step=step, seen=watched: self._solve_all(step, seen))
+            self.timed("compress", lambda step=step, seen=watched: self.solver.solve(step, seen))
         self.dense_values = []
 
     def _scale(
@@ -334,7 +284,7 @@ class _Walk(BlockPass):
             found |= {id(layer): seen for layer in group}
         pairs = [(g[0], w.stats) for g, w in zip(groups.groups, watched, strict=True)]
         borrowed = fill_up([(layer, stats) for layer, stats in pairs if stats is not None])
-        self.borrowed |= borrowed
+        self.solver.borrowed |= borrowed
         if self.shared is not None:
             self.shared.add(index, groups.groups, watched, borrowed)
         return found
@@ -343,7 +293,7 @@ class _Walk(BlockPass):
         """Return what an earlier run watched of the same inputs; by ``id(layer)``."""
         assert self.shared is not None
         found, borrowed = self.shared.of_block(index, layers)
-        self.borrowed |= borrowed
+        self.solver.borrowed |= borrowed
         return found
 
     def _empty(self, layer: TargetLayer) -> Watched:
@@ -365,127 +315,6 @@ class _Walk(BlockPass):
         used, out = (TokenSample(count, ERROR_TOKENS) for count in counts)
         return Watched(stats, used, out, cross=cross)
 
-    def _solve_all(self, layers: Sequence[TargetLayer], watched: Mapping[int, Watched]) -> None:
-        """Compress layers of one block, one by one or all together."""
-        roundings = {id(layer): self.plan.method_of(layer).block_rounding for layer in layers}
-        # Layers may keep their weights: with 16 bits, for all or by name.
-        alone = [layer for layer in layers if roundings[id(layer)] is None]
-        if len(alone) == len(layers) or not self.chunks or layers[0].block == HEAD:
-            self._compress(layers, watched)
-            return
-        self._compress(alone, watched)
-        layers = [layer for layer in layers if layer not in alone]
-        rounding = roundings[id(layers[0])]
-        start = time.perf_counter()
-        index = layers[0].block
-        before = {layer.name: layer.read() for layer in layers}
-        grids = {}
-        for layer in layers:
-            seen = watched.get(id(layer))
-            method: Any = self.plan.method_of(layer)
-            grids[layer.name] = method.fit_grid(
-                before[layer.name], seen.stats if seen else None, layer.parameter.dtype
-            )
-        problem = BlockTuning(self.blocks.modules[index], layers, self.chunks, index)
-        with named(f"{self.blocks.path}.{index}"):
-            found = rounding.round_block(problem, grids, self.progress)
-        for layer in layers:
-            self._store(layer, before[layer.name], found[layer.name], watched.get(id(layer)), start)
-
-    def _compress(self, layers: Sequence[TargetLayer], watched: Mapping[int, Watched]) -> None:
-        for layer in layers:
-            start = time.perf_counter()
-            before = layer.read()
-            seen = watched.get(id(layer))
-            stats = seen.stats if seen else None
-            method = self.plan.method_of(layer)
-            if stats is not None and not stats.tokens:
-                self.unseen.append(layer.name)
-            if method.keeps_weights:
-                result = LayerResult(before)
-            else:
-                target = before if seen is None else self._target(layer, before, seen)
-                result = self._solve(method, layer, target, stats)
-            self._store(layer, before, result, seen, start)
-
-    def _store(
-        self,
-        layer: TargetLayer,
-        before: Tensor,
-        result: LayerResult,
-        seen: Watched | None,
-        start: float,
-    ) -> None:
-        """Write a result into the model, and its row into the report."""
-        if result.weight is not before:
-            self._check(layer, result)
-            if not torch.equal(result.weight, before):
-                layer.write(result.weight)
-            if result.bias is not None:
-                layer.add_to_bias(result.bias)
-        self.result.warnings += [f"{layer.name}: {note}" for note in result.notes]
-        if result.grid is not None:
-            self.result.grids[layer.name] = result.grid
-        self.result.rows.append(self._row(layer, before, result, seen, start))
-
-    def _target(self, layer: TargetLayer, before: Tensor, seen: Watched) -> Tensor:
-        """Return the weight that brings the outputs nearest to those of the dense model."""
-        if seen.cross is None:
-            return before
-        if seen.shift is None:
-            with named(layer.name):
-                seen.shift = input_shift(seen.stats, seen.cross)
-        return before + self.plan.method.correction * (before @ seen.shift.t())
-
-    def _solve(
-        self, method: Method, layer: TargetLayer, before: Tensor, stats: LayerStats | None
-    ) -> LayerResult:
-        with named(layer.name):
-            result = method.compress(before, stats, layer.parameter.dtype)
-        asked = getattr(method, "damp", None)
-        if result.damp is not None and asked is not None and result.damp > asked:
-            self.result.warnings.append(
-                f"{layer.name}: damp raised from {asked:g} to {result.damp:g} to factor the Gram "
-                "matrix"
-            )
-        return result
-
-    def _check(self, layer: TargetLayer, result: LayerResult) -> None:
-        found = [result.weight] if result.bias is None else [result.weight, result.bias]
-        if not all(bool(x.to(layer.parameter.dtype).isfinite().all()) for x in found):
-            raise NumericalError(layer.name, "result", "NaN or Inf after compression", "raise damp")
-
-    def _row(
-        self,
-        layer: TargetLayer,
-        before: Tensor,
-        result: LayerResult,
-        seen: Watched | None,
-        start: float,
-    ) -> LayerRow:
-        after, grid = layer.read(), result.grid
-        return LayerRow(
-            name=layer.name,
-            shape=layer.shape,
-            removed=float((after == 0).sum()) / max(1, after.numel()),
-            bits=grid.bits if grid is not None else None,
-            error_calibration=relative_error(before, after, seen.used.rows()) if seen else None,
-            error_heldout=relative_error(before, after, seen.heldout.rows()) if seen else None,
-            damp=result.damp,
-            tokens=seen.used.seen if seen else None,
-            seconds=round(time.perf_counter() - start, 4),
-            asked=self._asked(layer),
-            borrowed=self.borrowed.get(layer.name),
-            fallback=result.fallback,
-            details=result.details,
-            **({} if grid is None else notes.grid_facts(grid, before, layer)),
-        )
-
-    def _asked(self, layer: TargetLayer) -> str | float | None:
-        options = self.plan.method_of(layer).options() if layer.name in self.plan.methods else {}
-        pattern, share = options.get("pattern"), options.get("sparsity")
-        return share if pattern in (None, "unstructured") else pattern
-
     def _head(self, layer: TargetLayer) -> None:
         watched: dict[int, Watched] = {}
         spec, limits = self.plan.method.activations, None
@@ -504,7 +333,7 @@ class _Walk(BlockPass):
             _check_seen(layer, seen)
             if self.shared is not None:
                 self.shared.add(HEAD, [[layer]], [seen], {})
-        self._compress([layer], watched)
+        self.solver.solve([layer], watched)
         if static:
             limits = self._limits({layer.name: ranges})
         if spec is not None:

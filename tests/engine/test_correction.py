@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lm_calib_plugin import Recipe, compress
-from lm_calib_plugin.engine import walk
+from lm_calib_plugin.engine import solve
 from lm_calib_plugin.engine.correction import RIDGE, input_shift
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.statistics import Gram
@@ -43,14 +43,14 @@ def test_the_target_is_a_ridge_regression_on_the_dense_outputs() -> None:
 def test_both_models_are_followed(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Cross products equal those of plain passes through the dense and the half-pruned model."""
     seen: dict[str, torch.Tensor] = {}
-    target = walk._Walk._target
+    target = solve.Solver._target
 
     def spy(self, layer, before, watched):
         if watched.cross is not None:
             seen[layer.name] = watched.cross.clone()
         return target(self, layer, before, watched)
 
-    monkeypatch.setattr(walk._Walk, "_target", spy)
+    monkeypatch.setattr(solve.Solver, "_target", spy)
     before, after = make_model(name), make_model(name)
     recipe = Recipe(
         method="sparsegpt",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress, engine
-from lm_calib_plugin.engine import walk
+from lm_calib_plugin.engine import solve
 from lm_calib_plugin.engine.activations import QUANTIZER, quantizers, remove
 from lm_calib_plugin.engine.batches import make_chunks
 from lm_calib_plugin.errors import NumericalError
@@ -512,14 +512,14 @@ def test_statistics_after_scaling_are_those_recorded_anew(
     # Large weights: what blocks do is as large as what goes past them.
     model, dense = (make_model(name, initializer_range=0.2) for _ in range(2))
     moments: list[tuple[Any, list[str], dict[str, Any]]] = []
-    solve = walk._Walk._solve_all
+    solved = solve.Solver.solve
 
     def spy(self: Any, layers: Any, watched: Any) -> None:
         copies = {layer.name: copy.deepcopy(watched[id(layer)]) for layer in layers}
         moments.append((copy.deepcopy(model), [layer.name for layer in layers], copies))
-        solve(self, layers, watched)
+        solved(self, layers, watched)
 
-    monkeypatch.setattr(walk._Walk, "_solve_all", spy)
+    monkeypatch.setattr(solve.Solver, "solve", spy)
     ids = random_ids(LENGTHS)
     held = engine.heldout_indices(len(ids), 0.2)
     blocks = engine.find_blocks(model)

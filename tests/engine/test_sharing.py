@@ -16,6 +16,7 @@ from torch import nn
 from lm_calib_plugin import CalibrationSet, Recipe, Report, Runtime, allocation, compress
 from lm_calib_plugin.engine import shared_statistics, sharing, walk
 from lm_calib_plugin.engine.sharing import Shared
+from lm_calib_plugin.engine.solve import Solver
 from lm_calib_plugin.engine.watched import Watched, bytes_of, copied
 from lm_calib_plugin.errors import NumericalError, UserError
 from lm_calib_plugin.pruning.pipeline import Pipeline
@@ -295,7 +296,7 @@ def test_a_method_that_scribbles_spoils_nothing(monkeypatch: pytest.MonkeyPatch)
 @contextlib.contextmanager
 def scribbling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let all methods overwrite what they are told, samples and counts too, after they used it."""
-    real_solve, real_row = Pipeline.compress, walk._Walk._row
+    real_solve, real_row = Pipeline.compress, Solver._row
 
     def solve(self: Any, weight: Any, stats: Any, dtype: torch.dtype = torch.float32) -> Any:
         result = real_solve(self, weight, stats.scaled(1.0), dtype)
@@ -313,7 +314,7 @@ def scribbling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     with monkeypatch.context() as patched:
         patched.setattr(Pipeline, "compress", solve)
-        patched.setattr(walk._Walk, "_row", row)
+        patched.setattr(Solver, "_row", row)
         yield
 
 
@@ -467,7 +468,7 @@ def test_a_run_that_fails_leaves_nothing(stage: str, monkeypatch: pytest.MonkeyP
     calls: list[int] = []
     owner, name = {
         "observe": (walk.InputGroups, "watch"),
-        "solve": (walk._Walk, "_solve"),
+        "solve": (Solver, "_compressed"),
     }[stage]
     real = getattr(owner, name)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress, engine
-from lm_calib_plugin.engine import walk
+from lm_calib_plugin.engine import solve
 from lm_calib_plugin.errors import CalibError, NumericalError, UserError
 from tests.tiny import make_model, random_ids
 
@@ -36,13 +36,13 @@ def compressed(recipe: Recipe, runtime: Runtime = QUIET, name: str = "llama") ->
 def test_a_block_sees_what_compressed_blocks_produce(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gram matrices of the walk equal those of plain passes through the half-compressed model."""
     seen: dict[str, torch.Tensor] = {}
-    solve = walk._Walk._solve
+    compressed_unit = solve.Solver._compressed
 
-    def spy(self, method, layer, before, stats):
-        seen[layer.name] = stats.gram().clone()
-        return solve(self, method, layer, before, stats)
+    def spy(self, method, layers, weights, stats):
+        seen.update({layer.name: stats.gram().clone() for layer in layers})
+        return compressed_unit(self, method, layers, weights, stats)
 
-    monkeypatch.setattr(walk._Walk, "_solve", spy)
+    monkeypatch.setattr(solve.Solver, "_compressed", spy)
     recipe = Recipe(method="sparsegpt", sparsity=0.6, heldout=0)
     after = compressed(recipe)
     before = make_model()
