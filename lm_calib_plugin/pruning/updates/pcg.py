@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from lm_calib_plugin.pruning.descent import check_fallen
 from lm_calib_plugin.pruning.parts import Selection, Strength, Update
-from lm_calib_plugin.pruning.refit import masked_pcg
+from lm_calib_plugin.pruning.refit import Metric, refitted
 from lm_calib_plugin.pruning.shrinkage import damped_gram
 from lm_calib_plugin.pruning.swapping import swap_descent
 from lm_calib_plugin.statistics import Gram, LayerStats
@@ -62,17 +64,47 @@ class PCG(Update):
         strength: Strength,
     ) -> Selection:
         """Return the selection with re-fitted weights, and after exchanges another mask."""
-        gram = damped_gram(stats, strength.damp, self.shrink, weight)
-        other = self._other(stats)
-        keep, values = selection.keep, selection.weight
-        found = masked_pcg(weight, keep, gram, self.steps, values, heldout=other)
-        if self.swaps:
-            moved = swap_descent(weight, keep, gram, self.swaps, strength.n_of_m, kept=found.weight)
-            if moved.swaps:
-                keep = moved.keep
-                found = masked_pcg(weight, keep, gram, self.steps, moved.weight, heldout=other)
-        damp = selection.damped(strength.damp)
-        return selection.but(keep=keep, weight=found.weight, solved="pcg", damp=damp)
+        return self.update_together([weight], [selection], stats, strength)[0]
+
+    def update_together(
+        self,
+        weights: Sequence[Tensor],
+        selections: Sequence[Selection],
+        stats: LayerStats | None,
+        strength: Strength,
+    ) -> list[Selection]:
+        """Re-fit layers one after the other, on matrices that are prepared once."""
+        gram = damped_gram(stats, strength.damp, self.shrink, weights[0])
+        metric = Metric.of(gram, self._other(stats))
+        found = []
+        for weight, selection in zip(weights, selections, strict=True):
+            keep, values = self._solved(weight, selection, gram, metric, strength.n_of_m)
+            damp = selection.damped(strength.damp)
+            found.append(selection.but(keep=keep, weight=values, solved="pcg", damp=damp))
+        return found
+
+    def _solved(
+        self,
+        weight: Tensor,
+        selection: Selection,
+        gram: Tensor,
+        metric: Metric,
+        n_of_m: tuple[int, int] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return mask and values. What one stage starts from tells what the one before reached."""
+        keep = selection.keep
+        swapping = self.swaps > 0
+        fit = refitted(weight, keep, metric, self.steps, selection.weight, check=not swapping)
+        if not swapping:
+            return keep, fit.weight
+        moved = swap_descent(weight, keep, gram, self.swaps, n_of_m, kept=fit.weight, check=False)
+        check_fallen(fit.started, weight - fit.weight, gram, "re-fit", moved.started)
+        if not moved.swaps:
+            return keep, fit.weight
+        again = refitted(weight, moved.keep, metric, self.steps, moved.weight)
+        error = weight - moved.weight
+        check_fallen(moved.started, error, gram, "exchange of weights", again.started)
+        return moved.keep, again.weight
 
     def _other(self, stats: LayerStats | None) -> Tensor | None:
         other = stats.heldout if self.heldout and stats is not None else None
