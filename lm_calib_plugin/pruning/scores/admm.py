@@ -103,7 +103,8 @@ class _Search:
     def set_rho(self, rho: float) -> None:
         """Change the penalty; the multipliers stay what they are."""
         before, self.rho = self.rho, min(rho, RHO_CAP)
-        self.point = torch.where(self.keep, self.point, self.point * (before / self.rho))
+        gone = self.point * ~self.keep
+        self.point.add_(gone, alpha=before / self.rho - 1.0)
         self.right = self.target / self.rho
 
     def largest(self, values: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class _Search:
 
     def step(self, inverses: Inverses) -> None:
         """Do one iteration."""
-        gone = self.point.masked_fill(self.keep, 0.0)
+        gone = self.point * ~self.keep  # in less time than by a choice: masks have no pattern
         # (H W - V + rho D) / rho, and the inverse times rho.
         right = torch.add(self.right, self.point).sub_(gone, alpha=2.0)
         inverse = inverses.times_shift(self.rho)
