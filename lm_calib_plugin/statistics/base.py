@@ -42,12 +42,16 @@ class LayerStats(ABC):
         if x.dim() != 2 or x.shape[1] != self.in_features:
             raise ValueError(f"expected [tokens, {self.in_features}], got {tuple(x.shape)}")
         if x.shape[0]:
-            rows = x.detach().to(self.device, torch.float32)
-            if weights is not None:
-                # Squares and products of a row are linear in its weight.
-                rows = rows * weights.to(rows).sqrt()[:, None]
-            self._add(rows)
+            self._add(self._read(x.detach(), weights))
             self.tokens += x.shape[0]
+
+    def _read(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """Return rows as they are added: on the device, in float32, each with its weight."""
+        rows = x.to(self.device, torch.float32)
+        if weights is not None:
+            # Squares and products of a row are linear in its weight.
+            rows = rows * weights.to(rows).sqrt()[:, None]
+        return rows
 
     def merge(self, other: Self) -> None:
         """Add everything that ``other`` has seen; ``other`` is left as it is."""
