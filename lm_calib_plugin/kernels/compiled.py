@@ -1,8 +1,9 @@
 """The sweeps of :mod:`~lm_calib_plugin.kernels.sweeps` in triton.
 
 A program owns a tile of rows. It holds the errors of all columns of the block in registers, and
-visits the columns in order: column ``i`` is what memory holds minus ``sum_k U_ki e_k``, one reduction
-over the tile. Nothing but the block itself, its mask or levels, and the errors passes memory, once.
+visits the columns in order: column ``i`` is what memory holds minus ``sum_k U_ki e_k``, one
+reduction over the tile. Nothing is read that another thread of the program may have written:
+results go to memory of their own.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ from torch import Tensor
 
 from lm_calib_plugin.kernels.sweeps import Levels
 
-# Whether triton runs kernels in Python, on any device (TRITON_INTERPRET=1 before its import).
-INTERPRETED = triton.knobs.runtime.interpret
 # Adding and taking away 1.5 * 2^23 rounds a float32 to the nearest integer, ties to even.
 ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _present(block, factor, errors, i, rows, inside, stride, width, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _present(block, factor, errors, i, rows, inside, stride, width, SIZE: tl.constexpr):
     """Return column ``i`` of a tile as the columns before it have left it."""
     before = tl.arange(0, SIZE)
     upper = tl.load(factor + i * width + before, mask=before < i, other=0.0)
@@ -32,8 +31,8 @@ def _present(block, factor, errors, i, rows, inside, stride, width, SIZE: tl.con
 
 
 @triton.jit
-def _remove(  # type: ignore[no-untyped-def]
-    block, factor, keep, out, height, stride, width, SIZE: tl.constexpr, TILE: tl.constexpr
+def _remove(
+    block, factor, keep, found, out, height, stride, width, SIZE: tl.constexpr, TILE: tl.constexpr
 ):
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = rows < height
@@ -45,15 +44,16 @@ def _remove(  # type: ignore[no-untyped-def]
         error = tl.where(stays, 0.0, tl.div_rn(column, tl.load(factor + i * width + i)))
         errors = tl.where(places[:, None] == i, error[None, :], errors)
         tl.store(out + i * height + rows, error, mask=inside)
-        tl.store(block + i * stride + rows, tl.where(stays, column, 0.0), mask=inside)
+        tl.store(found + i * height + rows, tl.where(stays, column, 0.0), mask=inside)
 
 
 @triton.jit
-def _remove_n_of_m(  # type: ignore[no-untyped-def]
+def _remove_n_of_m(
     block,
     factor,
     dead,
     keep,
+    found,
     out,
     height,
     stride,
@@ -89,17 +89,18 @@ def _remove_n_of_m(  # type: ignore[no-untyped-def]
             errors = tl.where(places[:, None] == i, error[None, :], errors)
             tl.store(out + i * height + rows, error, mask=inside)
             tl.store(keep + i * height + rows, stays.to(tl.int8), mask=inside)
-            tl.store(block + i * stride + rows, tl.where(stays, column, 0.0), mask=inside)
+            tl.store(found + i * height + rows, tl.where(stays, column, 0.0), mask=inside)
 
 
 @triton.jit
-def _round_integers(  # type: ignore[no-untyped-def]
+def _round_integers(
     block,
     factor,
     scales,
     zeros,
     groups,
     keep,
+    result,
     out,
     height,
     stride,
@@ -129,13 +130,14 @@ def _round_integers(  # type: ignore[no-untyped-def]
         error = tl.div_rn(column - found, tl.load(factor + i * width + i))
         errors = tl.where(places[:, None] == i, error[None, :], errors)
         tl.store(out + i * height + rows, error, mask=inside)
-        tl.store(block + i * stride + rows, found, mask=inside)
+        tl.store(result + i * height + rows, found, mask=inside)
 
 
 def remove(block: Tensor, upper: Tensor, keep: Tensor) -> Tensor:
     """See :func:`lm_calib_plugin.kernels.sweeps.remove`."""
-    errors, shape = _prepared(block, upper)
-    _launch(_remove, block, upper.t().contiguous(), _bytes(keep), errors, **shape)
+    found, errors, shape = _prepared(block, upper)
+    _launch(_remove, block, upper.t().contiguous(), _bytes(keep), found, errors, **shape)
+    block.copy_(found)
     return errors
 
 
@@ -143,18 +145,19 @@ def remove_n_of_m(
     block: Tensor, upper: Tensor, dead: Tensor, n_of_m: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """See :func:`lm_calib_plugin.kernels.sweeps.remove_n_of_m`."""
-    errors, shape = _prepared(block, upper)
+    found, errors, shape = _prepared(block, upper)
     keep = torch.empty(block.shape, dtype=torch.int8, device=block.device)
     count, group = n_of_m
     hold = {"COUNT": count, "GROUP": group, "HOLD": triton.next_power_of_2(group)}
     factor = upper.t().contiguous()
-    _launch(_remove_n_of_m, block, factor, _bytes(dead), keep, errors, **shape, **hold)
+    _launch(_remove_n_of_m, block, factor, _bytes(dead), keep, found, errors, **shape, **hold)
+    block.copy_(found)
     return errors, keep.bool()
 
 
 def round_integers(block: Tensor, upper: Tensor, levels: Levels, keep: Tensor | None) -> Tensor:
     """See :func:`lm_calib_plugin.kernels.sweeps.round_integers`."""
-    errors, shape = _prepared(block, upper)
+    found, errors, shape = _prepared(block, upper)
     _launch(
         _round_integers,
         block,
@@ -163,25 +166,27 @@ def round_integers(block: Tensor, upper: Tensor, levels: Levels, keep: Tensor | 
         levels.zero.contiguous(),
         levels.group.to(torch.int32),
         errors if keep is None else _bytes(keep),
+        found,
         errors,
         **shape,
         lowest=float(levels.lowest),
         highest=float(levels.highest),
         MASKED=keep is not None,
     )
+    block.copy_(found)
     return errors
 
 
-def _prepared(block: Tensor, upper: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Return room for the errors, and the arguments that say how large all is."""
+def _prepared(block: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Return room for result and errors, and the arguments that say how large all is."""
     width, height = block.shape
     if block.stride(1) != 1 or block.dtype != torch.float32 or upper.dtype != torch.float32:
         raise ValueError("a block [columns, rows] of contiguous columns in float32 is needed")
     # Small layers are spread over more programs.
     tile = 32 if height >= 4096 else 16
     sizes = {"height": height, "stride": block.stride(0), "width": width}
-    errors = torch.empty(width, height, device=block.device)
-    return errors, {**sizes, "SIZE": max(16, triton.next_power_of_2(width)), "TILE": tile}
+    found, errors = torch.empty(2, width, height, device=block.device)
+    return found, errors, {**sizes, "SIZE": max(16, triton.next_power_of_2(width)), "TILE": tile}
 
 
 def _bytes(mask: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """One block of a sweep: what a column loses is spread over the columns after it.
 
-All matrices are transposed, ``[columns, rows]``, so that a column of the weight is contiguous. With
-``U`` the block of the upper factor of the inverse of the Gram matrix, ``inv(G) = U^T U``, column
-``i`` of every row is ``w_i = W_i - sum_(k<i) U_ki e_k`` when its turn comes; it becomes ``w'_i``, and
-its error is ``e_i = (w_i - w'_i) / U_ii`` (optimal brain surgeon; arXiv 2301.00774, algorithm 1).
-The columns behind the block are left to the caller: ``W_rest -= U[block, rest]^T E``, one product.
+All matrices are transposed, ``[columns, rows]``, so that a column of the weight is contiguous.
+With ``U`` the block of the upper factor of the inverse of the Gram matrix, ``inv(G) = U^T U``,
+column ``i`` of every row is ``w_i = W_i - sum_(k<i) U_ki e_k`` when its turn comes; it becomes
+``w'_i``, and its error is ``e_i = (w_i - w'_i) / U_ii`` (optimal brain surgeon; arXiv 2301.00774,
+algorithm 1). The columns behind the block are left to the caller:
+``W_rest -= U[block, rest]^T E``, one product.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ WIDEST = 128
 
 @dataclass(frozen=True)
 class Levels:
-    """Integer levels of the columns of a block: ``scale * (q - zero)``, ``q`` from lowest to highest.
+    """Integer levels of the columns of a block: ``scale * (q - zero)``, lowest to highest ``q``.
 
-    ``scale`` and ``zero`` are ``[groups, rows]``, ``group`` is the group of each column of the block,
-    ``[columns]``, on the device of the weight.
+    ``scale`` and ``zero`` are ``[groups, rows]``, ``group`` is the group of each column of the
+    block, ``[columns]``, on the device of the weight.
     """
 
     scale: Tensor

@@ -151,9 +151,7 @@ def _at(
     return found
 
 
-def _sweep(
-    columns: Tensor, upper: Tensor, grid: Grid, order: Tensor, keep: Tensor | None
-) -> None:
+def _sweep(columns: Tensor, upper: Tensor, grid: Grid, order: Tensor, keep: Tensor | None) -> None:
     """Round ``columns`` (``[in, out]``, in visiting order), in place, one after another."""
     width = len(columns)
     group = torch.div(order, grid.group_size, rounding_mode="floor")
