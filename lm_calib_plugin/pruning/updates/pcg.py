@@ -31,8 +31,9 @@ class PCG(Update):
     steps
         Most steps.
     swaps
-        After the re-fit, exchange so many weights of a row, at most, a returning weight at its best
-        value, and re-fit again; the first re-fit takes a quarter of the steps. 0: none.
+        Before the re-fit, exchange so many weights of a row, at most, a returning weight at its
+        best value; where the score found no values, after a first re-fit of a quarter of the steps.
+        0: none.
     shrink
         Part of its own energy by which each input counts more, alone; correlations shrink.
     heldout
@@ -96,15 +97,18 @@ class PCG(Update):
         n_of_m: tuple[int, int] | None,
     ) -> tuple[Tensor, Tensor]:
         """Return mask and values. What one stage starts from tells what the one before reached."""
-        keep = selection.keep
-        swapping = self.swaps > 0
-        # Exchanges need values that are nearly the best ones; the second re-fit does the rest.
-        steps = max(1, round(self.steps * FIRST)) if swapping else self.steps
-        fit = refitted(weight, keep, metric, steps, selection.weight, check=not swapping)
-        if not swapping:
-            return keep, fit.weight
-        moved = swap_descent(weight, keep, gram, self.swaps, n_of_m, kept=fit.weight, check=False)
-        check_fallen(fit.started, weight - fit.weight, gram, "re-fit", moved.started)
+        keep, values = selection.keep, selection.weight
+        if not self.swaps:
+            return keep, refitted(weight, keep, metric, self.steps, values).weight
+        fit = None
+        if values is None:
+            # Exchanges need values that are nearly the best ones; the second re-fit does the rest.
+            steps = max(1, round(self.steps * FIRST))
+            fit = refitted(weight, keep, metric, steps, check=False)
+            values = fit.weight
+        moved = swap_descent(weight, keep, gram, self.swaps, n_of_m, kept=values, check=False)
+        if fit is not None:
+            check_fallen(fit.started, weight - fit.weight, gram, "re-fit", moved.started)
         again = refitted(weight, moved.keep, metric, self.steps, moved.weight)
         error = weight - moved.weight
         check_fallen(moved.started, error, gram, "exchange of weights", again.started)
