@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm_calib_plugin.engine.batches import Chunk
-from lm_calib_plugin.statistics import LayerStats, TokenSample
+from lm_calib_plugin.statistics import Component, LayerStats, TokenSample
 
 # Where copies wait.
 HOST = torch.device("cpu")
@@ -22,7 +22,8 @@ class Watched:
     """Statistics and samples of one input.
 
     ``cross`` is ``X^T (Y - X)``, ``[in, in]``, where ``Y`` are the inputs in the dense model, and
-    ``shift`` what follows from it for the weights of all layers that share the input.
+    ``shift`` what follows from it for the weights of all layers that share the input. ``others``
+    is what is watched for other runs, and no concern of this one.
     """
 
     stats: LayerStats | None
@@ -31,6 +32,7 @@ class Watched:
     finite: bool = True
     cross: Tensor | None = None
     shift: Tensor | None = None
+    others: dict[Component, LayerStats] = field(default_factory=dict)
 
     def divide(self, by: Tensor) -> None:
         """Turn everything into what would have been seen of inputs divided by ``by``, ``[in]``."""
@@ -51,6 +53,9 @@ def listen(
     if chunk.heldout or seen.stats is None:
         seen.finite = seen.finite and bool(received.isfinite().all())
     weights = chunk.weights_of(owners)
+    for (_, heldout), stats in seen.others.items():
+        if heldout == chunk.heldout:
+            stats.update(received, weights, owners)
     if chunk.heldout:
         seen.heldout.update(received)
         if seen.stats is not None and seen.stats.heldout is not None:

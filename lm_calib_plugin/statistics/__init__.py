@@ -3,6 +3,15 @@
 from collections.abc import Iterable
 
 from lm_calib_plugin.statistics.base import LayerStats
+from lm_calib_plugin.statistics.components import (
+    SINGLE,
+    Component,
+    components,
+    known_kinds,
+    listed_components,
+    put_together,
+    taken_apart,
+)
 from lm_calib_plugin.statistics.factor import InverseFactor, cholesky_factors, inverse_factor
 from lm_calib_plugin.statistics.gram import Gram, gram_in, output_error
 from lm_calib_plugin.statistics.moments import Moments
@@ -40,7 +49,9 @@ def statistic_of(kinds: Iterable[str]) -> str:
 
 __all__ = [
     "BANKED",
+    "SINGLE",
     "STATISTICS",
+    "Component",
     "Gram",
     "GramRanges",
     "GramSpread",
@@ -51,10 +62,15 @@ __all__ = [
     "Spread",
     "TokenSample",
     "cholesky_factors",
+    "components",
     "gram_in",
     "inverse_factor",
+    "known_kinds",
+    "listed_components",
     "output_error",
+    "put_together",
     "ranges_in",
     "spread_in",
     "statistic_of",
+    "taken_apart",
 ]
