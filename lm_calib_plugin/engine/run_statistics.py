@@ -37,6 +37,16 @@ def can_share(method: Method) -> bool:
     )
 
 
+def kind_of(method: Method) -> str | None:
+    """Return what ``shared_statistics(kinds=...)`` calls what a method needs to know of the inputs.
+
+    None for a method that does not share, such as one that changes the model first.
+    """
+    if method.scope == "model" or not can_share(method):
+        return None
+    return method.statistic + "+heldout" * (method.uses_heldout and method.statistic != "none")
+
+
 def is_shareable(plan: Plan) -> bool:
     """Tell whether what the layers of a plan see depends on nothing that its methods do."""
     return (

@@ -152,8 +152,8 @@ def shared_statistics(
         are kept that fit, the smallest first.
     kinds
         What the runs to come need to know of the inputs, so that the first pass watches all of it:
-        ``moments`` (wanda, ria), ``gram`` (sparsegpt, gptq, alps, swap_pcg), ``spread`` (flap,
-        dsnot), ``ranges`` (static ranges), joined as in ``gram+spread``, and with ``+heldout`` for
+        ``moments`` (wanda, ria), ``gram`` (sparsegpt, gptq, alps, swap_pcg), ``spread``
+        (dsnot), ``ranges``, joined as in ``gram+spread``, and with ``+heldout`` for
         methods that stop or choose by the sequences held out. Default: each pass watches what its
         own run needs.
 
