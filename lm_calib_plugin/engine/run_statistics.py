@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -11,10 +11,11 @@ from torch import nn
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.plan import Plan
 from lm_calib_plugin.engine.sharing import Shared, shared_here
-from lm_calib_plugin.engine.watched import HOST, Watched, bytes_of, copied
+from lm_calib_plugin.engine.watched import HOST, Energies, Watched, bytes_of, copied
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.statistics import (
     Component,
+    InverseFactor,
     LayerStats,
     TokenSample,
     components,
@@ -96,6 +97,7 @@ class _Input:
     used: TokenSample
     heldout: TokenSample
     parts: dict[Component, LayerStats]
+    energies: Energies
 
 
 @dataclass
@@ -133,6 +135,7 @@ class RunStatistics:
         # What is watched for others, as far as it is not known yet.
         self.others = frozenset(x for x in expected if self._find(frozenset([x])) is None)
         self._allowed = shared.allowed
+        self.factors = SharedFactors(shared, lambda: self._allowed - self._size)
         self._pass = _Pass()
         # Parts to be kept; bytes of those and of others, and of the samples of rows.
         self._kept = self._own | self.others
@@ -167,7 +170,7 @@ class RunStatistics:
                 parts = {part: copied(seen.parts[part], device) for part in self._own}
                 stats = put_together(self._kind, self._with_heldout, parts)
                 samples = copied(seen.used, device), copied(seen.heldout, device)
-                own = Watched(stats, *samples)
+                own = Watched(stats, *samples, energies=seen.energies)
                 found |= {id(wanted[name]): own for name in names}
         borrowed = self._known.borrowed[index] if self._own else {}
         return found, {name: n for name, n in borrowed.items() if name in wanted}
@@ -183,7 +186,9 @@ class RunStatistics:
         inputs = []
         for group, seen in zip(groups, watched, strict=True):
             parts = taken_apart(self._kind, seen.stats) | seen.others
-            inputs.append(_Input([x.name for x in group], seen.used, seen.heldout, parts))
+            names = [layer.name for layer in group]
+            samples = seen.used, seen.heldout
+            inputs.append(_Input(names, *samples, parts, Energies(*samples)))
         broken = {p for seen in inputs for p, one in seen.parts.items() if not one.is_finite()}
         # Sums that overflow are an error of runs that need them, and of no other.
         self._give_up(broken)
@@ -195,10 +200,12 @@ class RunStatistics:
         self._drop_what_does_not_fit(self._count if first else 1)
         if self._fits:
             self._shared.make_room(self._size, self._allowed)
-            self._pass.blocks[index] = [self._copy_of(seen) for seen in inputs]
+            kept = self._pass.blocks[index] = [self._copy_of(seen) for seen in inputs]
+            for one, copy in zip(watched, kept, strict=True):
+                one.energies = copy.energies
             self._pass.borrowed[index] = dict(borrowed)
-        for seen in watched:
-            seen.others.clear()
+        for one in watched:
+            one.others.clear()
 
     def give_up_others(self) -> bool:
         """Watch only what this run needs from now on; return whether that is less than before."""
@@ -246,6 +253,9 @@ class RunStatistics:
 
     @property
     def _size(self) -> int:
+        """Bytes of what is to be kept so far."""
+        if self.known or not self._fits:
+            return 0
         return self._samples + sum(self._sizes[part] for part in self._kept)
 
     def _likely(self, part: Component | None, times: int) -> int:
@@ -282,7 +292,8 @@ class RunStatistics:
 
     def _copy_of(self, seen: _Input) -> _Input:
         parts = {part: copied(seen.parts[part], HOST) for part in self._kept}
-        return _Input(seen.names, copied(seen.used, HOST), copied(seen.heldout, HOST), parts)
+        samples = copied(seen.used, HOST), copied(seen.heldout, HOST)
+        return _Input(seen.names, *samples, parts, Energies(*samples))
 
     def _find(self, parts: frozenset[Component]) -> _Name | None:
         """Return the name of a pass that watched these parts of all layers of this run."""
@@ -293,6 +304,30 @@ class RunStatistics:
 
     def _name_of_size(self, part: Component | None) -> Hashable:
         return "size", self._source, self._layout, part
+
+
+class SharedFactors:
+    """Factors of Gram matrices among what is shared, as long as statistics need no room.
+
+    Parameters
+    ----------
+    shared
+        Where they are kept.
+    allowed
+        Returns most bytes of all that is kept there.
+    """
+
+    def __init__(self, shared: Shared, allowed: Callable[[], int]) -> None:
+        self._shared, self._allowed = shared, allowed
+
+    def recall(self, name: Hashable) -> InverseFactor | None:
+        """Return a factor that is known, or None; a copy."""
+        found: InverseFactor | None = self._shared.recall_spare(("factor", name))
+        return None if found is None else found.copy()
+
+    def keep(self, name: Hashable, factor: InverseFactor) -> None:
+        """Keep a copy of a factor, if there is room."""
+        self._shared.keep_spare(("factor", name), factor.copy, factor.nbytes, self._allowed())
 
 
 def layout_of(layers: Iterable[TargetLayer]) -> Layout:

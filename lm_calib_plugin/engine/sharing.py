@@ -40,7 +40,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,8 @@ class Shared:
     def __init__(self, limit_bytes: int | None = None) -> None:
         self._limit = limit_bytes
         self._held: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        # What saves less than it takes room; it goes first.
+        self._spare: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self.hits = 0
         # What passes watch for runs to come.
         self.expected: frozenset[Component] = frozenset()
@@ -87,7 +89,7 @@ class Shared:
     @property
     def bytes(self) -> int:
         """Bytes of all values together."""
-        return sum(size for _, size in self._held.values())
+        return sum(size for held in (self._held, self._spare) for _, size in held.values())
 
     @property
     def allowed(self) -> int:
@@ -112,8 +114,9 @@ class Shared:
 
     def make_room(self, size: int, allowed: int) -> None:
         """Let go of what was not used for longest until ``size`` more bytes are ``allowed``."""
-        while self._held and self.bytes + size > allowed:
-            self._held.popitem(last=False)
+        for held in (self._spare, self._held):
+            while held and self.bytes + size > allowed:
+                held.popitem(last=False)
 
     def keep(self, name: Hashable, value: Any, size: int, allowed: int | None = None) -> None:
         """Hold a value of so many bytes, if that is ``allowed`` (None: as things stand)."""
@@ -123,8 +126,19 @@ class Shared:
             self.make_room(size, allowed)
             self._held[name] = value, size
 
+    def recall_spare(self, name: Hashable) -> Any:
+        """Return what is held as long as there is room, or None."""
+        found = self._spare.get(name)
+        return None if found is None else found[0]
+
+    def keep_spare(self, name: Hashable, make: Callable[[], Any], size: int, allowed: int) -> None:
+        """Hold what ``make`` returns as long as there is room; it takes that of nothing else."""
+        if self.bytes + size <= allowed:
+            self._spare[name] = make(), size
+
     def clear(self) -> None:
         """Let go of everything."""
+        self._spare.clear()
         self._held.clear()
         self.refused.clear()
 

@@ -27,7 +27,14 @@ from lm_calib_plugin.engine.static_ranges import count, input_ranges, limits_of
 from lm_calib_plugin.engine.watched import Watched, listen, pair
 from lm_calib_plugin.engine.wiring import Wiring, wiring_of
 from lm_calib_plugin.errors import CalibError, NumericalError
-from lm_calib_plugin.statistics import SINGLE, STATISTICS, LayerStats, Ranges, TokenSample
+from lm_calib_plugin.statistics import (
+    SINGLE,
+    STATISTICS,
+    LayerStats,
+    Ranges,
+    TokenSample,
+    remembered_factors,
+)
 
 ERROR_TOKENS = 512
 
@@ -63,7 +70,9 @@ def run(
         if not bool(layer.stored.isfinite().all()):
             raise NumericalError(layer.name, "weights", "NaN or Inf before compression")
     try:
-        return _Walk(model, blocks, chunks, plan, device, progress).run()
+        walk = _Walk(model, blocks, chunks, plan, device, progress)
+        with remembered_factors(None if walk.shared is None else walk.shared.factors):
+            return walk.run()
     except torch.OutOfMemoryError as error:
         raise CalibError(
             f"out of memory outside the forward passes ({error}): the statistics or the solve of "

@@ -12,9 +12,32 @@ from torch import Tensor
 
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.statistics import Component, LayerStats, TokenSample
+from lm_calib_plugin.statistics.sample import output_energy
 
 # Where copies wait.
 HOST = torch.device("cpu")
+
+
+class Energies:
+    """Energies of the outputs of dense layers on samples of an input, each computed once.
+
+    Parameters
+    ----------
+    used, heldout
+        Samples, which nobody changes.
+    """
+
+    def __init__(self, used: TokenSample, heldout: TokenSample) -> None:
+        self._samples = used, heldout
+        self._known: dict[tuple[str, bool], float | None] = {}
+
+    def of(self, name: str, weight: Tensor, heldout: bool) -> float | None:
+        """Return that of the layer of a name and its dense weight; None without any row."""
+        key = name, heldout
+        if key not in self._known:
+            rows = self._samples[heldout].rows()
+            self._known[key] = None if rows is None else output_energy(weight, rows)
+        return self._known[key]
 
 
 @dataclass
@@ -23,7 +46,8 @@ class Watched:
 
     ``cross`` is ``X^T (Y - X)``, ``[in, in]``, where ``Y`` are the inputs in the dense model, and
     ``shift`` what follows from it for the weights of all layers that share the input. ``others``
-    is what is watched for other runs, and no concern of this one.
+    is what is watched for other runs, and no concern of this one. ``energies`` knows how large the
+    outputs of the dense layers are on the samples, where runs share that.
     """
 
     stats: LayerStats | None
@@ -33,6 +57,7 @@ class Watched:
     cross: Tensor | None = None
     shift: Tensor | None = None
     others: dict[Component, LayerStats] = field(default_factory=dict)
+    energies: Energies | None = None
 
     def divide(self, by: Tensor) -> None:
         """Turn everything into what would have been seen of inputs divided by ``by``, ``[in]``."""

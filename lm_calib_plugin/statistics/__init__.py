@@ -12,7 +12,12 @@ from lm_calib_plugin.statistics.components import (
     put_together,
     taken_apart,
 )
-from lm_calib_plugin.statistics.factor import InverseFactor, cholesky_factors, inverse_factor
+from lm_calib_plugin.statistics.factor import (
+    InverseFactor,
+    cholesky_factors,
+    inverse_factor,
+    remembered_factors,
+)
 from lm_calib_plugin.statistics.gram import Gram, gram_in, output_error
 from lm_calib_plugin.statistics.moments import Moments
 from lm_calib_plugin.statistics.ranges import GramRanges, Ranges, ranges_in
@@ -70,6 +75,7 @@ __all__ = [
     "output_error",
     "put_together",
     "ranges_in",
+    "remembered_factors",
     "spread_in",
     "statistic_of",
     "taken_apart",
