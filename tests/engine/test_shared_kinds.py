@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lm_calib_plugin.engine import shared_statistics, walk
+from lm_calib_plugin.engine import shared_statistics, walk, watched
 from lm_calib_plugin.engine.sharing import Shared
 from lm_calib_plugin.errors import NumericalError, UserError
 from lm_calib_plugin.statistics import (
@@ -15,6 +15,7 @@ from lm_calib_plugin.statistics import (
     Gram,
     LayerStats,
     components,
+    factor,
     known_kinds,
     put_together,
     taken_apart,
@@ -200,10 +201,10 @@ def test_short_memory_first_ends_what_is_watched_for_others(
     alone = run(PLAIN)
     real = walk.listen
 
-    def short(watched: Any, chunk: Any, *args: Any) -> None:
-        if len(passes) > 10 and watched[0].others:
+    def short(inputs: Any, chunk: Any, *args: Any) -> None:
+        if len(passes) > 10 and inputs[0].others:
             raise torch.OutOfMemoryError("for a test")
-        real(watched, chunk, *args)
+        real(inputs, chunk, *args)
 
     monkeypatch.setattr(walk, "listen", short)
     passes.clear()
@@ -291,3 +292,76 @@ def test_overrides_that_keep_weights_use_the_same_statistics() -> None:
         for one, expected in zip(cells, alone, strict=True):
             assert_same(run(one), expected)
         assert shared.hits == 2
+
+
+@pytest.fixture
+def factored(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The ridge of every Gram matrix that is really factored."""
+    found: list[float] = []
+    real = factor._computed
+
+    def counted(gram: torch.Tensor, damp: float) -> Any:
+        found.append(damp)
+        return real(gram, damp)
+
+    monkeypatch.setattr(factor, "_computed", counted)
+    return found
+
+
+def test_equal_matrices_are_factored_once(factored: list[float]) -> None:
+    """Those of runs to come, and of layers that share an input; each of a block has four inputs."""
+    levels = [recipe("sparsegpt", sparsity=s) for s in (0.3, 0.5)]
+    alone = [run(one) for one in levels]
+    factored.clear()
+    with shared_statistics() as shared:
+        for one, expected in zip(levels, alone, strict=True):
+            assert_same(run(one), expected)
+        assert len(factored) == 4 * BLOCKS
+        run(levels[0].replaced(damp=0.02))
+        assert len(factored) == 8 * BLOCKS
+        assert shared.bytes > statistics_in(shared)
+        # What every run sees of its own, nobody else needs.
+        run(levels[0].replaced(propagate="compressed"))
+        before = len(factored)
+        run(levels[0].replaced(propagate="compressed"))
+        assert len(factored) > before
+
+
+def test_factors_take_no_room_of_statistics(factored: list[float]) -> None:
+    one = recipe("sparsegpt", sparsity=0.5)
+    alone = run(one)
+    with shared_statistics() as shared:
+        run(one)
+        size = statistics_in(shared)
+    factored.clear()
+    with shared_statistics(limit_bytes=size) as shared:
+        for hits in (0, 1):
+            assert_same(run(one), alone)
+            assert shared.bytes == size
+            assert shared.hits == hits
+        assert len(factored) > 4 * BLOCKS
+    # Those of one set make way for statistics of another.
+    with shared_statistics(limit_bytes=2 * size) as shared:
+        run(one)
+        assert shared.bytes > size
+        run(one, drawn=calibration(seed=2))
+        assert statistics_in(shared) == 2 * size == shared.bytes
+        run(one)
+        run(one, drawn=calibration(seed=2))
+        assert shared.hits == 2
+
+
+def test_outputs_of_dense_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[int] = []
+    real = watched.output_energy
+
+    def counted(*args: Any) -> float:
+        measured.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(watched, "output_energy", counted)
+    with shared_statistics(kinds=KINDS):
+        for one in MIXED:
+            _, report = run(one)
+        # On the sample of rows, and on that of rows held out.
+        assert len(measured) == 2 * len(report.layers)
