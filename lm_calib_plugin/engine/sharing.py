@@ -19,6 +19,9 @@ Inputs that are rounded token by token (``act_dynamic``) do not matter either: t
 from when a block is done, behind everything that is watched of it, and the next block gets the
 outputs from before.
 
+Equal Gram matrices are factored once, on the CPU, and outputs of dense layers on the samples that
+errors are measured on are computed once.
+
 The pass in which an allocation such as ``owl`` looks at the dense model is shared, too, whatever
 the run does afterwards. So are calibration sets (:mod:`lm_calib_plugin.bank.once`).
 
