@@ -105,7 +105,7 @@ def pack_layers(
                 quantize=rounded,
             )
         )
-    return pack(model, asked, tokens, racer=_one_verdict if several_processes() else None)
+    return pack(model, asked, tokens, racer=_racer(ranks))
 
 
 def _one_verdict(

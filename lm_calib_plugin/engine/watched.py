@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin.engine.batches import Chunk
+from lm_calib_plugin.engine.ranks import Ranks
 from lm_calib_plugin.statistics import LayerStats, TokenSample
 
 # Where copies wait.
@@ -22,7 +23,8 @@ class Watched:
     """Statistics and samples of one input.
 
     ``cross`` is ``X^T (Y - X)``, ``[in, in]``, where ``Y`` are the inputs in the dense model, and
-    ``shift`` what follows from it for the weights of all layers that share the input.
+    ``shift`` what follows from it for the weights of all layers that share the input. ``owner`` is
+    the process that solves these layers.
     """
 
     stats: LayerStats | None
@@ -31,6 +33,13 @@ class Watched:
     finite: bool = True
     cross: Tensor | None = None
     shift: Tensor | None = None
+    owner: int = 0
+
+    def forget(self) -> None:
+        """Let go of everything: another process needs it."""
+        self.stats = self.cross = None
+        for sample in (self.used, self.heldout):
+            sample.replace(torch.zeros(0, 0), 0)
 
     def divide(self, by: Tensor) -> None:
         """Turn everything into what would have been seen of inputs divided by ``by``, ``[in]``."""
@@ -73,6 +82,91 @@ def pair(
     if chunk.weights is not None:
         difference *= chunk.weights[chunk.owners()].to(difference)[:, None]
     seen.cross.addmm_(received.t(), difference)
+
+
+def add_up(
+    stats: Sequence[LayerStats], owners: Sequence[int | None], ranks: Ranks, stage: str
+) -> None:
+    """Merge statistics of all processes, in place.
+
+    Parameters
+    ----------
+    stats
+        Those of this process, of the same kinds in the same order everywhere.
+    owners
+        Where each is complete afterwards; None: everywhere, with the same bits. Numbers, such as
+        tokens, are complete everywhere.
+    stage
+        Where this process is.
+    """
+    leaves = [leaf for one in stats for leaf in one.leaves()]
+    said = ranks.exchange(stage, [[getattr(x, n) for n in x.numbers] for x in leaves])
+    for leaf, *numbers in zip(leaves, *said, strict=True):
+        for name, *values in zip(leaf.numbers, *numbers, strict=True):
+            setattr(leaf, name, sum(values))
+    for one, owner in zip(stats, owners, strict=True):
+        for leaf in one.leaves():
+            for tensor, largest in leaf.live():
+                ranks.add_up(tensor, owner, largest)
+
+
+def join(
+    watched: Sequence[Watched],
+    places: Sequence[tuple[int, torch.device]],
+    ranks: Ranks,
+    everywhere: bool,
+) -> None:
+    """Bring together, in place, what all processes watched of the same inputs.
+
+    Parameters
+    ----------
+    watched
+        What this process watched; ``owner`` tells where each is needed.
+    places
+        Width of each input, and where it is kept.
+    everywhere
+        Whether statistics are needed by all. Samples are never needed but by the owner.
+    """
+    samples = [(seen.used, seen.heldout) for seen in watched]
+    facts = [
+        (seen.finite and (seen.stats is None or seen.stats.is_finite()))
+        for seen in watched
+    ]
+    said = ranks.exchange("inputs", (facts, [[(s.arrived, s.kept) for s in x] for x in samples]))
+    owners = [None if everywhere else seen.owner for seen in watched]
+    known = [(x.stats, o) for x, o in zip(watched, owners, strict=True) if x.stats is not None]
+    add_up([stats for stats, _ in known], [owner for _, owner in known], ranks, "statistics")
+    for number, seen in enumerate(watched):
+        seen.finite = all(finite[number] for finite, _ in said)
+        if seen.cross is not None:
+            ranks.add_up(seen.cross, owners[number])
+        for kind, sample in enumerate(samples[number]):
+            counts = [counted[number][kind] for _, counted in said]
+            _join_sample(sample, counts, places[number], seen.owner, ranks, everywhere)
+
+
+def _join_sample(
+    sample: TokenSample,
+    counts: Sequence[tuple[int, int]],
+    place: tuple[int, torch.device],
+    owner: int,
+    ranks: Ranks,
+    everywhere: bool,
+) -> None:
+    """Bring the rows of a sample together, in the order of the processes.
+
+    ``counts`` are, for each process, the rows that arrived and those that it keeps.
+    """
+    width, device = place
+    kept = [own for _, own in counts]
+    start = sum(kept[: ranks.rank])
+    rows = torch.zeros(sum(kept), width, device=device)
+    mine = sample.rows()
+    if mine is not None:
+        rows[start : start + len(mine)] = mine
+    # Zeros elsewhere: sums are the rows themselves.
+    ranks.add_up(rows, None if everywhere else owner)
+    sample.replace(rows, sum(arrived for arrived, _ in counts))
 
 
 def copied(value: Any, device: torch.device) -> Any:
