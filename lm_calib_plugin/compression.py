@@ -297,6 +297,7 @@ def _run_packed(job: Job, done: Done) -> None:
         done.methods,
         done.grids,
         job.runtime.eval_tokens,
+        job.ranks,
     )
     gap = model(probe, use_cache=False).logits.float() - before
     done.seconds["packing"] = time.perf_counter() - start

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # For how long processes wait until all have come, and then for each other's work.
 ARRIVE, WORK = timedelta(minutes=20), timedelta(hours=24)
+# Small tensors travel together, up to this many bytes.
+BUNDLE = 1 << 24
 # Groups of our own on the host, for the process group that was there when they were made.
 _groups: list[tuple[Any, Any]] = []
 
@@ -129,54 +131,60 @@ class Ranks:
             distributed.all_gather_object(found, said, group=self._group)
         except RuntimeError as error:
             self._over = True
-            raise RankError(f"one of {self.count} processes went away ({_short(error)})") from error
+            raise self._gone(error) from error
         return found
 
     # --- tensors -------------------------------------------------------------------------
 
-    def add_up(self, tensor: Tensor, owner: int | None, largest: bool = False) -> None:
+    def add_up(self, tensors: Sequence[Tensor], owner: int | None, largest: bool = False) -> None:
         """Add the tensors of all processes up at one, or with None at all; in place.
 
-        Elsewhere the tensor holds nothing of use afterwards. With ``largest``, the largest value
-        of every element is taken. The sums are the same bits wherever they are.
+        Elsewhere they hold nothing of use afterwards. With ``largest``, the largest value of every
+        element is taken. The sums are the same bits wherever they are.
         """
-        if not self.several or not tensor.numel():
-            return
-        way, group = self._way(tensor)
         operation = distributed.ReduceOp.MAX if largest else distributed.ReduceOp.SUM
-        with self._reached():
+
+        def carry(way: Tensor, group: Any) -> None:
             distributed.reduce(way, owner or 0, op=operation, group=group)
             if owner is None:
                 distributed.broadcast(way, 0, group=group)
-        if way is not tensor and owner in (None, self.rank):
-            tensor.copy_(way)
 
-    def spread(self, tensor: Tensor, owner: int) -> None:
-        """Give the tensor of one process to all, bit by bit; in place."""
-        if not self.several or not tensor.numel():
-            return
-        way, group = self._way(tensor)
-        with self._reached():
+        self._carry(tensors, carry, owner in (None, self.rank))
+
+    def spread(self, tensors: Sequence[Tensor], owner: int) -> None:
+        """Give the tensors of one process to all, bit by bit; in place."""
+
+        def carry(way: Tensor, group: Any) -> None:
             # As bytes: not every way knows every kind of number.
             distributed.broadcast(way.view(-1).view(torch.uint8), owner, group=group)
-        if way is not tensor and owner != self.rank:
-            tensor.copy_(way)
 
-    def _way(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        """Return what travels, and through what: GPUs talk to each other where they can."""
-        if tensor.is_cuda and "nccl" in str(distributed.get_backend()):
-            return tensor.contiguous(), None
-        return tensor.cpu().contiguous(), self._group
+        self._carry(tensors, carry, owner != self.rank)
 
-    @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+    def _carry(
+        self, tensors: Sequence[Tensor], carry: Callable[[Tensor, Any], None], keep: bool
+    ) -> None:
+        """Send tensors, small ones in bundles; with ``keep``, write what came back into them."""
+        for bundle in _bundles(tensors) if self.several else ():
+            one = bundle[0]
+            sent = one if len(bundle) == 1 else torch.cat([x.reshape(-1) for x in bundle])
+            # GPUs talk to each other where they can.
+            direct = one.is_cuda and "nccl" in str(distributed.get_backend())
+            way = sent.contiguous() if direct else sent.cpu().contiguous()
+            try:
+                carry(way, None if direct else self._group)
+            except torch.OutOfMemoryError:
                 raise
-            self._over = True
-            raise RankError(f"one of {self.count} processes went away ({_short(error)})") from error
+            except RuntimeError as error:
+                self._over = True
+                raise self._gone(error) from error
+            if keep and way is not one:
+                parts = way.view(-1).split([x.numel() for x in bundle])
+                for tensor, part in zip(bundle, parts, strict=True):
+                    tensor.copy_(part.view(tensor.shape))
+
+    def _gone(self, error: Exception) -> RankError:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return RankError(f"one of {self.count} processes went away ({lines[0][:200]})")
 
     # --- work ----------------------------------------------------------------------------
 
@@ -205,7 +213,7 @@ def _host_group() -> Any:
     except RuntimeError as error:
         raise RankError(
             f"not all {distributed.get_world_size()} processes came to compress a model together "
-            f"({_short(error)}). Call it on every process, or with split=false where one works "
+            f"({error}). Call it on every process, or with split=false where one works "
             "for itself."
         ) from error
     group = distributed.new_group(backend="gloo", timeout=WORK)
@@ -213,6 +221,18 @@ def _host_group() -> Any:
     return group
 
 
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def _bundles(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield tensors in the order given, neighbors of one kind together up to a number of bytes."""
+    bundle: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if not tensor.numel():
+            continue
+        alike = bundle and (tensor.dtype, tensor.device) == (bundle[0].dtype, bundle[0].device)
+        if bundle and not (alike and size + tensor.nbytes <= BUNDLE):
+            yield bundle
+            bundle, size = [], 0
+        bundle.append(tensor)
+        size += tensor.nbytes
+    if bundle:
+        yield bundle

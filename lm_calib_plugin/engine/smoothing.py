@@ -130,8 +130,7 @@ def scaled_elsewhere(
         for one in done or ()
     ]
     told = ranks.first("transform", plain)
-    for parameter in block.parameters():
-        ranks.spread(parameter.data, 0)
+    ranks.spread([parameter.data for parameter in block.parameters()], 0)
     named = {layer.name: layer for layer in layers}
     return [
         replace(

@@ -142,18 +142,18 @@ class Solver:
         for said in self.ranks.exchange("solved", hosted):
             every |= said
         devices = {layer.name: layer.parameter.device for unit in units for layer in unit}
+        changed: dict[int, list[Tensor]] = {}
         for number, (unit, owner) in enumerate(zip(units, owners, strict=True)):
-            for layer in unit:
-                if layer.name in every[number].written:
-                    self.ranks.spread(layer.stored, owner)
-                if layer.name in every[number].moved:
-                    bias = layer.bias
-                    assert bias is not None
-                    self.ranks.spread(bias, owner)
+            found, tensors = every[number], changed.setdefault(owner, [])
+            tensors += [layer.stored for layer in unit if layer.name in found.written]
+            biases = [layer.bias for layer in unit if layer.name in found.moved]
+            tensors += [bias for bias in biases if bias is not None]
             if owner == self.ranks.rank:
                 every[number] = mine[number]
             else:
-                every[number].grids = _moved(every[number].grids, devices.__getitem__)
+                found.grids = _moved(found.grids, devices.__getitem__)
+        for owner, tensors in changed.items():
+            self.ranks.spread(tensors, owner)
         return every
 
     def _units(

@@ -99,15 +99,8 @@ def add_up(
     stage
         Where this process is.
     """
-    leaves = [leaf for one in stats for leaf in one.leaves()]
-    said = ranks.exchange(stage, [[getattr(x, n) for n in x.numbers] for x in leaves])
-    for leaf, *numbers in zip(leaves, *said, strict=True):
-        for name, *values in zip(leaf.numbers, *numbers, strict=True):
-            setattr(leaf, name, sum(values))
-    for one, owner in zip(stats, owners, strict=True):
-        for leaf in one.leaves():
-            for tensor, largest in leaf.live():
-                ranks.add_up(tensor, owner, largest)
+    _merge_numbers(stats, ranks.exchange(stage, _numbers(stats)))
+    _merge(_live(stats, owners), ranks)
 
 
 def join(
@@ -124,49 +117,82 @@ def join(
         What this process watched; ``owner`` tells where each is needed.
     places
         Width of each input, and where it is kept.
+    ranks
+        The processes.
     everywhere
-        Whether statistics are needed by all. Samples are never needed but by the owner.
+        Whether all need it.
     """
-    samples = [(seen.used, seen.heldout) for seen in watched]
-    facts = [
-        (seen.finite and (seen.stats is None or seen.stats.is_finite()))
-        for seen in watched
-    ]
-    said = ranks.exchange("inputs", (facts, [[(s.arrived, s.kept) for s in x] for x in samples]))
-    owners = [None if everywhere else seen.owner for seen in watched]
-    known = [(x.stats, o) for x, o in zip(watched, owners, strict=True) if x.stats is not None]
-    add_up([stats for stats, _ in known], [owner for _, owner in known], ranks, "statistics")
+    finite = [x.finite and (x.stats is None or x.stats.is_finite()) for x in watched]
+    samples = [(x.used, x.heldout) for x in watched]
+    counts = [[(one.arrived, one.kept) for one in pair] for pair in samples]
+    stats = [x.stats for x in watched if x.stats is not None]
+    said = ranks.exchange("inputs", (finite, counts, _numbers(stats)))
+    _merge_numbers(stats, [numbers for _, _, numbers in said])
+    owners = [None if everywhere else x.owner for x in watched]
+    holders = [o for o, x in zip(owners, watched, strict=True) if x.stats is not None]
+    parts = _live(stats, holders)
+    joined = []
     for number, seen in enumerate(watched):
-        seen.finite = all(finite[number] for finite, _ in said)
+        seen.finite = all(own[number] for own, _, _ in said)
         if seen.cross is not None:
-            ranks.add_up(seen.cross, owners[number])
+            parts.append((seen.cross, owners[number], False))
         for kind, sample in enumerate(samples[number]):
-            counts = [counted[number][kind] for _, counted in said]
-            _join_sample(sample, counts, places[number], seen.owner, ranks, everywhere)
+            others = [own[number][kind] for _, own, _ in said]
+            rows = _placed(sample, [kept for _, kept in others], places[number], ranks.rank)
+            parts.append((rows, owners[number], False))
+            joined.append((sample, rows, sum(arrived for arrived, _ in others)))
+    _merge(parts, ranks)
+    for sample, rows, arrived in joined:
+        sample.replace(rows, arrived)
 
 
-def _join_sample(
-    sample: TokenSample,
-    counts: Sequence[tuple[int, int]],
-    place: tuple[int, torch.device],
-    owner: int,
-    ranks: Ranks,
-    everywhere: bool,
-) -> None:
-    """Bring the rows of a sample together, in the order of the processes.
+def _numbers(stats: Sequence[LayerStats]) -> list[list[float]]:
+    leaves = [leaf for one in stats for leaf in one.leaves()]
+    return [[getattr(leaf, name) for name in leaf.numbers] for leaf in leaves]
 
-    ``counts`` are, for each process, the rows that arrived and those that it keeps.
+
+def _merge_numbers(stats: Sequence[LayerStats], said: Sequence[list[list[float]]]) -> None:
+    leaves = [leaf for one in stats for leaf in one.leaves()]
+    for leaf, *numbers in zip(leaves, *said, strict=True):
+        for name, *values in zip(leaf.numbers, *numbers, strict=True):
+            setattr(leaf, name, sum(values))
+
+
+def _live(
+    stats: Sequence[LayerStats], owners: Sequence[int | None]
+) -> list[tuple[Tensor, int | None, bool]]:
+    """Return the tensors of statistics, who needs them, and whether the larger value counts."""
+    return [
+        (tensor, owner, largest)
+        for one, owner in zip(stats, owners, strict=True)
+        for leaf in one.leaves()
+        for tensor, largest in leaf.live()
+    ]
+
+
+def _merge(parts: Sequence[tuple[Tensor, int | None, bool]], ranks: Ranks) -> None:
+    groups: dict[tuple[int | None, bool], list[Tensor]] = {}
+    for tensor, owner, largest in parts:
+        groups.setdefault((owner, largest), []).append(tensor)
+    for (owner, largest), tensors in groups.items():
+        ranks.add_up(tensors, owner, largest)
+
+
+def _placed(
+    sample: TokenSample, kept: Sequence[int], place: tuple[int, torch.device], rank: int
+) -> Tensor:
+    """Return the rows of a sample where they stand among those of all processes, zeros elsewhere.
+
+    Summed up, these are the rows of all, in the order of the processes. ``kept`` tells how many
+    each has.
     """
     width, device = place
-    kept = [own for _, own in counts]
-    start = sum(kept[: ranks.rank])
-    rows = torch.zeros(sum(kept), width, device=device)
+    placed = torch.zeros(sum(kept), width, device=device)
     mine = sample.rows()
     if mine is not None:
-        rows[start : start + len(mine)] = mine
-    # Zeros elsewhere: sums are the rows themselves.
-    ranks.add_up(rows, None if everywhere else owner)
-    sample.replace(rows, sum(arrived for arrived, _ in counts))
+        start = sum(kept[:rank])
+        placed[start : start + len(mine)] = mine
+    return placed
 
 
 def copied(value: Any, device: torch.device) -> Any:
