@@ -79,8 +79,8 @@ class Report:
     which kernels a packed model runs on (None: simulated).
     ``cache`` tells whether the model was loaded instead of compressed, and where it is kept (None:
     nothing is kept).
-    ``processes`` tells that several divided the work: ``count``, and the calibration ``tokens`` that
-    went through each (None: each did all of it). ``seconds`` and memory are those of this one.
+    ``processes`` tells that several divided the work: ``count``, and the calibration ``tokens``
+    that went through each (None: each did all of it). ``seconds`` and memory are those of this one.
     ``calibration_set`` is the set that was used, None without data, and ``grids`` the levels of
     each quantized layer, by name, for whoever stores the model; neither is written anywhere.
     """

@@ -112,7 +112,8 @@ def _loaded_or_done_together(
     warnings: list[str],
 ) -> Outcome:
     """Do what :func:`loaded_or_done` does; the first process holds the lock for all."""
-    ranks, facts = job.ranks, {"hit": False, "artifact": None}
+    ranks = job.ranks
+    facts: dict[str, Any] = {"hit": False, "artifact": None}
     with contextlib.ExitStack() as lock:
         problem = lock.enter_context(_lock(place)) if ranks.rank == 0 else ""
         # The others look once nobody writes there.
@@ -129,7 +130,7 @@ def _loaded_or_done_together(
                 done, {"hit": True, "artifact": str(place), "seconds_saved": saved}, warnings
             )
         if any(there):
-            alone = [number for number, found in enumerate(there) if not found]
+            alone = [str(number) for number, found in enumerate(there) if not found]
             warnings.append(f"cache: not every process could load the model (not {listed(alone)})")
         if ranks.rank == 0 and replaceable and _can_keep(place.parent, job, problem, warnings):
             dense = Dense.of(job.model, job.blocks, job.hashes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from lm_calib_plugin.engine.batches import Chunk
 
@@ -38,8 +38,8 @@ def whole(chunks: list[Chunk]) -> Dealt:
 def deal(chunks: Sequence[Chunk], rank: int, count: int, second_order: bool = False) -> Dealt:
     """Return the part of one of ``count`` processes: neighbors in the order of the set.
 
-    Chunks stay as they are where they can be dealt out evenly, to within 5 % of the work; else those
-    that lie across a border are cut between two sequences. Together the processes then see what
+    Chunks stay as they are where they can be dealt out evenly, to within 5 % of the work; else
+    those that lie across a border are cut between two sequences. Together the processes see what
     one would see, in chunks that are the same but for those.
 
     Parameters
@@ -55,7 +55,7 @@ def deal(chunks: Sequence[Chunk], rank: int, count: int, second_order: bool = Fa
     borders = _borders([_cost(chunk, extra) for chunk in chunks], count)
     if not _is_even([_cost(chunk, extra) for chunk in chunks], borders):
         chunks, borders = _cut(chunks, count, extra)
-    ranges = [chunks[a:b] for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    ranges = [chunks[a:b] for a, b in pairwise(borders)]
     return Dealt(
         list(ranges[rank]),
         _counts(chunks[: borders[rank]]),
@@ -73,7 +73,7 @@ def _cut(chunks: Sequence[Chunk], count: int, extra: float) -> tuple[list[Chunk]
     for chunk in chunks:
         inside = sorted({b - start for b in wanted if start < b < start + chunk.rows})
         edges = [0, *inside, chunk.rows]
-        for first, last in zip(edges[:-1], edges[1:], strict=True):
+        for first, last in pairwise(edges):
             made.append(chunk if not inside else chunk.part(slice(first, last)))
             for number, border in enumerate(wanted):
                 if border == start + last:
@@ -98,7 +98,7 @@ def _borders(costs: Sequence[float], count: int) -> list[int]:
 
 
 def _is_even(costs: Sequence[float], borders: Sequence[int]) -> bool:
-    loads = [sum(costs[a:b]) for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    loads = [sum(costs[a:b]) for a, b in pairwise(borders)]
     return max(loads) <= (1 + UNEVEN) * sum(loads) / len(loads)
 
 

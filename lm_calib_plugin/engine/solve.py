@@ -133,7 +133,7 @@ class Solver:
         owners: Sequence[int],
         mine: Mapping[int, Solved],
     ) -> dict[int, Solved]:
-        """Give what each process solved to all: the weights themselves, and what is said of them."""
+        """Give what each process solved to all: the weights, and what is said of them."""
         hosted = {
             number: dataclasses.replace(one, grids=_moved(one.grids, lambda _name: HOST))
             for number, one in mine.items()

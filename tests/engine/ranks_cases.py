@@ -1,7 +1,7 @@
 """What several processes compress together, and what each finds: run by the tests of ranks.
 
-``python -m tests.engine.ranks_cases RANK COUNT FOLDER``: every process runs all cases in one process
-group, and writes what it found to ``FOLDER/RANK.json``; the first one its weights, too.
+``python -m tests.engine.ranks_cases RANK COUNT FOLDER``: every process runs all cases in one
+process group, and writes what it found to ``FOLDER/RANK.json``; the first one its weights, too.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
     "both": {"recipe": {**SPARSE, "method": "sparsegpt+gptq", "bits": 4, "group_size": 8}},
     "rotated": {"recipe": {"method": "rotation", "bits": 4, "group_size": 8}},
     "autoround": {
-        "recipe": {"method": "autoround", "bits": 4, "group_size": 8, "rounding": "autoround?iters=5"}
+        "recipe": {"method": "rtn", "bits": 4, "group_size": 8, "rounding": "autoround?iters=5"},
     },
     "widths": {"recipe": {"method": "rtn", "bits": "auto:9", "group_size": 8}},
     "blocks": {"recipe": {"method": "shortgpt", "blocks": 1}},
@@ -82,7 +82,7 @@ def run(case: dict[str, Any]) -> tuple[Any, Report]:
     )
     recipe = Recipe(**case["recipe"])
     model = make_model(case.get("model", "llama"))
-    given = None if recipe.calibration == "none" else drawn
+    given = drawn if recipe.terms else None
     if case.get("shared"):
         with shared_statistics():
             return model, compress(model, None, recipe, runtime, given)
