@@ -12,10 +12,10 @@ from tqdm import tqdm
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.dealing import deal
 from lm_calib_plugin.engine.discovery import Blocks
+from lm_calib_plugin.engine.joining import add_up
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.ranks import Ranks
-from lm_calib_plugin.engine.watched import add_up
 from lm_calib_plugin.errors import UnsupportedModelError
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lm_calib_plugin.engine.joining import add_up
 from lm_calib_plugin.engine.layers import TargetLayer
 from lm_calib_plugin.engine.ranks import Ranks
-from lm_calib_plugin.engine.watched import add_up
 from lm_calib_plugin.statistics import LayerStats
 
 ENOUGH = 2  # tokens for each input
@@ -15,7 +15,7 @@ ENOUGH = 2  # tokens for each input
 def fill_up(
     seen: Sequence[tuple[TargetLayer, LayerStats]],
     ranks: Ranks | None = None,
-    owners: Sequence[int] | None = None,
+    complete: Sequence[bool] | None = None,
 ) -> dict[str, int]:
     """Fill the statistics of experts up to twice as many tokens as they have inputs.
 
@@ -29,9 +29,11 @@ def fill_up(
     ----------
     seen
         Layers of one block with their statistics, which are changed in place.
-    ranks, owners
-        The processes that divide the work, and which of them holds the statistics of each layer;
-        elsewhere only their number of tokens is right.
+    ranks
+        The processes that divide the work.
+    complete
+        Whether the statistics of each layer are complete here; of others only the number of tokens
+        is right. Default: all.
 
     Returns
     -------
@@ -40,10 +42,9 @@ def fill_up(
     """
     ranks = ranks or Ranks()
     projections: dict[tuple[int, str], list[tuple[TargetLayer, LayerStats, bool]]] = {}
-    for (layer, stats), owner in zip(seen, owners or [ranks.rank] * len(seen), strict=True):
+    for (layer, stats), here in zip(seen, complete or [True] * len(seen), strict=True):
         if layer.expert is not None:
-            own = projections.setdefault((id(layer.module), layer.part), [])
-            own.append((layer, stats, owner == ranks.rank))
+            projections.setdefault((id(layer.module), layer.part), []).append((layer, stats, here))
     borrowed: dict[str, int] = {}
     for own in projections.values():
         few = [(x, s, here) for x, s, here in own if 0 < s.tokens < ENOUGH * s.in_features]

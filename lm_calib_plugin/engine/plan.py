@@ -40,6 +40,15 @@ class Plan:
         kinds = {method.statistic for method in (self.method, *self.methods.values())}
         return kinds.pop() if len(kinds) == 1 else statistic_of(kinds)
 
+    def undivided(self, has_data: bool, shares: bool) -> str:
+        """Return why several processes can not divide the work; empty where they can.
+
+        ``shares`` tells that statistics are shared between runs.
+        """
+        if has_data and any(self.method_of(layer).block_rounding for layer in self.layers):
+            return "layers of a block are rounded together, on all of the calibration set"
+        return "statistics are shared with other runs of the same process" if shares else ""
+
     @property
     def uses_heldout(self) -> bool:
         """Whether a layer is judged by the sequences held out."""

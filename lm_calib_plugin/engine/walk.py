@@ -16,6 +16,7 @@ from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.dealing import deal, whole
 from lm_calib_plugin.engine.discovery import Blocks
 from lm_calib_plugin.engine.experts import fill_up
+from lm_calib_plugin.engine.joining import add_up, join
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.observe import InputGroups
 from lm_calib_plugin.engine.passes import BlockPass
@@ -26,12 +27,10 @@ from lm_calib_plugin.engine.sharing import run_statistics
 from lm_calib_plugin.engine.smoothing import ScaledInput, scale_inputs, scaled_elsewhere
 from lm_calib_plugin.engine.solve import Solver
 from lm_calib_plugin.engine.static_ranges import count, input_ranges, limits_of
-from lm_calib_plugin.engine.watched import Watched, add_up, join, listen, pair
+from lm_calib_plugin.engine.watched import Watched, listen, nothing, pair
 from lm_calib_plugin.engine.wiring import Wiring, wiring_of
 from lm_calib_plugin.errors import CalibError, NumericalError
-from lm_calib_plugin.statistics import STATISTICS, LayerStats, Ranges, TokenSample
-
-ERROR_TOKENS = 512
+from lm_calib_plugin.statistics import LayerStats, Ranges
 
 
 def run(
@@ -89,7 +88,7 @@ class _Walk(BlockPass):
         ranks: Ranks,
     ) -> None:
         self.shared = run_statistics(model, plan) if chunks else None
-        undivided = _undivided(plan, bool(chunks), self.shared is not None) if ranks.several else ""
+        undivided = plan.undivided(bool(chunks), self.shared is not None) if ranks.several else ""
         self.ranks = Ranks() if undivided else ranks
         self.dealt = whole(chunks)
         if self.ranks.several:
@@ -337,24 +336,21 @@ class _Walk(BlockPass):
         if self.ranks.several:
             places = [(g[0].shape[1], g[0].parameter.device) for g in groups]
             self.timed("exchange", lambda: join(watched, places, self.ranks, everywhere))
-        for group, seen in zip(groups, watched, strict=True):
-            _check_seen(group[0], seen, everywhere or seen.owner == self.ranks.rank)
+        # Where all have everything, nobody is asked any more.
+        ranks = Ranks(self.ranks.rank) if everywhere else self.ranks
+        complete = [everywhere or seen.owner == ranks.rank for seen in watched]
+        for group, seen, here in zip(groups, watched, complete, strict=True):
+            seen.check(group[0].name, here)
         pairs = [
-            (g[0], w.stats, w.owner)
-            for g, w in zip(groups, watched, strict=True)
+            ((g[0], w.stats), here)
+            for g, w, here in zip(groups, watched, complete, strict=True)
             if w.stats is not None
         ]
-        borrowed = self.timed(
-            "observe",
-            lambda: fill_up(
-                [(layer, stats) for layer, stats, _ in pairs],
-                Ranks() if everywhere else self.ranks,
-                None if everywhere else [owner for _, _, owner in pairs],
-            ),
-        )
+        known, here = [pair for pair, _ in pairs], [own for _, own in pairs]
+        borrowed = self.timed("observe", lambda: fill_up(known, ranks, here))
         self.solver.borrowed |= borrowed
-        for seen in () if everywhere else watched:
-            if seen.owner != self.ranks.rank:
+        for seen, here in zip(watched, complete, strict=True):
+            if not here:
                 seen.forget()
         return borrowed
 
@@ -366,27 +362,9 @@ class _Walk(BlockPass):
         return found
 
     def _empty(self, layer: TargetLayer) -> Watched:
-        kind = self.plan.statistic
-        width, device = layer.shape[1], layer.parameter.device
-        stats = None
-        if kind != "none":
-            stats = STATISTICS[kind].empty(width, device)
-            if self.plan.uses_heldout:
-                stats.heldout = STATISTICS[kind].empty(width, device)
-        counts, starts = self.dealt.total, self.dealt.before
-        if layer.expert is not None:
-            # Two experts a token is usual; a busier expert keeps more rows than the limit.
-            share = max(1, layer.parameter.shape[0] // 2)
-            # How many tokens earlier processes send to an expert is not known.
-            counts, starts = tuple(-(-count // share) for count in counts), (0, 0)
         # The two models send tokens to experts of their own.
         corrected = self.corrects and layer.expert is None and layer.block != HEAD
-        cross = torch.zeros(width, width, device=device) if corrected else None
-        used, out = (
-            TokenSample(count, ERROR_TOKENS, start)
-            for count, start in zip(counts, starts, strict=True)
-        )
-        return Watched(stats, used, out, cross=cross)
+        return nothing(layer, self.plan, self.dealt, corrected)
 
     def _head(self, layer: TargetLayer) -> None:
         watched: dict[int, Watched] = {}
@@ -417,23 +395,3 @@ class _Walk(BlockPass):
             listen([seen], chunk, 0, received, chunk.owners())
             if static:
                 count([ranges], chunk, 0, received, chunk.owners())
-
-
-def _undivided(plan: Plan, has_data: bool, shares: bool) -> str:
-    """Return why several processes can not divide the work; empty where they can."""
-    if has_data and any(plan.method_of(layer).block_rounding for layer in plan.layers):
-        return "layers of a block are rounded together, on all of the calibration set"
-    if shares:
-        return "statistics are shared with other runs of the same process"
-    return ""
-
-
-def _check_seen(layer: TargetLayer, seen: Watched, whole: bool) -> None:
-    """Refuse inputs that are no numbers; ``whole`` tells that the statistics are all there."""
-    if not seen.finite or (whole and seen.stats is not None and not seen.stats.is_finite()):
-        raise NumericalError(
-            layer.name,
-            "calibration input",
-            "NaN or Inf in the activations",
-            "try dtype=float32 or bfloat16",
-        )
