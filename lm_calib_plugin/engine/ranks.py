@@ -164,23 +164,37 @@ class Ranks:
         self, tensors: Sequence[Tensor], carry: Callable[[Tensor, Any], None], keep: bool
     ) -> None:
         """Send tensors, small ones in bundles; with ``keep``, write what came back into them."""
-        for bundle in _bundles(tensors) if self.several else ():
-            one = bundle[0]
-            sent = one if len(bundle) == 1 else torch.cat([x.reshape(-1) for x in bundle])
-            # GPUs talk to each other where they can.
-            direct = one.is_cuda and "nccl" in str(distributed.get_backend())
-            way = sent.contiguous() if direct else sent.cpu().contiguous()
-            try:
-                carry(way, None if direct else self._group)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                self._over = True
+        try:
+            for bundle in _bundles(tensors) if self.several else ():
+                self._carry_one(bundle, carry, keep)
+        except BaseException as error:
+            # The others wait for tensors: no word reaches them, but they see the door shut.
+            self._leave()
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
                 raise self._gone(error) from error
-            if keep and way is not one:
-                parts = way.view(-1).split([x.numel() for x in bundle])
-                for tensor, part in zip(bundle, parts, strict=True):
-                    tensor.copy_(part.view(tensor.shape))
+            raise
+
+    def _carry_one(
+        self, bundle: Sequence[Tensor], carry: Callable[[Tensor, Any], None], keep: bool
+    ) -> None:
+        one = bundle[0]
+        sent = one if len(bundle) == 1 else torch.cat([x.reshape(-1) for x in bundle])
+        # GPUs talk to each other where they can.
+        direct = one.is_cuda and "nccl" in str(distributed.get_backend())
+        way = sent.contiguous() if direct else sent.cpu().contiguous()
+        carry(way, None if direct else self._group)
+        if keep and way is not one:
+            parts = way.view(-1).split([x.numel() for x in bundle])
+            for tensor, part in zip(bundle, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def _leave(self) -> None:
+        """Close the connections to the other processes."""
+        self._over = True
+        _groups.clear()
+        with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+            distributed.destroy_process_group(self._group)
+        self._group = None
 
     def _gone(self, error: Exception) -> RankError:
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -73,15 +73,15 @@ FEW = {
 }
 
 
-def run(case: dict[str, Any]) -> tuple[Any, Report]:
-    """Compress the model of a case."""
+def run(case: dict[str, Any], device: str = "cpu") -> tuple[Any, Report]:
+    """Compress the model of a case, on a device."""
     lengths = case.get("lengths", LENGTHS)
     drawn = CalibrationSet.of(random_ids(lengths), seqlen=32, weights=case.get("weights"))
     runtime = Runtime(
         progress=False, calib_batch_size=case.get("size", 2), split=case.get("split", True)
     )
     recipe = Recipe(**case["recipe"])
-    model = make_model(case.get("model", "llama"))
+    model = make_model(case.get("model", "llama")).to(device)
     given = drawn if recipe.terms else None
     if case.get("shared"):
         with shared_statistics():

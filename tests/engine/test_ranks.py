@@ -176,11 +176,12 @@ def test_short_memory_of_one_is_its_own_business(found: Any) -> None:
 
 
 KILLED = """
-import datetime, os, sys
+import datetime, os, sys, time, traceback
 sys.path.insert(0, {root!r})
 import torch
 from tests.engine.ranks_cases import CASES, run
 from lm_calib_plugin.engine import solve
+from lm_calib_plugin.engine.ranks import Ranks
 rank, folder = int(sys.argv[1]), sys.argv[3]
 torch.distributed.init_process_group(
     "gloo", init_method="file://" + folder + "/group", rank=rank, world_size=2,
@@ -190,20 +191,40 @@ real, calls = solve.Solver.solve, []
 def solve_or_die(self, *given):
     calls.append(1)
     if rank == 1 and len(calls) == 2:
-        os._exit(9)
+        {fails}
     return real(self, *given)
 solve.Solver.solve = solve_or_die
-run(CASES["sparsegpt"])
+try:
+    run(CASES["sparsegpt"])
+except Exception:
+    # The process itself stays.
+    print(traceback.format_exc(), flush=True)
+    if rank == 1:
+        time.sleep(60)
+"""
+FULL = """
+        def full(*given):
+            raise torch.OutOfMemoryError("no room for a bundle")
+        Ranks._carry_one = full
 """
 
 
 def test_a_process_that_is_killed_ends_the_others(tmp_path: Path) -> None:
-    first, second = together(2, tmp_path, "-c", KILLED.format(root=str(ROOT)))
+    first, second = together(2, tmp_path, "-c", KILLED.format(root=str(ROOT), fails="os._exit(9)"))
     assert second.wait(200) == 9
     begun = time.monotonic()
-    _, errors = first.communicate(timeout=60)
+    said, _ = first.communicate(timeout=60)
     assert time.monotonic() - begun < 30
-    assert "RankError: one of 2 processes went away" in errors
+    assert "RankError: one of 2 processes went away" in said
+
+
+def test_a_process_that_fails_while_others_wait_for_its_tensors_ends_them(tmp_path: Path) -> None:
+    first, second = together(2, tmp_path, "-c", KILLED.format(root=str(ROOT), fails=FULL.strip()))
+    said, _ = first.communicate(timeout=100)
+    assert "RankError: one of 2 processes went away" in said
+    assert second.poll() is None  # gone from the group, and yet alive
+    second.kill()
+    assert "no room for a bundle" in second.communicate()[0]
 
 
 # --- dealing out ---------------------------------------------------------------------------------
