@@ -23,14 +23,14 @@ from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.plan import Plan, WalkResult
 from lm_calib_plugin.engine.ranks import Ranks
 from lm_calib_plugin.engine.rows import rows
-from lm_calib_plugin.engine.sharing import run_statistics
+from lm_calib_plugin.engine.run_statistics import run_statistics
 from lm_calib_plugin.engine.smoothing import ScaledInput, scale_inputs, scaled_elsewhere
 from lm_calib_plugin.engine.solve import Solver
 from lm_calib_plugin.engine.static_ranges import count, input_ranges, limits_of
 from lm_calib_plugin.engine.watched import Watched, listen, nothing, pair
 from lm_calib_plugin.engine.wiring import Wiring, wiring_of
 from lm_calib_plugin.errors import CalibError, NumericalError
-from lm_calib_plugin.statistics import LayerStats, Ranges
+from lm_calib_plugin.statistics import LayerStats, Ranges, remembered_factors
 
 
 def run(
@@ -67,7 +67,9 @@ def run(
         if not bool(layer.stored.isfinite().all()):
             raise NumericalError(layer.name, "weights", "NaN or Inf before compression")
     try:
-        return _Walk(model, blocks, chunks, plan, device, progress, ranks or Ranks()).run()
+        walk = _Walk(model, blocks, chunks, plan, device, progress, ranks or Ranks())
+        with remembered_factors(None if walk.shared is None else walk.shared.factors):
+            return walk.run()
     except torch.OutOfMemoryError as error:
         raise CalibError(
             f"out of memory outside the forward passes ({error}): the statistics or the solve of "
@@ -349,6 +351,9 @@ class _Walk(BlockPass):
         known, here = [pair for pair, _ in pairs], [own for _, own in pairs]
         borrowed = self.timed("observe", lambda: fill_up(known, ranks, here))
         self.solver.borrowed |= borrowed
+        # Runs that share statistics are not divided between processes: these are complete.
+        for part in {part for seen in watched for part in seen.others if not part[1]}:
+            fill_up([(g[0], w.others[part]) for g, w in zip(groups, watched, strict=True)])
         for seen, here in zip(watched, complete, strict=True):
             if not here:
                 seen.forget()
@@ -364,7 +369,17 @@ class _Walk(BlockPass):
     def _empty(self, layer: TargetLayer) -> Watched:
         # The two models send tokens to experts of their own.
         corrected = self.corrects and layer.expert is None and layer.block != HEAD
-        return nothing(layer, self.plan, self.dealt, corrected)
+        wanted = () if self.shared is None else self.shared.others
+        return nothing(layer, self.plan, self.dealt, corrected, wanted)
+
+    def _halve(self, reason: str) -> None:
+        """Before chunks are made smaller, which a run alone might not have to do, watch less."""
+        if self.shared is not None and self.shared.give_up_others():
+            self.recorder.forget()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return
+        super()._halve(reason)
 
     def _head(self, layer: TargetLayer) -> None:
         watched: dict[int, Watched] = {}
