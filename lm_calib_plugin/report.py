@@ -79,6 +79,8 @@ class Report:
     which kernels a packed model runs on (None: simulated).
     ``cache`` tells whether the model was loaded instead of compressed, and where it is kept (None:
     nothing is kept).
+    ``processes`` tells that several divided the work: ``count``, and the calibration ``tokens``
+    that went through each (None: each did all of it). ``seconds`` and memory are those of this one.
     ``calibration_set`` is the set that was used, None without data, and ``grids`` the levels of
     each quantized layer, by name, for whoever stores the model; neither is written anywhere.
     """
@@ -101,6 +103,7 @@ class Report:
     transforms: list[dict[str, Any]] = field(default_factory=list)
     execution: dict[str, Any] | None = None
     cache: dict[str, Any] | None = None
+    processes: dict[str, Any] | None = None
     calibration_set: Any = field(default=None, repr=False, compare=False)
     grids: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -157,6 +160,8 @@ class Report:
             found["execution"] = self.execution
         if self.cache is not None:
             found["cache"] = self.cache
+        if self.processes is not None:
+            found["processes"] = self.processes
         return found
 
     def line(self) -> str:

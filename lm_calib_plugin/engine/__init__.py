@@ -28,8 +28,9 @@ from lm_calib_plugin.engine.plan import Plan, WalkResult
 from lm_calib_plugin.engine.reach import check_reach
 from lm_calib_plugin.engine.reshape import ReshapeResult, check_reshape, reshape
 from lm_calib_plugin.engine.rotation import rotate
+from lm_calib_plugin.engine.run_statistics import kind_of
 from lm_calib_plugin.engine.selection import select_layers
-from lm_calib_plugin.engine.sharing import Shared, shared_here, shared_statistics
+from lm_calib_plugin.engine.sharing import Shared, share_in, shared_here, shared_statistics
 from lm_calib_plugin.engine.walk import run
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "find_blocks",
     "find_layers",
     "heldout_indices",
+    "kind_of",
     "matches",
     "model_digest",
     "parameter_hashes",
@@ -59,6 +61,7 @@ __all__ = [
     "rotate",
     "run",
     "select_layers",
+    "share_in",
     "shared_here",
     "shared_statistics",
     "text_config",

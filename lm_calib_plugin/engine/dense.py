@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lm_calib_plugin.engine.batches import Chunk
+from lm_calib_plugin.engine.dealing import deal
 from lm_calib_plugin.engine.discovery import Blocks
+from lm_calib_plugin.engine.joining import add_up
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.passes import BlockPass
+from lm_calib_plugin.engine.ranks import Ranks
 from lm_calib_plugin.errors import UnsupportedModelError
 
 
@@ -45,6 +48,7 @@ def dense_pass(
     device: torch.device,
     progress: bool = True,
     title: str = "statistics",
+    ranks: Ranks | None = None,
 ) -> BlockPass:
     """Run all chunks through the blocks, unchanged, and show the inputs of ``layers``.
 
@@ -63,6 +67,9 @@ def dense_pass(
         Takes the inputs.
     device
         Where the model takes its inputs.
+    ranks
+        The processes that divide the chunks, each of which gets all of the result; states have to
+        be lists of statistics then.
 
     Returns
     -------
@@ -83,7 +90,10 @@ def dense_pass(
                 "targets", f"{layer.name} is outside the decoder blocks", "layers of the blocks"
             )
         by_block.setdefault(layer.block, []).append(layer)
-    work = BlockPass(model, blocks, chunks, device)
+    first, ranks = chunks[0] if chunks else None, ranks or Ranks()
+    if ranks.several:
+        chunks = deal(chunks, ranks.rank, ranks.count).chunks
+    work = BlockPass(model, blocks, chunks, device, first)
     wanted = [index for index in by_block if visitor.wants(index)]
     if not wanted:
         return work
@@ -102,6 +112,11 @@ def dense_pass(
                     index, groups, start, visitor.listen, keep=index < last
                 ),
             )
+            if ranks.several:
+                work.timed(
+                    "exchange",
+                    lambda state=state: add_up(state, [None] * len(state), ranks, "dense pass"),
+                )
             work.timed(
                 "keep",
                 lambda index=index, groups=groups, state=state: visitor.finish(

@@ -40,6 +40,15 @@ class Plan:
         kinds = {method.statistic for method in (self.method, *self.methods.values())}
         return kinds.pop() if len(kinds) == 1 else statistic_of(kinds)
 
+    def undivided(self, has_data: bool, shares: bool) -> str:
+        """Return why several processes can not divide the work; empty where they can.
+
+        ``shares`` tells that statistics are shared between runs.
+        """
+        if has_data and any(self.method_of(layer).block_rounding for layer in self.layers):
+            return "layers of a block are rounded together, on all of the calibration set"
+        return "statistics are shared with other runs of the same process" if shares else ""
+
     @property
     def uses_heldout(self) -> bool:
         """Whether a layer is judged by the sequences held out."""
@@ -48,7 +57,10 @@ class Plan:
 
 @dataclass
 class WalkResult:
-    """Rows of the report, seconds by stage, warnings, and the grids of quantized layers."""
+    """Rows of the report, seconds by stage, warnings, and the grids of quantized layers.
+
+    ``processes`` are the calibration tokens of each of several processes that divided the work.
+    """
 
     rows: list[LayerRow] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -56,3 +68,4 @@ class WalkResult:
     grids: dict[str, Any] = field(default_factory=dict)
     transforms: list[dict[str, Any]] = field(default_factory=list)
     pads: int = 0
+    processes: list[int] | None = None

@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm_calib_plugin.engine.batches import Chunk
-from lm_calib_plugin.statistics import LayerStats, TokenSample
+from lm_calib_plugin.engine.dealing import Dealt
+from lm_calib_plugin.engine.layers import TargetLayer
+from lm_calib_plugin.engine.plan import Plan
+from lm_calib_plugin.errors import NumericalError
+from lm_calib_plugin.statistics import SINGLE, STATISTICS, Component, LayerStats, TokenSample
+from lm_calib_plugin.statistics.sample import output_energy
 
+# Most rows that errors are measured on.
+ERROR_TOKENS = 512
 # Where copies wait.
 HOST = torch.device("cpu")
+
+
+class Energies:
+    """Energies of the outputs of dense layers on samples of an input, each computed once.
+
+    Parameters
+    ----------
+    used, heldout
+        Samples, which nobody changes.
+    """
+
+    def __init__(self, used: TokenSample, heldout: TokenSample) -> None:
+        self._samples = used, heldout
+        self._known: dict[tuple[str, bool], float | None] = {}
+
+    def of(self, name: str, weight: Tensor, heldout: bool) -> float | None:
+        """Return that of the layer of a name and its dense weight; None without any row."""
+        key = name, heldout
+        if key not in self._known:
+            rows = self._samples[heldout].rows()
+            self._known[key] = None if rows is None else output_energy(weight, rows)
+        return self._known[key]
 
 
 @dataclass
@@ -22,7 +51,10 @@ class Watched:
     """Statistics and samples of one input.
 
     ``cross`` is ``X^T (Y - X)``, ``[in, in]``, where ``Y`` are the inputs in the dense model, and
-    ``shift`` what follows from it for the weights of all layers that share the input.
+    ``shift`` what follows from it for the weights of all layers that share the input. ``others``
+    is what is watched for other runs, and no concern of this one. ``energies`` knows how large the
+    outputs of the dense layers are on the samples, where runs share that. ``owner`` is the process
+    that solves these layers.
     """
 
     stats: LayerStats | None
@@ -31,6 +63,29 @@ class Watched:
     finite: bool = True
     cross: Tensor | None = None
     shift: Tensor | None = None
+    others: dict[Component, LayerStats] = field(default_factory=dict)
+    energies: Energies | None = None
+    owner: int = 0
+
+    def check(self, name: str, complete: bool) -> None:
+        """Refuse inputs of the layer ``name`` that are no numbers.
+
+        ``complete`` tells that the statistics are those of all processes.
+        """
+        known = self.stats is None or not complete or self.stats.is_finite()
+        if not (self.finite and known):
+            raise NumericalError(
+                name,
+                "calibration input",
+                "NaN or Inf in the activations",
+                "try dtype=float32 or bfloat16",
+            )
+
+    def forget(self) -> None:
+        """Let go of everything: another process needs it."""
+        self.stats = self.cross = None
+        for sample in (self.used, self.heldout):
+            sample.replace(torch.zeros(0, 0), 0)
 
     def divide(self, by: Tensor) -> None:
         """Turn everything into what would have been seen of inputs divided by ``by``, ``[in]``."""
@@ -43,6 +98,39 @@ class Watched:
             self.cross = self.cross / by[:, None] / by[None, :]
 
 
+def nothing(
+    layer: TargetLayer,
+    plan: Plan,
+    dealt: Dealt,
+    corrected: bool,
+    wanted: Sequence[Component] = (),
+) -> Watched:
+    """Return what is known of the input of a layer before the first chunk of a process.
+
+    ``corrected`` tells whether its inputs in the dense model are looked at, too; ``wanted`` is what
+    else is watched, for other runs.
+    """
+    kind = plan.statistic
+    width, device = layer.shape[1], layer.parameter.device
+    stats = None
+    if kind != "none":
+        stats = STATISTICS[kind].empty(width, device)
+        if plan.uses_heldout:
+            stats.heldout = STATISTICS[kind].empty(width, device)
+    counts, starts = dealt.total, dealt.before
+    if layer.expert is not None:
+        # Two experts a token is usual; a busier expert keeps more rows than the limit.
+        share = max(1, layer.parameter.shape[0] // 2)
+        # How many tokens earlier processes send to an expert is not known.
+        counts, starts = (-(-counts[0] // share), -(-counts[1] // share)), (0, 0)
+    cross = torch.zeros(width, width, device=device) if corrected else None
+    used, out = (
+        TokenSample(count, ERROR_TOKENS, start) for count, start in zip(counts, starts, strict=True)
+    )
+    others = {part: SINGLE[part[0]].empty(width, device) for part in wanted}
+    return Watched(stats, used, out, cross=cross, others=others)
+
+
 def listen(
     watched: Sequence[Watched], chunk: Chunk, number: int, received: Tensor, owners: Tensor
 ) -> None:
@@ -51,6 +139,9 @@ def listen(
     if chunk.heldout or seen.stats is None:
         seen.finite = seen.finite and bool(received.isfinite().all())
     weights = chunk.weights_of(owners)
+    for (_, heldout), stats in seen.others.items():
+        if heldout == chunk.heldout:
+            stats.update(received, weights, owners)
     if chunk.heldout:
         seen.heldout.update(received)
         if seen.stats is not None and seen.stats.heldout is not None:
