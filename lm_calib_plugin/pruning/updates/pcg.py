@@ -31,9 +31,8 @@ class PCG(Update):
     steps
         Most steps.
     swaps
-        Before the re-fit, exchange so many weights of a row, at most, a returning weight at its
-        best value; where the score found no values, after a first re-fit of a quarter of the steps.
-        0: none.
+        After a re-fit of a quarter of the steps, exchange so many weights of a row, at most, a
+        returning weight at its best value, and re-fit again; 0: none.
     shrink
         Part of its own energy by which each input counts more, alone; correlations shrink.
     heldout
@@ -100,15 +99,11 @@ class PCG(Update):
         keep, values = selection.keep, selection.weight
         if not self.swaps:
             return keep, refitted(weight, keep, metric, self.steps, values).weight
-        fit = None
-        if values is None:
-            # Exchanges need values that are nearly the best ones; the second re-fit does the rest.
-            steps = max(1, round(self.steps * FIRST))
-            fit = refitted(weight, keep, metric, steps, check=False)
-            values = fit.weight
-        moved = swap_descent(weight, keep, gram, self.swaps, n_of_m, kept=values, check=False)
-        if fit is not None:
-            check_fallen(fit.started, weight - fit.weight, gram, "re-fit", moved.started)
+        # Exchanges need values that are nearly the best ones; the second re-fit does the rest.
+        steps = max(1, round(self.steps * FIRST))
+        fit = refitted(weight, keep, metric, steps, values, check=False)
+        moved = swap_descent(weight, keep, gram, self.swaps, n_of_m, kept=fit.weight, check=False)
+        check_fallen(fit.started, weight - fit.weight, gram, "re-fit", moved.started)
         again = refitted(weight, moved.keep, metric, self.steps, moved.weight)
         error = weight - moved.weight
         check_fallen(moved.started, error, gram, "exchange of weights", again.started)
