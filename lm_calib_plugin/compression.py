@@ -90,7 +90,7 @@ def compress(
     with left_as_found(model):
         if job.structural:
             engine.check_reshape(model, job.blocks, job.method, job.device)
-        with _tied_again_on_error(job):
+        with _head_of_its_own(job):
             _identify(job)
             _draw(job)
         for place in cuda_devices(model):
@@ -171,23 +171,18 @@ def _checked(
 
 
 @contextlib.contextmanager
-def _tied_again_on_error(job: Job) -> Iterator[None]:
-    """Give a head that gets a weight of its own the shared one back, should an error come."""
-    layers, config = job.layers, job.model.config
-    tied: Any = getattr(config, "tie_word_embeddings", None)
+def _head_of_its_own(job: Job) -> Iterator[None]:
+    """Give a tied head that is a target a weight of its own; not if an error comes inside."""
+    tie = engine.untied(job.model, job.layers)
     try:
         yield
     except BaseException:
-        for layer, own in zip(layers, job.layers, strict=True):
-            if own is not layer:
-                layer.module.weight = layer.parameter
-                config.tie_word_embeddings = tied
+        tie()
         raise
 
 
 def _identify(job: Job) -> None:
-    """Give a tied head that is a target weights of its own, and name the model as it is now."""
-    job.layers = engine.untied(job.model, job.layers)
+    """Name the model as it is now."""
     start = time.perf_counter()
     job.hashes = engine.parameter_hashes(job.model)
     job.dense_digest = engine.model_digest(job.model, job.hashes)

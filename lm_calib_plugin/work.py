@@ -22,6 +22,7 @@ from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.joint import pruning_of, quantizer_of, with_part
 from lm_calib_plugin.method import Method
+from lm_calib_plugin.placement import execution_device, execution_devices
 from lm_calib_plugin.quantization.pipeline import Quantizer
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import LayerRow
@@ -62,8 +63,7 @@ class Job:
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
-        found: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        return found
+        return execution_device(self.model.get_input_embeddings())  # type: ignore[operator]
 
     @property
     def held(self) -> list[int]:
@@ -97,7 +97,7 @@ class Job:
     def inputs(self) -> str | None:
         """Name of what goes through the dense model: equal names, equal bits; None without data.
 
-        The ids themselves count, and where every weight lies.
+        The ids themselves count, and where every weight is used.
         """
         calibration = self.calibration
         if calibration is None:
@@ -105,7 +105,7 @@ class Job:
         ids = hashlib.sha256()
         for sequence in calibration.sequences:
             ids.update(f"{len(sequence)} ".encode() + sequence.cpu().numpy().tobytes())
-        devices = {name: str(p.device) for name, p in self.model.named_parameters()}
+        devices = {name: str(place) for name, place in execution_devices(self.model).items()}
         return storage.digest(
             {
                 "model": self.dense_digest,

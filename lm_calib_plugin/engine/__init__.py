@@ -20,6 +20,7 @@ from lm_calib_plugin.engine.layers import (
     CHOSEN,
     HEAD,
     TargetLayer,
+    by_module,
     find_layers,
     matches,
     untied,
@@ -27,9 +28,11 @@ from lm_calib_plugin.engine.layers import (
 from lm_calib_plugin.engine.plan import Plan, WalkResult
 from lm_calib_plugin.engine.reach import check_reach
 from lm_calib_plugin.engine.reshape import ReshapeResult, check_reshape, reshape
+from lm_calib_plugin.engine.residence import is_offloaded, resident, whereabouts
 from lm_calib_plugin.engine.rotation import rotate
 from lm_calib_plugin.engine.selection import select_layers
 from lm_calib_plugin.engine.sharing import Shared, shared_here, shared_statistics
+from lm_calib_plugin.engine.ties import values
 from lm_calib_plugin.engine.walk import run
 
 __all__ = [
@@ -42,6 +45,7 @@ __all__ = [
     "TargetLayer",
     "Visitor",
     "WalkResult",
+    "by_module",
     "check_config",
     "check_reach",
     "check_reshape",
@@ -51,11 +55,13 @@ __all__ = [
     "find_blocks",
     "find_layers",
     "heldout_indices",
+    "is_offloaded",
     "matches",
     "model_digest",
     "parameter_hashes",
     "quantize_kv",
     "reshape",
+    "resident",
     "rotate",
     "run",
     "select_layers",
@@ -63,5 +69,7 @@ __all__ = [
     "shared_statistics",
     "text_config",
     "untied",
+    "values",
     "weights_digest",
+    "whereabouts",
 ]

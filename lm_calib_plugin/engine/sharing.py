@@ -225,7 +225,7 @@ class RunStatistics:
         numbers = {layer.name: layer for layer in layers}
         found: dict[int, Watched] = {}
         for names, seen in self._known[index].inputs:
-            own = copied(seen, numbers[names[0]].parameter.device)
+            own = copied(seen, numbers[names[0]].device)
             found |= {id(numbers[name]): own for name in names}
         return found, self._known[index].borrowed
 

@@ -57,7 +57,10 @@ class BlockTuning:
                 raise ValueError(f"{layer.name} is not in block {index}")
         self.weights = {layer.name: layer.read() for layer in layers}
         with torch.no_grad():
-            dense = [replay(block, c.calls[index], _hidden(c)) for c in chunks]
+            # They wait where the inputs do.
+            dense = [
+                replay(block, c.calls[index], _hidden(c)).to(_hidden(c).device) for c in chunks
+            ]
             self.targets = dense if targets is None else list(targets)
             whole = [not self._cuts(number, dense[number]) for number in range(len(chunks))]
         # For each kind of sequence, the chunk and the row; None: all rows.
@@ -97,7 +100,7 @@ class BlockTuning:
             counts = _counts(self.chunks[number])[picked]
             output = self._output(number, picked, parameters)
             counts = counts.to(output.device)
-            wanted = self.targets[number][picked]
+            wanted = self.targets[number][picked].to(output.device)
             difference = output.float() - wanted.float()
             # A pad may hold anything, also what is not a number.
             difference = difference.masked_fill((counts == 0)[..., None], 0.0)
@@ -152,7 +155,7 @@ class BlockTuning:
         if alone.shape[1:] != dense.shape[1:]:
             return False
         real = _counts(chunk)[last].to(alone.device) > 0
-        alone, wanted = alone[0, real].float(), dense[last, real].float()
+        alone, wanted = alone[0, real].float(), dense[last].to(alone.device)[real].float()
         return bool((alone - wanted).norm() <= CLOSE * wanted.norm())
 
 

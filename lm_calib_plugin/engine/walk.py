@@ -15,10 +15,11 @@ from lm_calib_plugin.engine.activations import install
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.discovery import Blocks
 from lm_calib_plugin.engine.experts import fill_up
-from lm_calib_plugin.engine.layers import HEAD, TargetLayer
+from lm_calib_plugin.engine.layers import HEAD, TargetLayer, by_module
 from lm_calib_plugin.engine.observe import InputGroups
 from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.plan import Plan, WalkResult
+from lm_calib_plugin.engine.residence import around, resident
 from lm_calib_plugin.engine.rows import rows
 from lm_calib_plugin.engine.sharing import run_statistics
 from lm_calib_plugin.engine.smoothing import scale_inputs
@@ -59,9 +60,11 @@ def run(
     CalibError
         When even one sequence at a time does not fit in memory.
     """
-    for layer in plan.layers:
-        if not bool(layer.stored.isfinite().all()):
-            raise NumericalError(layer.name, "weights", "NaN or Inf before compression")
+    for layers in by_module(plan.layers):
+        with resident(layers[0].module, changes=False):
+            for layer in layers:
+                if not bool(layer.stored.isfinite().all()):
+                    raise NumericalError(layer.name, "weights", "NaN or Inf before compression")
     try:
         return _Walk(model, blocks, chunks, plan, device, progress).run()
     except torch.OutOfMemoryError as error:
@@ -101,7 +104,7 @@ class _Walk(BlockPass):
             self.timed("capture", self.capture)
         for chunk in self.chunks if self.corrects else ():
             assert chunk.hidden is not None
-            chunk.dense = None if chunk.heldout else chunk.hidden.clone()
+            chunk.dense = None if chunk.heldout else self.hidden.twin(chunk.hidden)
         bar = tqdm(
             range(len(self.blocks)),
             desc=f"{self.plan.method.label} blocks",
@@ -111,12 +114,13 @@ class _Walk(BlockPass):
         last = len(self.blocks) if HEAD in by_block else max(by_block, default=-1)
         for index in bar:
             layers = by_block.get(index, [])
-            if not self.chunks:
-                self.timed("compress", lambda layers=layers: self._without_data(layers))
-            elif index <= last:
-                self._block(index, layers, more=index < last)
+            if layers or (self.chunks and index < last):
+                with self.at_hand(index, changes=bool(layers)):
+                    self._block(index, layers, more=index < last)
         if HEAD in by_block:
-            self.timed("compress", lambda: self._head(by_block[HEAD][0]))
+            head = by_block[HEAD][0]
+            with resident(head.module), around(self.model, self.blocks.modules):
+                self.timed("compress", lambda: self._head(head))
         order = {layer.name: number for number, layer in enumerate(self.plan.layers)}
         self.result.rows.sort(key=lambda row: order[row.name])
         self.warnings += notes.of_experts(self.solver.unseen, self.solver.borrowed)
@@ -144,6 +148,9 @@ class _Walk(BlockPass):
     # --- stages --------------------------------------------------------------------------
 
     def _block(self, index: int, layers: Sequence[TargetLayer], more: bool) -> None:
+        if not self.chunks:
+            self.timed("compress", lambda: self._without_data(layers))
+            return
         more = more and not self.recalls
         ahead = self.plan.propagate == "dense" and more and bool(layers)
         if layers:
@@ -298,7 +305,7 @@ class _Walk(BlockPass):
 
     def _empty(self, layer: TargetLayer) -> Watched:
         kind = self.plan.statistic
-        width, device = layer.shape[1], layer.parameter.device
+        width, device = layer.shape[1], layer.device
         stats = None
         if kind != "none":
             stats = STATISTICS[kind].empty(width, device)
@@ -319,7 +326,7 @@ class _Walk(BlockPass):
         watched: dict[int, Watched] = {}
         spec, limits = self.plan.method.activations, None
         static = spec is not None and not spec.dynamic
-        ranges = Ranges.empty(layer.shape[1], layer.parameter.device)
+        ranges = Ranges.empty(layer.shape[1], layer.device)
         if self.recalls:
             watched = self._recalled(HEAD, [layer])
         elif self.chunks:
