@@ -32,6 +32,7 @@ from lm_calib_plugin.checks import (
     check_calibration,
     check_heldout,
     check_layers,
+    check_offloaded,
     check_tokenizer,
     overridden,
     sequence_length,
@@ -136,6 +137,7 @@ def _checked(
         )
     treated = overridden(method, layers, recipe)
     check_layers(method, treated, layers)
+    check_offloaded(model, recipe, runtime, layers)
     if recipe.bits_budget is not None:
         check_budget(layers, method, treated, recipe.bits_budget)
     engine.check_reach(model, blocks, layers, method)
@@ -267,10 +269,21 @@ def _report(job: Job, outcome: Outcome, digest: str) -> Report:
         versions=versions(),
         weights_digest=digest,
         model_digest=job.dense_digest,
+        residence=_residence(job.model, done),
         cache=outcome.cache,
         calibration_set=calibration,
         grids=done.grids,
     )
+
+
+def _residence(model: nn.Module, done: Done) -> dict[str, Any] | None:
+    """Return where weights are and hidden states were; None for what everybody expects."""
+    found: dict[str, Any] = {}
+    if engine.is_offloaded(model):
+        found["weights"] = engine.whereabouts(model)
+    if done.waited_on_host:
+        found["hidden_states"] = "host"
+    return found or None
 
 
 def is_main_process() -> bool:

@@ -182,7 +182,8 @@ class Done:
     """What came out of the work on a model.
 
     ``method`` is in force where ``methods`` (by name) does not say otherwise, ``hashes`` are those
-    of the parameters after the work, where they are known.
+    of the parameters after the work, where they are known. ``waited_on_host`` tells whether hidden
+    states were in the memory of the host.
     """
 
     method: Method
@@ -198,6 +199,7 @@ class Done:
     execution: dict[str, Any] | None = None
     structure: dict[str, Any] | None = None
     hashes: dict[str, list[Any]] | None = None
+    waited_on_host: bool = False
 
 
 def work_on(job: Job) -> Done:
@@ -252,6 +254,7 @@ def _on_layers(job: Job) -> Done:
         transforms=transforms + result.transforms,
         grids=result.grids,
         methods=methods,
+        waited_on_host=result.waited_on_host,
     )
 
 

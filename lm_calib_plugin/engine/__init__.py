@@ -28,7 +28,7 @@ from lm_calib_plugin.engine.layers import (
 from lm_calib_plugin.engine.plan import Plan, WalkResult
 from lm_calib_plugin.engine.reach import check_reach
 from lm_calib_plugin.engine.reshape import ReshapeResult, check_reshape, reshape
-from lm_calib_plugin.engine.residence import is_offloaded, resident, whereabouts
+from lm_calib_plugin.engine.residence import check_room, is_offloaded, resident, whereabouts
 from lm_calib_plugin.engine.rotation import rotate
 from lm_calib_plugin.engine.selection import select_layers
 from lm_calib_plugin.engine.sharing import Shared, shared_here, shared_statistics
@@ -49,6 +49,7 @@ __all__ = [
     "check_config",
     "check_reach",
     "check_reshape",
+    "check_room",
     "check_supported",
     "circumstances",
     "dense_pass",

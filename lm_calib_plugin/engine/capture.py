@@ -39,8 +39,12 @@ def replay(block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
 
     Hidden states that wait elsewhere go to where the block computes.
     """
+    return called(block, call, hidden.to(execution_device(block)))
+
+
+def called(block: Callable[..., Any], call: BlockCall, hidden: Tensor) -> Tensor:
+    """Call a function of the hidden states in the place of a block, as :func:`replay` does."""
     args, kwargs = list(call.args), dict(call.kwargs)
-    hidden = hidden.to(execution_device(block))
     if isinstance(call.position, int):
         args[call.position] = hidden
     else:

@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import time
+import uuid
 import weakref
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
@@ -120,7 +121,7 @@ def _write(store: OffloadedWeightsLoader, key: str, value: Tensor) -> None:
     """Write a weight into a file of its own, and let the loader read it from there."""
     folder = _own_folder(store)
     before = store.index[key]
-    file = Path(tempfile.mkstemp(suffix=".safetensors", dir=folder)[1])
+    file = folder / f"{uuid.uuid4().hex}.safetensors"
     try:
         require_space(folder, value.numel() * value.element_size() + 4096, key)
         save_file({key: value.contiguous()}, file)

@@ -48,7 +48,10 @@ class Plan:
 
 @dataclass
 class WalkResult:
-    """Rows of the report, seconds by stage, warnings, and the grids of quantized layers."""
+    """Rows of the report, seconds by stage, warnings, and the grids of quantized layers.
+
+    ``waited_on_host`` tells whether hidden states were in the memory of the host between blocks.
+    """
 
     rows: list[LayerRow] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -56,3 +59,4 @@ class WalkResult:
     grids: dict[str, Any] = field(default_factory=dict)
     transforms: list[dict[str, Any]] = field(default_factory=list)
     pads: int = 0
+    waited_on_host: bool = False

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from lm_calib_plugin.engine.offloaded import (
 )
 from lm_calib_plugin.errors import CalibError, UnsupportedModelError, UserError
 from lm_calib_plugin.placement import is_meta, offload_hook
+from lm_calib_plugin.storage import require_space
 
 
 @dataclass(eq=False)
@@ -220,6 +222,29 @@ def _check_home(hook: Any, name: str, path: str) -> None:
             "a folder with room for the compressed weights",
             "for instance offload_folder=offload",
         )
+
+
+def check_room(modules: Iterable[nn.Module]) -> None:
+    """Refuse weights on a disk that has no room for all of them once more.
+
+    Raises
+    ------
+    UserError
+        Names the offload folder.
+    """
+    needed: dict[Path, dict[tuple[int, str], int]] = {}
+    for module in modules:
+        for owner in module.modules():
+            hook = offload_hook(owner)
+            for name, p in owner.named_parameters(recurse=False):
+                if hook is None or not is_meta(p) or kind_of_home(hook, name) != DISK:
+                    continue
+                folder = folder_of(hook)
+                assert folder is not None
+                size = p.numel() * p.element_size()
+                needed.setdefault(folder, {})[id(owner), name] = size
+    for folder, sizes in needed.items():
+        require_space(folder.absolute(), sum(sizes.values()), "a copy of the compressed weights")
 
 
 def whereabouts(model: nn.Module) -> dict[str, int]:

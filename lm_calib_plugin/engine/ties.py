@@ -16,8 +16,8 @@ from lm_calib_plugin.placement import is_meta
 
 def is_tied(model: Any) -> bool:
     """Tell whether head and embeddings share one weight."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    ours, theirs = (getattr(m, "weight", None) for m in (embeddings, head))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    ours, theirs = (getattr(m, "weight", None) for m in (model.get_input_embeddings(), head))
     if ours is None or theirs is None:
         return False
     if is_meta(ours) or is_meta(theirs):

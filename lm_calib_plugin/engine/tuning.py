@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lm_calib_plugin.engine.batches import BlockCall, Chunk
-from lm_calib_plugin.engine.capture import _mapped, forward_hidden, replay
+from lm_calib_plugin.engine.capture import _mapped, called, forward_hidden, replay
 from lm_calib_plugin.engine.layers import TargetLayer
+from lm_calib_plugin.placement import execution_device
 
 # Largest relative difference of one row computed alone: short dtypes round differently by shape.
 CLOSE = 0.02
@@ -138,7 +139,7 @@ class BlockTuning:
         def block(*args: Any, **kwargs: Any) -> Tensor:
             return forward_hidden(functional_call(self.block, parameters, args, kwargs))
 
-        return replay(block, call, hidden)  # type: ignore[arg-type]
+        return called(block, call, hidden.to(execution_device(self.block)))
 
     def _cuts(self, number: int, dense: Tensor) -> bool:
         """Tell whether the last row of a chunk, computed alone, is what it was among the others."""

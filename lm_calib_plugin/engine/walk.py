@@ -102,6 +102,7 @@ class _Walk(BlockPass):
             by_block.setdefault(layer.block, []).append(layer)
         if self.chunks and not self.recalls:
             self.timed("capture", self.capture)
+            self.result.waited_on_host = self.hidden.on_host
         for chunk in self.chunks if self.corrects else ():
             assert chunk.hidden is not None
             chunk.dense = None if chunk.heldout else self.hidden.twin(chunk.hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -93,15 +94,15 @@ RECIPES = {
         "act_bits": 8,
         "act_dynamic": False,
     },
-    "smoothquant": {"method": "smoothquant", "bits": 8},
+    "smoothquant": {"method": "smoothquant", "bits": 8, "group_size": 16},
     "swap_pcg": {"method": "swap_pcg", "sparsity": 0.5},
     "owl": {"method": "owl", "sparsity": 0.5},
     "dense": {"method": "wanda", "sparsity": 0.5, "propagate": "dense"},
     "steps": {"method": "gptq", "bits": 3, "group_size": 16, "true_sequential": True},
     "no data": {"method": "rtn", "bits": 4, "group_size": 16},
     "widths": {"method": "rtn", "bits": "auto:5", "group_size": 16, "calibration": "c4"},
-    "rotated": {"method": "quarot", "bits": 4},
-    "blocks": {"method": "autoround", "bits": 4, "group_size": 16, "steps": 3},
+    "rotated": {"method": "rotation", "bits": 4, "group_size": 16},
+    "blocks": {"method": "rtn", "rounding": "autoround?iters=3", "bits": 4, "group_size": 16},
     "head": {"method": "wanda", "sparsity": 0.5, "targets": "lm_head+*proj"},
     "keys and values": {"method": "gptq", "bits": 4, "group_size": 16, "kv_bits": 8},
 }
@@ -132,6 +133,8 @@ def test_weights_are_those_of_the_model_in_memory(
         assert engine.weights_digest(model) == report.weights_digest
         assert (offloaded.key, offloaded.achieved) == (report.key, report.achieved)
         assert offloaded.table() == report.table()
+        assert report.residence is None
+        assert offloaded.residence == {"weights": whereabouts(model)}
         assert files(tmp_path / "llama") == checkpoint
         assert is_offloaded(model)
 
@@ -255,6 +258,7 @@ def test_changed_weights_go_with_the_model(made: Callable[[str, str], Any], tmp_
     assert len(own) == 21
     assert {n: d for n, d in files(offload).items() if n in before} == before
     del model
+    gc.collect()
     assert files(offload) == before
     again = weights(made("llama", "disk"))
     assert all(torch.equal(again[name], weight) for name, weight in dense.items())
