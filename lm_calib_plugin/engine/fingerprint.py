@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lm_calib_plugin.engine.activations import quantizers
 from lm_calib_plugin.engine.kv_cache import kv_bits
+from lm_calib_plugin.engine.residence import is_offloaded
 from lm_calib_plugin.engine.ties import parameters
 from lm_calib_plugin.execution import PackedLinear
 from lm_calib_plugin.placement import execution_devices
@@ -40,7 +41,9 @@ def parameter_hashes(model: nn.Module) -> dict[str, list[Any]]:
         tensor = owner.weight if isinstance(owner, PackedLinear) else owner()
         return [list(tensor.shape), str(tensor.dtype), _tensor_hash(tensor)]
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    # Two at a time where they have to be read: one is read while the other is hashed.
+    workers = 2 if is_offloaded(model) else min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
         return dict(zip(order, pool.map(described, order), strict=True))
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,7 +124,7 @@ def test_weights_are_those_of_the_model_in_memory(
     whole = made("llama", "memory")
     report = run(whole, **fields)
     expected, answers, checkpoint = weights(whole), logits(whole), files(tmp_path / "llama")
-    for way in ("cpu", "disk", "load partly"):
+    for way in ("cpu", "load partly"):
         model = made("llama", way)
         assert is_offloaded(model)
         offloaded = run(model, **fields)
@@ -285,3 +289,25 @@ def test_weights_that_are_nowhere_are_refused(tmp_path: Path) -> None:
     whole = cpu_offload(make_model(), preload_module_classes=["LlamaDecoderLayer"])
     with pytest.raises(UnsupportedModelError, match="preload_module_classes"):
         engine.check_supported(whole)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux does"
+)
+def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    """Of 16 or 48 blocks of 4 MiB, what eight of them take: weights and their float32 copies,
+    statistics, and the activations of a chunk."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.streamed", str(tmp_path), "wanda", "16", "48"],
+        cwd=Path(__file__).parents[2],
+        # Freed memory goes back to the system, so that the peak is that of what is in use.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    block = 4 * 2**20
+    shallow, deep = json.loads(done.stdout.splitlines()[-1])
+    assert deep < 8 * block
+    assert deep < shallow + 2 * block
