@@ -49,6 +49,7 @@ class BlockPass:
         self.halved = False
         self.hidden = HiddenStates(device)
         self.offloaded = is_offloaded(model)
+        self.ahead = residence.Ahead()
 
     def capture(self) -> None:
         """Record the arguments of every block, after a check on a few tokens."""
@@ -75,9 +76,12 @@ class BlockPass:
     def at_hand(self, index: int, changes: bool = False) -> Iterator[nn.Module]:
         """Have the weights of one block where it computes; with ``changes``, keep what they are
         at the end."""
-        block = self.blocks.modules[index]
-        with self._moved() as moved, residence.resident(block, changes=changes):
+        block, following = self.blocks.modules[index], index + 1
+        stay = residence.resident(block, changes=changes, ahead=self.ahead)
+        with self._moved() as moved, stay:
             moved()
+            if following < len(self.blocks):
+                self.ahead.fetch(self.blocks.modules[following])
             yield block
             moved()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,53 @@ class _Guest:
         table[self.name] = tensor
 
 
+class Ahead:
+    """Fetches the weights of the next block into pinned memory while one is in work.
+
+    Done for weights that are to go to an accelerator; elsewhere nothing would be gained. It takes
+    one more block of memory on the host, and none on the device.
+
+    Parameters
+    ----------
+    everywhere
+        Fetch for every device, without pinning; for tests.
+    """
+
+    def __init__(self, everywhere: bool = False) -> None:
+        self._everywhere = everywhere
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: dict[tuple[int, str], Future[Tensor]] = {}
+
+    def fetch(self, module: nn.Module) -> None:
+        """Begin to fetch the weights of a module; what else was fetched is let go."""
+        self._coming = {}
+        for owner in module.modules():
+            hook = offload_hook(owner)
+            if hook is None or not hook.offload:
+                continue
+            cuda = torch.device(hook.execution_device).type == "cuda"
+            if not (cuda or self._everywhere):
+                continue
+            self._pool = self._pool or ThreadPoolExecutor(max_workers=1)
+            for name in names_at_home(owner, hook):
+                dtype = getattr(owner, name).dtype
+                self._coming[id(owner), name] = self._pool.submit(_waiting, hook, name, dtype, cuda)
+
+    def take(self, owner: nn.Module, name: str) -> Tensor | None:
+        """Return a tensor that was fetched, None for any other."""
+        coming = self._coming.pop((id(owner), name), None)
+        return None if coming is None else coming.result()
+
+
+def _waiting(hook: Any, name: str, dtype: torch.dtype, pinned: bool) -> Tensor:
+    value = fetch(hook, name, dtype)
+    return value.pin_memory() if pinned and value.device.type == "cpu" else value
+
+
 @contextlib.contextmanager
-def resident(*modules: nn.Module, changes: bool = True) -> Iterator[None]:
+def resident(
+    *modules: nn.Module, changes: bool = True, ahead: Ahead | None = None
+) -> Iterator[None]:
     """Have all weights of modules on the device where they compute.
 
     Nothing happens for those that are there anyway, so that one such context inside another is
@@ -69,13 +115,16 @@ def resident(*modules: nn.Module, changes: bool = True) -> Iterator[None]:
         For instance a decoder block, or embeddings and head.
     changes
         Whether weights may change; else nothing is compared or written.
+    ahead
+        What may have been fetched before.
 
     Raises
     ------
     CalibError
         When changed weights can not be written.
     """
-    with _resident([owner for module in modules for owner in module.modules()], changes):
+    owners = [owner for module in modules for owner in module.modules()]
+    with _resident(owners, changes, ahead):
         yield
 
 
@@ -92,13 +141,15 @@ def around(model: nn.Module, blocks: nn.ModuleList) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _resident(owners: Iterable[nn.Module], changes: bool) -> Iterator[None]:
+def _resident(
+    owners: Iterable[nn.Module], changes: bool, ahead: Ahead | None = None
+) -> Iterator[None]:
     guests: list[_Guest] = []
     try:
         for owner in owners:
             hook = offload_hook(owner)
             if hook is not None and hook.offload:
-                _bring(owner, hook, guests)
+                _bring(owner, hook, guests, ahead)
         yield
         for guest in guests if changes else ():
             _send_home(guest)
@@ -108,7 +159,7 @@ def _resident(owners: Iterable[nn.Module], changes: bool) -> Iterator[None]:
             guest.hook.offload = True
 
 
-def _bring(owner: nn.Module, hook: Any, guests: list[_Guest]) -> None:
+def _bring(owner: nn.Module, hook: Any, guests: list[_Guest], ahead: Ahead | None) -> None:
     """Put the weights of one module in place, and tell its hook to leave them alone."""
     here = {id(guest.away): guest.live for guest in guests}
     for name in names_at_home(owner, hook):
@@ -118,7 +169,9 @@ def _bring(owner: nn.Module, hook: Any, guests: list[_Guest]) -> None:
         if id(away) in here:  # one parameter with two names
             value = here[id(away)]
         else:
-            value = fetch(hook, name, away.dtype).to(torch.device(hook.execution_device))
+            found = None if ahead is None else ahead.take(owner, name)
+            found = fetch(hook, name, away.dtype) if found is None else found
+            value = found.to(torch.device(hook.execution_device), non_blocking=True)
             if not buffer:
                 value = nn.Parameter(value, requires_grad=away.requires_grad)
         guest = _Guest(owner, name, hook, away, buffer)

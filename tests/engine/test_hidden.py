@@ -127,12 +127,6 @@ def test_statistics_of_a_block_are_gone_when_the_next_begins(
     left: list[int] = []
     empty, block = walk._Walk._empty, walk._Walk._block
 
-    def remember(self: Any, layer: Any) -> Watched:
-        alive.append(weakref.ref(empty(self, layer)))
-        found = alive[-1]()
-        assert found is not None
-        return found
-
     def count(self: Any, *given: Any, **named: Any) -> None:
         gc.collect()
         left.append(sum(seen() is not None for seen in alive))

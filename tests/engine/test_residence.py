@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress, engine
-from lm_calib_plugin.engine import solve
-from lm_calib_plugin.engine.residence import is_offloaded, resident, value_of, whereabouts
+from lm_calib_plugin.engine import residence, solve
+from lm_calib_plugin.engine.residence import Ahead, is_offloaded, resident, value_of, whereabouts
 from lm_calib_plugin.engine.ties import is_tied, parameters, untie_head
 from lm_calib_plugin.errors import NumericalError, UnsupportedModelError, UserError
 from tests.tiny import make_model, random_ids, saved_model
@@ -237,6 +237,31 @@ def test_residence(made: Callable[[str, str], Any], way: str) -> None:
         factor = 2 if name == "model.layers.1.self_attn.q_proj.weight" else 1
         assert torch.equal(found[name], weight * factor)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("way", ["cpu", "disk", "load"])
+def test_weights_may_be_fetched_before(
+    made: Callable[[str, str], Any], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing changes, and the next block is on its way while one is in work."""
+    whole, model = made("llama", "memory"), made("llama", way)
+    taken: list[bool] = []
+
+    class Counted(Ahead):
+        def __init__(self) -> None:
+            super().__init__(everywhere=True)
+
+        def take(self, owner: nn.Module, name: str) -> torch.Tensor | None:
+            found = super().take(owner, name)
+            taken.append(found is not None)
+            return found
+
+    monkeypatch.setattr(residence, "Ahead", Counted)
+    for one in (whole, model):
+        run(one, method="owl", sparsity=0.5)
+    assert engine.parameter_hashes(whole) == engine.parameter_hashes(model)
+    # Two passes over three blocks of nine tensors; nobody knew of the first blocks.
+    assert (len(taken), sum(taken)) == (2 * 3 * 9, 2 * 2 * 9)
 
 
 def test_what_did_not_change_is_not_written(made: Callable[[str, str], Any]) -> None:
