@@ -47,8 +47,8 @@ def measure(
     NumericalError
         When a weight is not on the grid it was rounded to.
     """
-    target = [found for own in engine.by_module(layers) for found in _counted(own, grids)]
     counts = {name: (int((p == 0).sum()), p.numel()) for name, p in engine.values(model)}
+    target = [found for own in engine.by_module(layers) for found in _counted(own, grids, counts)]
     everything = list(counts.values())
     inside = [count for name, count in counts.items() if name.startswith(f"{blocks.path}.")]
     found: dict[str, Any] = {
@@ -79,12 +79,18 @@ def measure(
 
 
 def _counted(
-    layers: Sequence[engine.TargetLayer], grids: Mapping[str, Any]
+    layers: Sequence[engine.TargetLayer],
+    grids: Mapping[str, Any],
+    counts: Mapping[str, tuple[int, int]],
 ) -> list[tuple[int, int]]:
     """Return how many weights of each layer of one module are zero, and how many there are.
 
-    Weights that were rounded are checked against their grid.
+    Weights that were rounded are checked against their grid. ``counts`` are those of whole
+    parameters.
     """
+    names = [f"{layer.name}.{layer.attribute}" for layer in layers]
+    if all(name in counts for name in names) and not any(x.name in grids for x in layers):
+        return [counts[name] for name in names]
     found = []
     with engine.resident(layers[0].module, changes=False):
         for layer in layers:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from lm_calib_plugin.engine.activations import quantizers
 from lm_calib_plugin.engine.kv_cache import kv_bits
-from lm_calib_plugin.engine.residence import is_offloaded
+from lm_calib_plugin.engine.residence import is_offloaded, value_of
 from lm_calib_plugin.engine.ties import parameters
 from lm_calib_plugin.execution import PackedLinear
-from lm_calib_plugin.placement import execution_devices
+from lm_calib_plugin.placement import execution_devices, is_meta
 from lm_calib_plugin.quantization.activations import ActivationQuantizer
 from lm_calib_plugin.storage import digest
 
@@ -136,7 +136,7 @@ def lasting_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
             name = f"{path}.{own}" if path else own
             passing = ours or own.endswith("_cached") or _follows_length(module, own)
             if name in stored or not passing:
-                found.append((name, buffer))
+                found.append((name, value_of(module, own) if is_meta(buffer) else buffer))
     return sorted(found, key=lambda pair: pair[0])
 
 

@@ -46,7 +46,8 @@ class HiddenStates:
         if into is None or into.shape != hidden.shape or into.dtype != hidden.dtype:
             pinned = self._stream is not None
             into = torch.empty_like(hidden, device=HOST, pin_memory=pinned)
-        if self._stream is None:
+        if self._stream is None or hidden.device != self.device:
+            # A model over several devices: what is not of the first is copied at once.
             return into.copy_(hidden)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):

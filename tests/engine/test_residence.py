@@ -184,6 +184,18 @@ def test_bfloat16(made: Callable[[str, str], Any], tmp_path: Path) -> None:
     assert engine.parameter_hashes(whole) == engine.parameter_hashes(model)
 
 
+def test_buffers_may_be_offloaded_too() -> None:
+    whole, model = make_model(), make_model()
+    for one in (whole, model):
+        one.model.layers[1].register_buffer("kept", torch.ones(3))
+    cpu_offload(model, offload_buffers=True)
+    assert model.model.layers[1].kept.device.type == "meta"
+    for one in (whole, model):
+        run(one, method="wanda", sparsity=0.5)
+    assert engine.model_digest(whole) == engine.model_digest(model)
+    assert model.model.layers[1].kept.device.type == "meta"
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_tied_head_is_tied_again(made: Callable[[str, str], Any], way: str) -> None:
     model = made("llama_tied", way)
