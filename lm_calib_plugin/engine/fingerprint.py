@@ -18,7 +18,7 @@ from lm_calib_plugin.engine.kv_cache import kv_bits
 from lm_calib_plugin.engine.residence import is_offloaded, value_of
 from lm_calib_plugin.engine.ties import parameters
 from lm_calib_plugin.execution import PackedLinear
-from lm_calib_plugin.placement import execution_devices, is_meta
+from lm_calib_plugin.placement import META, execution_devices, is_meta
 from lm_calib_plugin.quantization.activations import ActivationQuantizer
 from lm_calib_plugin.storage import digest
 
@@ -155,9 +155,12 @@ def circumstances(model: nn.Module) -> dict[str, Any]:
 
 
 def _hardware(model: nn.Module) -> list[str]:
-    """Return the kinds of devices that hold the model; of CUDA devices their names."""
+    """Return the kinds of devices that run the model; of CUDA devices their names."""
     found = set()
-    for device in set(execution_devices(model).values()):
+    devices = {parameter.device for parameter in model.parameters()}
+    if META in devices:
+        devices = set(execution_devices(model).values())
+    for device in devices:
         if device.type == "cuda":
             found.add(f"cuda {torch.cuda.get_device_name(device)}")
         elif device.type == "cpu":
