@@ -188,9 +188,9 @@ def main() -> None:
                 rows.append(row_of(options, depth, where, folder))
                 print(json.dumps(rows[-1]), flush=True)
     if options.out:
-        from benchmarks.shared_statistics import machine
+        from machine import facts
 
-        content = {"machine": machine(), "rows": rows}
+        content = {"machine": facts(), "rows": rows}
         Path(options.out).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,15 +78,10 @@ def _name(task: Task, searched: bool) -> str:
 
 
 def _tokenizer(tokenizer: Any) -> list[str]:
-    """Describe a tokenizer: what :func:`tokenizer_digest` does, where that is slow faster."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        whole = tokenizer_digest(tokenizer)
-    else:
-        whole = hashlib.sha256(backend.to_str().encode("utf-8")).hexdigest()
+    """Describe a tokenizer, with what of it decides where samples begin and end."""
     marks = sorted(special_ids(tokenizer)), repr(getattr(tokenizer, "special_tokens_map", None))
     template = repr(getattr(tokenizer, "chat_template", None))
-    return [type(tokenizer).__qualname__, whole, repr(marks), template]
+    return [type(tokenizer).__qualname__, tokenizer_digest(tokenizer), repr(marks), template]
 
 
 def _files(task: Task) -> Iterator[list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,9 @@ from lm_calib_plugin.storage import digest
 # Texts are joined and tokenized in pieces of about this many characters, which bounds memory and
 # lets a fast tokenizer use its threads. Ids can differ from one single call only at the borders.
 PIECE = 1 << 18
+# Digests of tokenizers by the sha256 of what they were read from.
+_KNOWN: dict[str, str] = {}
+MOST_KNOWN = 256
 
 
 def encode(tokenizer: Any, text: str, special: bool = False) -> list[int]:
@@ -77,10 +81,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        content = json.loads(backend.to_str())
-        content.pop("padding", None)
-        content.pop("truncation", None)
-        return digest({"backend": content})
+        return _backend_digest(backend.to_str())
     probe = "A \u00e9\n  1,234 \u6f22 <unk>"
     return digest(
         {
@@ -90,3 +91,19 @@ def tokenizer_digest(tokenizer: Any) -> str:
             "probe": encode(tokenizer, probe, special=True),
         }
     )
+
+
+def _backend_digest(text: str) -> str:
+    """Return the digest of a tokenizer that was written out; texts seen before are not read again.
+
+    Reading millions of characters of JSON takes several times as long as writing and hashing them.
+    """
+    name = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    if name not in _KNOWN:
+        content = json.loads(text)
+        content.pop("padding", None)
+        content.pop("truncation", None)
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        _KNOWN[name] = digest({"backend": content})
+    return _KNOWN[name]

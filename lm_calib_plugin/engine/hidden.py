@@ -34,7 +34,9 @@ class HiddenStates:
     def __init__(self, device: torch.device, on_host: bool = False) -> None:
         self.device, self.on_host = device, on_host
         # One stream for both ways: what is written is read again in order.
-        self._stream = torch.cuda.Stream(device) if on_host and device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if on_host and device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def put(self, hidden: Tensor, into: Tensor | None = None) -> Tensor:
         """Return hidden states where they wait; on the host in the memory of ``into`` if given.

@@ -43,14 +43,16 @@ def fetch(hook: Any, name: str, dtype: torch.dtype) -> Tensor:
 
     May be the very tensor that is kept.
     """
-    store, key = _root(hook.weights_map, f"{name}")
+    store, key = _root(hook.weights_map, name)
+    file = None
     if isinstance(store, OffloadedWeightsLoader) and key not in store.state_dict:
-        facts = store.index[key]
-        if facts.get("safetensors_file") is not None:
-            # Read here: the loader would read it to the device.
-            with safe_open(facts["safetensors_file"], framework="pt", device="cpu") as file:
-                return file.get_tensor(facts.get("weight_name", key)).to(dtype)
-    found: Tensor = store[key]
+        file = store.index[key].get("safetensors_file")
+    if file is None:
+        found: Tensor = store[key]
+    else:
+        # Read here: the loader would read it to the device.
+        with safe_open(file, framework="pt", device="cpu") as tensors:
+            found = tensors.get_tensor(store.index[key].get("weight_name", key))
     return found.detach().to(dtype)
 
 

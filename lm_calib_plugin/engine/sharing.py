@@ -7,10 +7,20 @@ changes: weights and reports are those of runs without sharing, bit by bit, apar
 **Shared** are runs with ``propagate=dense``. There every layer is watched in the dense model, so
 that what is seen depends on the model, the calibration set, its held-out part and chunks, and on
 nothing that the method does. All of that is in the name under which it is kept, with what decides
-last bits of sums: hardware, threads, the kind of statistic, and which layers are watched.
+last bits of sums: hardware and threads. A run takes what it needs of what was watched: the kinds of
+statistics that its methods use, of its layers. So those of more kinds, of more layers, and with the
+sequences held out serve runs that need less; only of the experts of a block a run has to treat all
+or none, as those that saw few tokens borrow from the others.
+
+A pass watches what its own run needs, and beside it the ``kinds`` that are declared: then one pass
+serves methods that need second moments and methods that need Gram matrices. Each kind is summed for
+itself, as it is alone (moments that were read off a Gram matrix would have other last bits).
 Inputs that are rounded token by token (``act_dynamic``) do not matter either: they are rounded
 from when a block is done, behind everything that is watched of it, and the next block gets the
 outputs from before.
+
+Equal Gram matrices are factored once, on the CPU, and outputs of dense layers on the samples that
+errors are measured on are computed once.
 
 The pass in which an allocation such as ``owl`` looks at the dense model is shared, too, whatever
 the run does afterwards. So are calibration sets (:mod:`lm_calib_plugin.bank.once`).
@@ -33,20 +43,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import nn
-
-from lm_calib_plugin.engine.layers import HEAD, TargetLayer
-from lm_calib_plugin.engine.watched import HOST, Watched, bytes_of, copied
+from lm_calib_plugin.errors import UserError, listed
+from lm_calib_plugin.statistics import Component, components, known_kinds
 from lm_calib_plugin.values import whole
-
-if TYPE_CHECKING:
-    from lm_calib_plugin.engine.plan import Plan
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -63,14 +67,32 @@ class Shared:
     def __init__(self, limit_bytes: int | None = None) -> None:
         self._limit = limit_bytes
         self._held: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        # What saves less than it takes room; it goes first.
+        self._spare: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
         self.hits = 0
+        # What passes watch for runs to come.
+        self.expected: frozenset[Component] = frozenset()
         # Bytes of values that were not kept, by name: what they need is known the next time.
         self.refused: dict[Hashable, int] = {}
+
+    def expect(self, kinds: Iterable[str]) -> None:
+        """Let passes from now on watch these kinds of statistics, too.
+
+        Raises
+        ------
+        UserError
+            For a kind that there is not.
+        """
+        kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+        unknown = [kind for kind in kinds if kind not in known_kinds()]
+        if unknown:
+            raise UserError("kinds", f"got {unknown[0]!r}", f"allowed: {listed(known_kinds())}")
+        self.expected = frozenset(part for kind in kinds for part in components(kind))
 
     @property
     def bytes(self) -> int:
         """Bytes of all values together."""
-        return sum(size for _, size in self._held.values())
+        return sum(size for held in (self._held, self._spare) for _, size in held.values())
 
     @property
     def allowed(self) -> int:
@@ -78,6 +100,11 @@ class Shared:
         if self._limit is not None:
             return self._limit
         return (free_memory() + self.bytes) // 2
+
+    @property
+    def names(self) -> list[Hashable]:
+        """Names of all values, those used last at the end."""
+        return list(self._held)
 
     def recall(self, name: Hashable) -> Any:
         """Return what is held under a name, or None; it counts as used."""
@@ -90,8 +117,9 @@ class Shared:
 
     def make_room(self, size: int, allowed: int) -> None:
         """Let go of what was not used for longest until ``size`` more bytes are ``allowed``."""
-        while self._held and self.bytes + size > allowed:
-            self._held.popitem(last=False)
+        for held in (self._spare, self._held):
+            while held and self.bytes + size > allowed:
+                held.popitem(last=False)
 
     def keep(self, name: Hashable, value: Any, size: int, allowed: int | None = None) -> None:
         """Hold a value of so many bytes, if that is ``allowed`` (None: as things stand)."""
@@ -101,8 +129,19 @@ class Shared:
             self.make_room(size, allowed)
             self._held[name] = value, size
 
+    def recall_spare(self, name: Hashable) -> Any:
+        """Return what is held as long as there is room, or None."""
+        found = self._spare.get(name)
+        return None if found is None else found[0]
+
+    def keep_spare(self, name: Hashable, make: Callable[[], Any], size: int, allowed: int) -> None:
+        """Hold what ``make`` returns as long as there is room; it takes that of nothing else."""
+        if self.bytes + size <= allowed:
+            self._spare[name] = make(), size
+
     def clear(self) -> None:
         """Let go of everything."""
+        self._spare.clear()
         self._held.clear()
         self.refused.clear()
 
@@ -111,7 +150,9 @@ _ACTIVE: ContextVar[Shared | None] = ContextVar("lm_calib_plugin_shared", defaul
 
 
 @contextlib.contextmanager
-def shared_statistics(limit_bytes: int | None = None) -> Iterator[Shared]:
+def shared_statistics(
+    limit_bytes: int | None = None, kinds: Iterable[str] = ()
+) -> Iterator[Shared]:
     """Share calibration sets and statistics of dense models between compressions in this context.
 
     Holds for this thread, until the context is left; one inside another starts empty. Weights and
@@ -124,20 +165,29 @@ def shared_statistics(limit_bytes: int | None = None) -> Iterator[Shared]:
     limit_bytes
         Most bytes of memory for what is kept; what was not used for longest is dropped first.
         Default: half of the memory that is free when statistics are watched. Statistics that
-        exceed it alone are not kept, and the report of such a run says so.
+        exceed it alone are not kept, and the report of such a run says so. Of several kinds, those
+        are kept that fit, the smallest first.
+    kinds
+        What the runs to come need to know of the inputs, so that the first pass watches all of it:
+        ``moments`` (wanda, ria), ``gram`` (sparsegpt, gptq, alps, swap_pcg), ``spread``
+        (dsnot), ``ranges``, joined as in ``gram+spread``, and with ``+heldout`` for
+        methods that stop or choose by the sequences held out. Default: each pass watches what its
+        own run needs.
 
     Yields
     ------
     Shared
-        Its ``bytes`` and ``hits`` tell what sharing costs and brings.
+        Its ``bytes`` and ``hits`` tell what sharing costs and brings; ``expect`` declares other
+        kinds from then on.
 
     Raises
     ------
     UserError
-        For a limit that is no positive whole number.
+        For a limit that is no positive whole number, and for kinds that there are not.
     """
     limit = None if limit_bytes is None else whole("limit_bytes", limit_bytes, lowest=1)
     shared = Shared(limit)
+    shared.expect(kinds)
     token = _ACTIVE.set(shared)
     try:
         yield shared
@@ -149,143 +199,6 @@ def shared_statistics(limit_bytes: int | None = None) -> Iterator[Shared]:
 def shared_here() -> Shared | None:
     """Return what is shared here, None outside of :func:`shared_statistics`."""
     return _ACTIVE.get()
-
-
-def is_shareable(plan: Plan) -> bool:
-    """Tell whether what the layers of a plan see depends on nothing that its methods do."""
-    methods = (plan.method, *plan.methods.values())
-    rounds = plan.method.activations
-    return (
-        plan.inputs is not None
-        and plan.propagate == "dense"
-        and not plan.true_sequential
-        and (rounds is None or rounds.dynamic)
-        and all(m.transform is None and m.block_rounding is None for m in methods)
-    )
-
-
-def run_statistics(model: nn.Module, plan: Plan) -> RunStatistics | None:
-    """Return the statistics of a run that shares them; None for one that does not."""
-    shared = shared_here()
-    if shared is None or not is_shareable(plan):
-        return None
-    layers = tuple((layer.name, layer.shape) for layer in plan.layers)
-    # The class itself, beside its name in `inputs`: another one of that name is another class.
-    name = ("inputs", plan.inputs, type(model), plan.statistic, plan.uses_heldout, layers)
-    return RunStatistics(shared, name, len({x.block for x in plan.layers if x.block != HEAD}))
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Names of layers that share an input, with what was watched of it; tokens borrowed."""
-
-    inputs: Sequence[tuple[Sequence[str], Watched]]
-    borrowed: Mapping[str, int]
-
-
-class RunStatistics:
-    """What is watched in one run: known from an earlier one, or on its way to be kept.
-
-    Nothing is kept before a run is through, so that one that fails leaves nothing behind.
-
-    Parameters
-    ----------
-    shared, name
-        Where statistics are kept, and their name there.
-    count
-        How many blocks are watched.
-    """
-
-    def __init__(self, shared: Shared, name: Hashable, count: int) -> None:
-        self._shared, self._name, self._count = shared, name, count
-        self._known: Mapping[int, _Block] | None = shared.recall(name)
-        self._allowed = shared.allowed
-        self._size = 0
-        self._fits = True
-        self._blocks: dict[int, _Block] = {}
-
-    @property
-    def known(self) -> bool:
-        """Whether nothing has to be watched."""
-        return self._known is not None
-
-    def of_block(
-        self, index: int, layers: Sequence[TargetLayer]
-    ) -> tuple[dict[int, Watched], Mapping[str, int]]:
-        """Return what is known of the layers of one block.
-
-        Returns
-        -------
-        watched
-            By ``id(layer)``, on the device of the layers; copies, which the caller may change.
-        borrowed
-            Number of tokens borrowed, by name of the layer.
-        """
-        assert self._known is not None
-        numbers = {layer.name: layer for layer in layers}
-        found: dict[int, Watched] = {}
-        for names, seen in self._known[index].inputs:
-            own = copied(seen, numbers[names[0]].device)
-            found |= {id(numbers[name]): own for name in names}
-        return found, self._known[index].borrowed
-
-    def add(
-        self,
-        index: int,
-        groups: Sequence[Sequence[TargetLayer]],
-        watched: Sequence[Watched],
-        borrowed: Mapping[str, int],
-    ) -> None:
-        """Note what was watched of one block: a copy, taken before any method sees it."""
-        if not self._size:
-            # Blocks are mostly alike: what can not fit in the end drives nothing else out.
-            likely = self._count * sum(bytes_of(seen) for seen in watched)
-            self._fits = self._shared.refused.get(self._name, likely) <= self._allowed
-        self._size += sum(bytes_of(seen) for seen in watched)
-        if not self._fits or self._size > self._allowed:
-            self._let_go()
-            return
-        self._shared.make_room(self._size, self._allowed)
-        self._blocks[index] = _Block(
-            [
-                ([layer.name for layer in group], copied(seen, HOST))
-                for group, seen in zip(groups, watched, strict=True)
-            ],
-            dict(borrowed),
-        )
-
-    def finish(self, halved: bool) -> list[str]:
-        """Keep what was watched, now that the run is through.
-
-        Parameters
-        ----------
-        halved
-            Whether chunks were halved on the way: sums have other last bits then.
-
-        Returns
-        -------
-        list of str
-            What a report says of statistics that do not fit.
-        """
-        if self.known:
-            return []
-        if halved:
-            self._let_go()
-            return []
-        if self._fits:
-            self._shared.keep(self._name, self._blocks, self._size, self._allowed)
-            return []
-        self._shared.refused[self._name] = self._size
-        if self._size <= self._allowed:  # the first block was the largest: it is kept next time
-            return []
-        return [
-            f"statistics are not shared with other runs: they need {_gib(self._size)}, "
-            f"{_gib(self._allowed)} are allowed; raise limit_bytes, or take fewer layers"
-        ]
-
-    def _let_go(self) -> None:
-        self._fits = False
-        self._blocks.clear()
 
 
 def free_memory() -> int:
@@ -304,7 +217,3 @@ def free_memory() -> int:
         cached = sum(int(row.split()[1]) for row in rows if row.startswith("inactive_file "))
         free = min(free, max(0, most - taken + cached))
     return free
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"

@@ -188,8 +188,8 @@ class Solver:
             shape=layer.shape,
             removed=float((after == 0).sum()) / max(1, after.numel()),
             bits=grid.bits if grid is not None else None,
-            error_calibration=relative_error(before, after, seen.used.rows()) if seen else None,
-            error_heldout=relative_error(before, after, seen.heldout.rows()) if seen else None,
+            error_calibration=_error(layer, before, after, seen, False) if seen else None,
+            error_heldout=_error(layer, before, after, seen, True) if seen else None,
             damp=result.damp,
             tokens=seen.used.seen if seen else None,
             seconds=round(time.perf_counter() - start, 4),
@@ -204,3 +204,11 @@ class Solver:
         options = self.plan.method_of(layer).options() if layer.name in self.plan.methods else {}
         pattern, share = options.get("pattern"), options.get("sparsity")
         return share if pattern in (None, "unstructured") else pattern
+
+
+def _error(
+    layer: TargetLayer, before: Tensor, after: Tensor, seen: Watched, heldout: bool
+) -> float | None:
+    """Return the relative output error on a sample of rows."""
+    known = None if seen.energies is None else seen.energies.of(layer.name, before, heldout)
+    return relative_error(before, after, (seen.heldout if heldout else seen.used).rows(), known)

@@ -21,14 +21,21 @@ from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.plan import Plan, WalkResult
 from lm_calib_plugin.engine.residence import around, resident
 from lm_calib_plugin.engine.rows import rows
-from lm_calib_plugin.engine.sharing import run_statistics
+from lm_calib_plugin.engine.run_statistics import run_statistics
 from lm_calib_plugin.engine.smoothing import scale_inputs
 from lm_calib_plugin.engine.solve import Solver
 from lm_calib_plugin.engine.static_ranges import count, input_ranges, limits_of
 from lm_calib_plugin.engine.watched import Watched, listen, pair
 from lm_calib_plugin.engine.wiring import Wiring, wiring_of
 from lm_calib_plugin.errors import CalibError, NumericalError
-from lm_calib_plugin.statistics import STATISTICS, LayerStats, Ranges, TokenSample
+from lm_calib_plugin.statistics import (
+    SINGLE,
+    STATISTICS,
+    LayerStats,
+    Ranges,
+    TokenSample,
+    remembered_factors,
+)
 
 ERROR_TOKENS = 512
 
@@ -66,7 +73,9 @@ def run(
                 if not bool(layer.stored.isfinite().all()):
                     raise NumericalError(layer.name, "weights", "NaN or Inf before compression")
     try:
-        return _Walk(model, blocks, chunks, plan, device, progress).run()
+        walk = _Walk(model, blocks, chunks, plan, device, progress)
+        with remembered_factors(None if walk.shared is None else walk.shared.factors):
+            return walk.run()
     except torch.OutOfMemoryError as error:
         raise CalibError(
             f"out of memory outside the forward passes ({error}): the statistics or the solve of "
@@ -293,6 +302,8 @@ class _Walk(BlockPass):
         pairs = [(g[0], w.stats) for g, w in zip(groups.groups, watched, strict=True)]
         borrowed = fill_up([(layer, stats) for layer, stats in pairs if stats is not None])
         self.solver.borrowed |= borrowed
+        for part in {part for seen in watched for part in seen.others if not part[1]}:
+            fill_up([(g[0], w.others[part]) for g, w in zip(groups.groups, watched, strict=True)])
         if self.shared is not None:
             self.shared.add(index, groups.groups, watched, borrowed)
         return found
@@ -321,7 +332,18 @@ class _Walk(BlockPass):
         corrected = self.corrects and layer.expert is None and layer.block != HEAD
         cross = torch.zeros(width, width, device=device) if corrected else None
         used, out = (TokenSample(count, ERROR_TOKENS) for count in counts)
-        return Watched(stats, used, out, cross=cross)
+        wanted = () if self.shared is None else self.shared.others
+        others = {part: SINGLE[part[0]].empty(width, device) for part in wanted}
+        return Watched(stats, used, out, cross=cross, others=others)
+
+    def _halve(self, reason: str) -> None:
+        """Before chunks are made smaller, which a run alone might not have to do, watch less."""
+        if self.shared is not None and self.shared.give_up_others():
+            self.recorder.forget()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return
+        super()._halve(reason)
 
     def _head(self, layer: TargetLayer) -> None:
         watched: dict[int, Watched] = {}

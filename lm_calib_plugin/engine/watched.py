@@ -4,17 +4,40 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lm_calib_plugin.engine.batches import Chunk
-from lm_calib_plugin.statistics import LayerStats, TokenSample
+from lm_calib_plugin.statistics import Component, LayerStats, TokenSample
+from lm_calib_plugin.statistics.sample import output_energy
 
 # Where copies wait.
 HOST = torch.device("cpu")
+
+
+class Energies:
+    """Energies of the outputs of dense layers on samples of an input, each computed once.
+
+    Parameters
+    ----------
+    used, heldout
+        Samples, which nobody changes.
+    """
+
+    def __init__(self, used: TokenSample, heldout: TokenSample) -> None:
+        self._samples = used, heldout
+        self._known: dict[tuple[str, bool], float | None] = {}
+
+    def of(self, name: str, weight: Tensor, heldout: bool) -> float | None:
+        """Return that of the layer of a name and its dense weight; None without any row."""
+        key = name, heldout
+        if key not in self._known:
+            rows = self._samples[heldout].rows()
+            self._known[key] = None if rows is None else output_energy(weight, rows)
+        return self._known[key]
 
 
 @dataclass
@@ -22,7 +45,9 @@ class Watched:
     """Statistics and samples of one input.
 
     ``cross`` is ``X^T (Y - X)``, ``[in, in]``, where ``Y`` are the inputs in the dense model, and
-    ``shift`` what follows from it for the weights of all layers that share the input.
+    ``shift`` what follows from it for the weights of all layers that share the input. ``others``
+    is what is watched for other runs, and no concern of this one. ``energies`` knows how large the
+    outputs of the dense layers are on the samples, where runs share that.
     """
 
     stats: LayerStats | None
@@ -31,6 +56,8 @@ class Watched:
     finite: bool = True
     cross: Tensor | None = None
     shift: Tensor | None = None
+    others: dict[Component, LayerStats] = field(default_factory=dict)
+    energies: Energies | None = None
 
     def divide(self, by: Tensor) -> None:
         """Turn everything into what would have been seen of inputs divided by ``by``, ``[in]``."""
@@ -51,6 +78,9 @@ def listen(
     if chunk.heldout or seen.stats is None:
         seen.finite = seen.finite and bool(received.isfinite().all())
     weights = chunk.weights_of(owners)
+    for (_, heldout), stats in seen.others.items():
+        if heldout == chunk.heldout:
+            stats.update(received, weights, owners)
     if chunk.heldout:
         seen.heldout.update(received)
         if seen.stats is not None and seen.stats.heldout is not None:

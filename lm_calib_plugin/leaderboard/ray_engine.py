@@ -200,7 +200,8 @@ def _run_group(
     # Without a shared disk, what a retry of this group can go on from stays on this machine.
     own = shared if seen else Path(tempfile.gettempdir()) / f"lm-calib-{token}" / str(number)
     records = Records(own)
-    run_cells(cells, own, (measure or bench)(own / "logs"))
+    logs = own / "logs"
+    run_cells(cells, own, measure(logs) if measure else bench(logs, waiting(cells, records)))
     texts = [records.path(c.key).read_text("utf-8") for c in cells if records.has(c.key)]
     if not seen:
         shutil.rmtree(own, ignore_errors=True)

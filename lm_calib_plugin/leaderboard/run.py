@@ -12,7 +12,7 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,6 +35,7 @@ from lm_calib_plugin.leaderboard.local import place_of
 from lm_calib_plugin.leaderboard.records import DONE, FAILED, NAME_LENGTH, Record, without_times
 from lm_calib_plugin.leaderboard.requests import SharedRequests
 from lm_calib_plugin.leaderboard.scores import no_score, task_result
+from lm_calib_plugin.leaderboard.sharing import Expected
 from lm_calib_plugin.storage import digest, own_version, version_of
 
 # Arguments that only matter while a model is loaded: a model in memory has them behind it.
@@ -60,15 +61,23 @@ class Bench:
         Folder for what is printed while a cell is measured; None: it is printed.
     runtime
         Further arguments of the compression that can not change its result.
+    cells
+        Cells that may be measured here: one pass watches what those need together that share it.
     """
 
-    def __init__(self, logs: Path | None = None, runtime: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        logs: Path | None = None,
+        runtime: Mapping[str, Any] | None = None,
+        cells: Iterable[Cell] = (),
+    ) -> None:
         self.logs, self.runtime = logs, dict(runtime or {})
+        self._expected = Expected(cells)
         self._base: tuple[str, HFLM] | None = None
         self._tasks: tuple[str, LoadedTasks] | None = None
         # For as long as this process measures cells.
         self._sharing = contextlib.ExitStack()
-        self._sharing.enter_context(engine.shared_statistics())
+        self._shared = self._sharing.enter_context(engine.shared_statistics())
         register()
 
     def measure(self, cell: Cell) -> Record:
@@ -78,6 +87,7 @@ class Bench:
         alone = engine.shared_statistics() if cell.repeat else contextlib.nullcontext()
         with self._output(cell), alone:
             try:
+                self._shared.expect(self._expected.kinds(cell))
                 record = self._measured(cell)
                 record.to_text()
                 return record
@@ -85,6 +95,8 @@ class Bench:
                 # A broken cell must not stop the others.
                 traceback.print_exc()
                 return failed(cell, describe(error), time.perf_counter() - start)
+            finally:
+                self._expected.done(cell)
 
     @contextlib.contextmanager
     def _output(self, cell: Cell) -> Iterator[None]:

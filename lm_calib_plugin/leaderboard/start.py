@@ -94,7 +94,8 @@ def run_grid(
         run_workers(cells, folder, jobs, gpus=gpus, quiet=quiet)
     else:
         with Bar(cells, folder, quiet=quiet) as bar:
-            run_cells(cells, folder, bench(folder / "logs"), done=lambda cell, record: bar.look())
+            measure = bench(folder / "logs", waiting(cells, Records(folder)))
+            run_cells(cells, folder, measure, done=lambda cell, record: bar.look())
     return outcome(cells, folder)
 
 

@@ -26,6 +26,7 @@ from lm_calib_plugin.leaderboard.local import (
     cells_text,
     order_of,
     run_cells,
+    shard_of,
     stoppable,
     waiting,
 )
@@ -232,11 +233,18 @@ def work(
     with stoppable():
         try:
             _end_with(parent)
-            cells = order_of(cells_from(sys.stdin.read()), int(arguments[1]), int(arguments[2]))
+            cells, number, count = (
+                cells_from(sys.stdin.read()),
+                int(arguments[1]),
+                int(arguments[2]),
+            )
+            logs = folder / LOGS
+            # What others may do as well, it is not to watch for them.
+            own = waiting(shard_of(cells, f"{number}/{count}"), Records(folder))
             run_cells(
-                cells,
+                order_of(cells, number, count),
                 folder,
-                (measure or bench)(folder / LOGS),
+                measure(logs) if measure else bench(logs, own),
                 done=lambda cell, record: tell.write(f"{cell.key}\n"),
                 go_on=lambda: os.getppid() == parent,
             )
@@ -245,11 +253,11 @@ def work(
     return 0
 
 
-def bench(logs: Path) -> Callable[[Cell], Record]:
-    """Return what measures cells in this process; ``logs`` is for what they print."""
+def bench(logs: Path, cells: Sequence[Cell]) -> Callable[[Cell], Record]:
+    """Return what measures these cells in this process; ``logs`` is for what they print."""
     from lm_calib_plugin.leaderboard.run import Bench
 
-    return Bench(logs).measure
+    return Bench(logs, cells=cells).measure
 
 
 def _end_with(parent: int) -> None:

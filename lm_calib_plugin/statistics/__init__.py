@@ -3,7 +3,21 @@
 from collections.abc import Iterable
 
 from lm_calib_plugin.statistics.base import LayerStats
-from lm_calib_plugin.statistics.factor import InverseFactor, cholesky_factors, inverse_factor
+from lm_calib_plugin.statistics.components import (
+    SINGLE,
+    Component,
+    components,
+    known_kinds,
+    listed_components,
+    put_together,
+    taken_apart,
+)
+from lm_calib_plugin.statistics.factor import (
+    InverseFactor,
+    cholesky_factors,
+    inverse_factor,
+    remembered_factors,
+)
 from lm_calib_plugin.statistics.gram import Gram, gram_in, output_error
 from lm_calib_plugin.statistics.moments import Moments
 from lm_calib_plugin.statistics.ranges import GramRanges, Ranges, ranges_in
@@ -40,7 +54,9 @@ def statistic_of(kinds: Iterable[str]) -> str:
 
 __all__ = [
     "BANKED",
+    "SINGLE",
     "STATISTICS",
+    "Component",
     "Gram",
     "GramRanges",
     "GramSpread",
@@ -51,10 +67,16 @@ __all__ = [
     "Spread",
     "TokenSample",
     "cholesky_factors",
+    "components",
     "gram_in",
     "inverse_factor",
+    "known_kinds",
+    "listed_components",
     "output_error",
+    "put_together",
     "ranges_in",
+    "remembered_factors",
     "spread_in",
     "statistic_of",
+    "taken_apart",
 ]

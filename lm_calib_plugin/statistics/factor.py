@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import hashlib
+from collections.abc import Hashable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,14 +30,46 @@ class InverseFactor:
     damp: float
     dead: Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return int(self.upper.nbytes + self.dead.nbytes)
+
+    def copy(self) -> InverseFactor:
+        """Return a factor with tensors of its own, in the same order of memory."""
+        return InverseFactor(self.upper.clone(), self.damp, self.dead.clone())
+
+
+class FactorMemory(Protocol):
+    """Keeps factors under names; it may forget them."""
+
+    def recall(self, name: Hashable) -> InverseFactor | None:
+        """Return a factor that nobody else changes, or None."""
+        ...
+
+    def keep(self, name: Hashable, factor: InverseFactor) -> None:
+        """Keep a factor, which the caller may change afterwards."""
+        ...
+
+
+_MEMORY: ContextVar[FactorMemory | None] = ContextVar("lm_calib_plugin_factors", default=None)
+
+
+@contextlib.contextmanager
+def remembered_factors(memory: FactorMemory | None) -> Iterator[None]:
+    """Let :func:`inverse_factor` compute nothing in this context that ``memory`` knows."""
+    token = _MEMORY.set(memory)
+    try:
+        yield
+    finally:
+        _MEMORY.reset(token)
+
 
 def inverse_factor(gram: Tensor, damp: float) -> InverseFactor:
-    """Factor ``inv(G + damp * mean(diag G) * I) = U^T U`` without ever forming the inverse.
+    """Factor ``inv(G + damp * mean(diag G) * I) = U^T U``; in float64, or with more, if need be.
 
-    With ``F`` reversing the order of rows and columns, ``F G F = L L^T`` gives ``G = R R^T`` for
-    the upper triangular ``R = F L F``, hence ``U = R^-1``: one Cholesky factorization and one
-    triangular inverse. When float32 is not enough, float64 is tried with the same ridge; then the
-    ridge grows tenfold up to ``1.0``. The ridge used is returned, never hidden.
+    See :func:`_computed`. Inside :func:`remembered_factors` a matrix on the CPU with the same bits
+    is not factored again.
 
     Parameters
     ----------
@@ -46,6 +82,28 @@ def inverse_factor(gram: Tensor, damp: float) -> InverseFactor:
     ------
     NumericalError
         When the matrix can not be factored even with the largest ridge.
+    """
+    memory = _MEMORY.get()
+    if memory is None or gram.device.type != "cpu":
+        return _computed(gram, damp)
+    # Reading it takes a small part of the work of factoring it, and nobody has to say which it is.
+    content = hashlib.sha256(memoryview(gram.detach().contiguous().view(torch.uint8).numpy()))
+    layout = gram.shape, gram.stride(), gram.dtype, torch.get_num_threads()
+    name = (*layout, damp, content.digest())
+    known = memory.recall(name)
+    if known is None:
+        known = _computed(gram, damp)
+        memory.keep(name, known)
+    return known
+
+
+def _computed(gram: Tensor, damp: float) -> InverseFactor:
+    """Return the factor, without ever forming the inverse.
+
+    With ``F`` reversing the order of rows and columns, ``F G F = L L^T`` gives ``G = R R^T`` for
+    the upper triangular ``R = F L F``, hence ``U = R^-1``: one Cholesky factorization and one
+    triangular inverse. When float32 is not enough, float64 is tried with the same ridge; then the
+    ridge grows tenfold up to ``1.0``. The ridge used is returned, never hidden.
     """
     diagonal = gram.diagonal()
     dead = diagonal == 0

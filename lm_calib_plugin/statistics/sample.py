@@ -44,7 +44,14 @@ class TokenSample:
         return torch.cat(self._rows) if self._rows else None
 
 
-def relative_error(before: Tensor, after: Tensor, rows: Tensor | None) -> float | None:
+def output_energy(weight: Tensor, rows: Tensor) -> float:
+    """Return ``||X W^T||^2`` for ``W [out, in]`` on input rows ``X [tokens, in]``."""
+    return float((rows.to(weight.device) @ weight.t()).square().sum(dtype=torch.float64))
+
+
+def relative_error(
+    before: Tensor, after: Tensor, rows: Tensor | None, energy: float | None = None
+) -> float | None:
     """Return ``||X (W' - W)^T||^2 / ||X W^T||^2`` on input rows ``X``.
 
     Parameters
@@ -53,6 +60,8 @@ def relative_error(before: Tensor, after: Tensor, rows: Tensor | None) -> float 
         Weights ``W`` and ``W'`` of shape ``[out, in]``, float32.
     rows
         Input rows ``[tokens, in]``, or None.
+    energy
+        :func:`output_energy` of ``W`` on these rows, where it is known.
 
     Returns
     -------
@@ -61,6 +70,7 @@ def relative_error(before: Tensor, after: Tensor, rows: Tensor | None) -> float 
     if rows is None:
         return None
     rows = rows.to(before.device)
-    size = (rows @ before.t()).square().sum(dtype=torch.float64)
+    if energy is None:
+        energy = output_energy(before, rows)
     error = (rows @ (after - before).t()).square().sum(dtype=torch.float64)
-    return float(error / size) if size > 0 else None
+    return float(error) / energy if energy > 0 else None

@@ -8,7 +8,8 @@ import torch
 from conftest import word_tokenizer
 from safetensors.torch import load_file, save
 
-from lm_calib_plugin.calibration import CalibrationSet, set_folder, tokenizer_digest
+from lm_calib_plugin import storage
+from lm_calib_plugin.calibration import CalibrationSet, set_folder, tokenizer_digest, tokens
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.storage import record_text
 
@@ -242,3 +243,24 @@ def test_tokenizer_digest_names_what_text_becomes():
     assert tokenizer_digest(plain) == first
     plain.add_tokens(["w999"])
     assert tokenizer_digest(plain) != first
+
+
+def test_a_tokenizer_seen_before_is_not_read_again(monkeypatch):
+    """Nor are more digests remembered than a program has tokenizers."""
+    plain = word_tokenizer()
+    content = json.loads(plain.backend_tokenizer.to_str())
+    expected = storage.digest(
+        {"backend": {k: v for k, v in content.items() if k not in ("padding", "truncation")}}
+    )
+    read = []
+    real = json.loads
+    monkeypatch.setattr(tokens.json, "loads", lambda text: read.append(1) or real(text))
+    monkeypatch.setattr(tokens, "_KNOWN", {})
+    monkeypatch.setattr(tokens, "MOST_KNOWN", 2)
+    for _ in range(3):
+        assert tokenizer_digest(plain) == tokenizer_digest(word_tokenizer()) == expected
+    assert len(read) == 1
+    for size in (1, 2, 3):
+        plain(["w1 w2 w3 w4"], truncation=True, max_length=size)
+        assert tokenizer_digest(plain) == expected
+        assert len(tokens._KNOWN) <= 2

@@ -209,7 +209,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "heldout": {"one": PLAIN.replaced(heldout=0.2)},
     "chunks": {"runtime": dataclasses.replace(QUIET, calib_batch_size=3)},
     "first token": {"one": PLAIN.replaced(exclude_first_token=True)},
-    "layers": {"one": PLAIN.replaced(ignore=("*.up_proj",))},
+    "more layers": {"one": PLAIN.replaced(targets=("*_proj", "lm_head"), untie=True)},
     "kind": {"one": recipe("sparsegpt", sparsity=0.5)},
 }
 

@@ -37,3 +37,20 @@ def test_shared_runs_are_what_they_are_alone(name: str, dtype: torch.dtype) -> N
             errors = [[r.error_calibration for r in x.layers] for x in (found, expected)]
             assert errors[0] == errors[1]
         assert shared.hits == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_serves_all_kinds(name: str, dtype: torch.dtype) -> None:
+    """Also where rows of 16 bits are summed as they are."""
+    cells = [
+        Recipe(method="wanda", sparsity=0.5, propagate="dense"),
+        Recipe(method="sparsegpt", sparsity=0.5, propagate="dense"),
+        Recipe(method="gptq", bits=4, group_size=8, propagate="dense"),
+    ]
+    alone = [run(one, name, dtype).weights_digest for one in cells]
+    for order in (1, -1):
+        with shared_statistics(kinds=("moments", "gram")) as shared:
+            for one, expected in list(zip(cells, alone, strict=True))[::order]:
+                assert run(one, name, dtype).weights_digest == expected
+            assert shared.hits == 2
