@@ -63,18 +63,19 @@ class HiddenStates:
         into = torch.empty_like(hidden, pin_memory=hidden.is_pinned())
         return into.copy_(hidden)
 
-    def coming(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, Chunk]]:
+    def coming(self, chunks: Sequence[Chunk], dense: bool) -> Iterator[tuple[Chunk, Chunk]]:
         """Yield every chunk, and it with its hidden states on the device.
 
-        While one is in use the next is on its way.
+        While one is in use the next is on its way. With ``dense`` those of the dense model come,
+        too; else they are left out.
         """
-        ahead = self._fetched(chunks[0]) if chunks else None
+        ahead = self._fetched(chunks[0], dense) if chunks else None
         for number, chunk in enumerate(chunks):
             here, ahead = ahead, None
             assert here is not None
             self._arrive(here)
             if number + 1 < len(chunks):
-                ahead = self._fetched(chunks[number + 1])
+                ahead = self._fetched(chunks[number + 1], dense)
             yield chunk, here
 
     def settle(self) -> None:
@@ -82,16 +83,15 @@ class HiddenStates:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _fetched(self, chunk: Chunk) -> Chunk:
-        if not self.on_host:
-            return chunk
-        return dataclasses.replace(
-            chunk, hidden=self._get(chunk.hidden), dense=self._get(chunk.dense)
-        )
+    def _fetched(self, chunk: Chunk, dense: bool) -> Chunk:
+        also = self._get(chunk.dense) if dense else None
+        return dataclasses.replace(chunk, hidden=self._get(chunk.hidden), dense=also)
 
     def _get(self, hidden: Tensor | None) -> Tensor | None:
-        if hidden is None or self._stream is None:
-            return hidden if hidden is None else hidden.to(self.device)
+        if hidden is None or not self.on_host:
+            return hidden
+        if self._stream is None:
+            return hidden.to(self.device)
         with torch.cuda.stream(self._stream):
             return hidden.to(self.device, non_blocking=True)
 

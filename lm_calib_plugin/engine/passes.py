@@ -139,7 +139,7 @@ class BlockPass:
             state = start()
             outputs: list[Tensor | None] = []
             followed: list[Tensor | None] = []
-            for waiting, chunk in self.hidden.coming(self.chunks):
+            for waiting, chunk in self.hidden.coming(self.chunks, dense=pair is not None):
                 heard = _bound(listen, state, chunk)
                 if pair is None or chunk.dense is None:
                     followed.append(waiting.dense)
@@ -172,7 +172,7 @@ class BlockPass:
 
         def rest() -> None:
             left = [c for c in self.chunks if not c.done]
-            for chunk, here in self.hidden.coming(left):
+            for chunk, here in self.hidden.coming(left, dense):
                 assert here.hidden is not None
                 hidden, followed = replay(block, chunk.calls[index], here.hidden), None
                 if dense and here.dense is not None:

@@ -101,13 +101,15 @@ def test_chunks_come_in_order_with_all_they_have() -> None:
         chunk.hidden = torch.full((1, 5, 2), float(number))
     chunks[0].dense = torch.ones(1, 5, 2)
     for on_host in (False, True):
-        seen = list(HiddenStates(CPU, on_host).coming(chunks))
+        seen = list(HiddenStates(CPU, on_host).coming(chunks, dense=True))
         assert [waiting for waiting, _ in seen] == chunks
         for waiting, here in seen:
             assert torch.equal(here.hidden, waiting.hidden)
             assert (here.dense is None) == (waiting.dense is None)
             assert (here.heldout, here.numbers) == (waiting.heldout, waiting.numbers)
-    assert list(HiddenStates(CPU).coming([])) == []
+        alone = list(HiddenStates(CPU, on_host).coming(chunks, dense=False))
+        assert [here.dense for _, here in alone] == [None] * 3
+    assert list(HiddenStates(CPU).coming([], dense=True)) == []
 
 
 def test_on_a_cpu_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
