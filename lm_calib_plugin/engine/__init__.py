@@ -28,12 +28,12 @@ from lm_calib_plugin.engine.layers import (
 from lm_calib_plugin.engine.plan import Plan, WalkResult
 from lm_calib_plugin.engine.reach import check_reach
 from lm_calib_plugin.engine.reshape import ReshapeResult, check_reshape, reshape
-from lm_calib_plugin.engine.residence import check_room, is_offloaded, resident, whereabouts
+from lm_calib_plugin.engine.residence import check_room, is_offloaded, resident
 from lm_calib_plugin.engine.rotation import rotate
 from lm_calib_plugin.engine.run_statistics import kind_of
 from lm_calib_plugin.engine.selection import select_layers
 from lm_calib_plugin.engine.sharing import Shared, shared_here, shared_statistics
-from lm_calib_plugin.engine.ties import values
+from lm_calib_plugin.engine.ties import values, whereabouts
 from lm_calib_plugin.engine.walk import run
 
 __all__ = [

@@ -298,18 +298,3 @@ def check_room(modules: Iterable[nn.Module]) -> None:
                 needed.setdefault(folder, {})[id(owner), name] = size
     for folder, sizes in needed.items():
         require_space(folder.absolute(), sum(sizes.values()), "a copy of the compressed weights")
-
-
-def whereabouts(model: nn.Module) -> dict[str, int]:
-    """Return how many bytes of parameters are at home where: ``cpu``, ``disk``, or a device."""
-    found: dict[str, int] = {}
-    seen: set[int] = set()
-    for owner in model.modules():
-        hook = offload_hook(owner)
-        for name, p in owner.named_parameters(recurse=False):
-            if id(p) in seen:
-                continue
-            seen.add(id(p))
-            place = kind_of_home(hook, name) if is_meta(p) and hook is not None else str(p.device)
-            found[place] = found.get(place, 0) + p.numel() * p.element_size()
-    return found

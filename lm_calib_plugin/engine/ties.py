@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lm_calib_plugin.engine.discovery import text_config
+from lm_calib_plugin.engine.offloaded import kind_of_home
 from lm_calib_plugin.engine.residence import give_own_home, value_of
-from lm_calib_plugin.placement import is_meta
+from lm_calib_plugin.placement import is_meta, offload_hook
 
 
 def is_tied(model: Any) -> bool:
@@ -48,6 +49,20 @@ def values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield name and value of every parameter, as :func:`parameters` gives them."""
     for name, value in parameters(model).items():
         yield name, value()
+
+
+def whereabouts(model: nn.Module) -> dict[str, int]:
+    """Return how many bytes of parameters are at home where: ``cpu``, ``disk``, or a device."""
+    found: dict[str, int] = {}
+    for name in parameters(model):
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        parameter = getattr(owner, attribute)
+        hook = offload_hook(owner)
+        away = is_meta(parameter) and hook is not None
+        place = kind_of_home(hook, attribute) if away else str(parameter.device)
+        found[place] = found.get(place, 0) + parameter.numel() * parameter.element_size()
+    return found
 
 
 def untie_head(model: Any) -> Callable[[], None]:

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress, engine
 from lm_calib_plugin.engine import residence, solve
-from lm_calib_plugin.engine.residence import Ahead, is_offloaded, resident, value_of, whereabouts
-from lm_calib_plugin.engine.ties import is_tied, parameters, untie_head
+from lm_calib_plugin.engine.residence import Ahead, is_offloaded, resident, value_of
+from lm_calib_plugin.engine.ties import is_tied, parameters, untie_head, whereabouts
 from lm_calib_plugin.errors import NumericalError, UnsupportedModelError, UserError
 from tests.tiny import make_model, random_ids, saved_model
 
@@ -309,6 +309,8 @@ def test_where_weights_are(made: Callable[[str, str], Any]) -> None:
     total = sum(p.numel() * 4 for p in make_model().parameters())
     assert whereabouts(made("llama", "memory")) == {"cpu": total}
     assert whereabouts(made("llama", "disk")) == {"disk": total}
+    shared = sum(p.numel() * 4 for p in make_model("llama_tied").parameters())
+    assert whereabouts(made("llama_tied", "load")) == {"disk": shared}
     found = whereabouts(made("llama", "load partly"))
     assert set(found) == {"cpu", "disk"}
     assert sum(found.values()) == total
