@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Data-parallel evaluation: every process compresses its own copy, and all copies must be identical.
+# Two processes compress together (each runs its part of the calibration set) and then share the evaluation.
 # Without a GPU: ACCELERATE_USE_CPU=1 ACCELERATE_ARGS=--multi_gpu
 set -euo pipefail
 accelerate launch --num_processes "${PROCESSES:-2}" ${ACCELERATE_ARGS:-} -m lm_eval \

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lm_calib_plugin import engine
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.dense import dense_pass
+from lm_calib_plugin.engine.ranks import Ranks
 from lm_calib_plugin.engine.watched import HOST, bytes_of, copied
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.pruning.allocations.base import (
@@ -94,6 +95,7 @@ def allocate(
     device: torch.device,
     progress: bool = True,
     inputs: str | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Pipeline]:
     """Return the method for every layer, by name.
 
@@ -111,6 +113,8 @@ def allocate(
     inputs
         Name of what goes through the model, where its statistics may be shared; see
         :mod:`lm_calib_plugin.engine.sharing`.
+    ranks
+        The processes that divide the pass over the dense model, unless its statistics are shared.
 
     Raises
     ------
@@ -124,7 +128,7 @@ def allocate(
     looks = allocation.statistic != "none"
     if looks or (allocation.whole_layer and method.score.statistic != "none"):
         where = model, blocks, chunks, layers, device, progress
-        found = _shared_energies(inputs, *where) if inputs else _energies(*where)[0]
+        found = _shared_energies(inputs, *where) if inputs else _energies(*where, ranks)[0]
     facts = [LayerFacts(x.name, x.block, x.shape, x.read, found.get(x.name)) for x in layers]
     wanted = allocation.fractions(facts, float(method.sparsity), method.score)
     if allocation.keeps_budget and not allocation.whole_layer:
@@ -148,10 +152,12 @@ def _energies(
     layers: Sequence[engine.TargetLayer],
     device: torch.device,
     progress: bool,
+    ranks: Ranks | None = None,
 ) -> tuple[dict[str, LayerStats], bool]:
     """Return second moments per token by name of the layer, and whether chunks were halved."""
     visitor = _Energies()
-    work = dense_pass(model, blocks, chunks(), layers, visitor, device, progress, "allocation")
+    where = layers, visitor, device, progress, "allocation", ranks
+    work = dense_pass(model, blocks, chunks(), *where)
     return visitor.found, work.halved
 
 

@@ -77,7 +77,8 @@ def export_folder(
         )
     except UserError as error:
         raise _as_typed(error) from None
-    typer.echo(done)
+    if done:
+        typer.echo(done)
 
 
 def _as_typed(error: UserError) -> UserError:

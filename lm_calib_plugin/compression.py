@@ -25,6 +25,7 @@ from lm_calib_plugin.accounting import (
 )
 from lm_calib_plugin.allocation import check_allocation
 from lm_calib_plugin.artifacts.cache import Outcome, check_early, loaded_or_done
+from lm_calib_plugin.artifacts.request import asked
 from lm_calib_plugin.bank.mixtures import Task, draw
 from lm_calib_plugin.bit_allocation import check_budget
 from lm_calib_plugin.calibration import CalibrationSet
@@ -38,7 +39,8 @@ from lm_calib_plugin.checks import (
     sequence_length,
     vocab_size,
 )
-from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.engine.ranks import Ranks
+from lm_calib_plugin.errors import CalibError, UserError, listed
 from lm_calib_plugin.guard import left_as_found, several_processes
 from lm_calib_plugin.joint import pruning_of
 from lm_calib_plugin.packed import check_packed, pack_layers
@@ -59,6 +61,11 @@ def compress(
     calibration: CalibrationSet | None = None,
 ) -> Report:
     """Prune or quantize a causal language model in place, as a recipe says.
+
+    In a process group of torch (``torchrun``, ``accelerate launch``, or
+    ``torch.distributed.init_process_group``) all processes have to call this with the same
+    arguments: they divide the work, and end with the same weights, bit by bit. Those of one process
+    may differ in last bits of sums. ``runtime.split=False`` lets each do all of it.
 
     Parameters
     ----------
@@ -85,8 +92,28 @@ def compress(
         When the recipe does not fit the model, before any data is read or any weight is changed.
     NumericalError
         For NaN, Inf or a matrix that can not be factored; the layer and the stage are named.
+    CalibError
+        When another process failed, does something else, or went away.
     """
-    job = _checked(model, tokenizer, recipe, runtime or Runtime(), calibration)
+    runtime = runtime or Runtime()
+    ranks = Ranks.here(runtime.split)
+    if ranks.rank:
+        runtime = dataclasses.replace(runtime, progress=False)
+    with ranks.together():
+        return _together(model, tokenizer, recipe, runtime, calibration, ranks)
+
+
+def _together(
+    model: nn.Module,
+    tokenizer: Any,
+    recipe: Recipe,
+    runtime: Runtime,
+    calibration: CalibrationSet | None,
+    ranks: Ranks,
+) -> Report:
+    """Compress a model; the processes meet at the same places, or none goes on."""
+    job = _checked(model, tokenizer, recipe, runtime, calibration)
+    job.ranks = ranks
     check_early(job)
     with left_as_found(model):
         if job.structural:
@@ -94,6 +121,7 @@ def compress(
         with _head_of_its_own(job):
             _identify(job)
             _draw(job)
+            _check_same(job)
         for place in cuda_devices(model):
             torch.cuda.reset_peak_memory_stats(place)
         outcome = loaded_or_done(job, work_on)
@@ -101,6 +129,7 @@ def compress(
         if recipe.execution == "packed":
             # Every process for itself, behind the lock of the cache: they have to agree.
             _run_packed(job, outcome.done)
+    _check_agreed(ranks, digest)
     report = _report(job, outcome, digest)
     if is_main_process():
         folder = job.runtime.report_dir
@@ -221,6 +250,35 @@ def _draw(job: Job) -> None:
     job.seconds["calibration"] = time.perf_counter() - start
 
 
+def _check_same(job: Job) -> None:
+    """Refuse to divide work that is not the same on all processes."""
+    if not job.ranks.several:
+        return
+    # Hardware may differ: each layer is solved by one process.
+    mine = asked(job) | {"hardware": None, "cache": bool(job.runtime.cache)}
+    everyone = job.ranks.exchange("request", mine)
+    for name, value in mine.items():
+        values = [other.get(name) for other in everyone]
+        if any(other != values[0] for other in values):
+            shown = [f"{str(other)[:40]} (process {i})" for i, other in enumerate(values)]
+            raise CalibError(
+                f"{len(everyone)} processes are to compress one model together, but `{name}` "
+                f"differs: {listed(shown)}. Give all the same, or split=false where each works "
+                f"for itself; {value!s:.40} is that of this process."
+            )
+
+
+def _check_agreed(ranks: Ranks, digest: str) -> None:
+    """Every process must hold the same weights."""
+    digests = ranks.exchange("digest", digest)
+    if len(set(digests)) > 1:
+        raise CalibError(
+            f"{len(set(digests))} different results on {len(digests)} processes: "
+            f"{listed(one[:12] for one in digests)}. Run on one kind of device, with one version "
+            "of every package."
+        )
+
+
 def _run_packed(job: Job, done: Done) -> None:
     """Replace layers by kernels, once everything has been counted, and put it in the report."""
     start = time.perf_counter()
@@ -236,6 +294,7 @@ def _run_packed(job: Job, done: Done) -> None:
         done.methods,
         done.grids,
         job.runtime.eval_tokens,
+        job.ranks,
     )
     gap = model(probe, use_cache=False).logits.float() - before
     done.seconds["packing"] = time.perf_counter() - start
@@ -271,6 +330,9 @@ def _report(job: Job, outcome: Outcome, digest: str) -> Report:
         model_digest=job.dense_digest,
         residence=_residence(job.model, done),
         cache=outcome.cache,
+        processes={"count": job.ranks.count, "tokens": done.processes}
+        if job.ranks.several
+        else None,
         calibration_set=calibration,
         grids=done.grids,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator
 
@@ -14,6 +15,34 @@ from torch import nn
 def several_processes() -> bool:
     """Tell whether torch's process group is up: other processes do the same work."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def local_rank() -> int | None:
+    """Return the number of this process on its machine, where ``torchrun`` started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "MASTER_ADDR" not in os.environ:
+        return None
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@contextlib.contextmanager
+def launched_together() -> Iterator[None]:
+    """Join the processes that ``torchrun`` started, for as long as the context lasts.
+
+    Nothing is done for a process that is alone, or whose group is up already.
+    """
+    place = local_rank()
+    if place is None or not torch.distributed.is_available() or several_processes():
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place)
+        backend = "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backend)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

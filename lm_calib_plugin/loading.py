@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lm_calib_plugin import engine
 from lm_calib_plugin.builtin_models import resolve_pretrained
 from lm_calib_plugin.errors import UserError, listed, nearest
-from lm_calib_plugin.guard import random_state_untouched
+from lm_calib_plugin.guard import local_rank, random_state_untouched
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
@@ -59,8 +59,11 @@ class Loading:
             _check_device(self.device)
 
     def place(self) -> str:
-        """Return the device the model goes to."""
-        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        """Return the device the model goes to; each of several processes has one of its own."""
+        if self.device is not None or not torch.cuda.is_available():
+            return self.device or "cpu"
+        number = local_rank()
+        return "cuda" if number is None else f"cuda:{number}"
 
     def of_model(self) -> dict[str, Any]:
         """Return what ``from_pretrained`` of model and configuration get beside the name."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lm_calib_plugin import engine
 from lm_calib_plugin.engine.activations import quantizers
+from lm_calib_plugin.engine.ranks import Ranks
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.execution import (
     Activation,
@@ -76,6 +77,7 @@ def pack_layers(
     methods: Mapping[str, Method],
     grids: Mapping[str, Grid],
     tokens: int,
+    ranks: Ranks | None = None,
 ) -> ExecutionReport:
     """Replace the layers of a compressed model by kernels, where these are right and faster.
 
@@ -89,6 +91,8 @@ def pack_layers(
         The levels of each layer, by name.
     tokens
         How many tokens the evaluation multiplies at once.
+    ranks
+        Processes that have to use the same kernels; default: all of torch's process group.
     """
     inputs = quantizers(model)
     asked = []
@@ -105,13 +109,23 @@ def pack_layers(
                 quantize=rounded,
             )
         )
-    return pack(model, asked, tokens, racer=_one_verdict if several_processes() else None)
+    return pack(model, asked, tokens, racer=_racer(ranks))
 
 
-def _one_verdict(
-    dense: Callable[[Tensor], Tensor], packed: Callable[[Tensor], Tensor], x: Tensor
-) -> Race:
-    """Race on every process, and take the times of the first: all have to use one kernel."""
-    found = [race(dense, packed, x)]
-    torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]
+def _racer(ranks: Ranks | None) -> Callable[..., Race] | None:
+    """Return what races on every process, and takes the times of the first: all have to use one
+    kernel. None for a single process."""
+    if not several_processes():
+        return None
+
+    def one_verdict(
+        dense: Callable[[Tensor], Tensor], packed: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Race:
+        found = [race(dense, packed, x)]
+        if ranks is not None and ranks.several:
+            verdict: Race = ranks.first("race", found[0])
+            return verdict
+        torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
+
+    return one_verdict

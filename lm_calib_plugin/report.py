@@ -81,6 +81,8 @@ class Report:
     ``hidden_states`` were between two blocks (``host``).
     ``cache`` tells whether the model was loaded instead of compressed, and where it is kept (None:
     nothing is kept).
+    ``processes`` tells that several divided the work: ``count``, and the calibration ``tokens``
+    that went through each (None: each did all of it). ``seconds`` and memory are those of this one.
     ``calibration_set`` is the set that was used, None without data, and ``grids`` the levels of
     each quantized layer, by name, for whoever stores the model; neither is written anywhere.
     """
@@ -104,6 +106,7 @@ class Report:
     execution: dict[str, Any] | None = None
     residence: dict[str, Any] | None = None
     cache: dict[str, Any] | None = None
+    processes: dict[str, Any] | None = None
     calibration_set: Any = field(default=None, repr=False, compare=False)
     grids: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -162,6 +165,8 @@ class Report:
             found["residence"] = self.residence
         if self.cache is not None:
             found["cache"] = self.cache
+        if self.processes is not None:
+            found["processes"] = self.processes
         return found
 
     def line(self) -> str:

@@ -40,6 +40,9 @@ class Runtime:
     cache
         Keep the compressed model, and load it when the same is asked for again: ``true`` (in our
         cache), or the folder to keep it in.
+    split
+        Whether several processes (``torchrun``, ``accelerate launch``) divide the work, so that
+        all have to compress together; with ``false`` each does all of it by itself.
     on_leak
         What to do when evaluated items stand in the calibration text: ``warn``, ``error`` (refuse
         to evaluate them) or ``ignore`` (do not look).
@@ -58,6 +61,7 @@ class Runtime:
     export_format: str = "auto"
     export_check: bool = True
     cache: bool | str = False
+    split: bool = True
     on_leak: str = "warn"
 
     def __post_init__(self) -> None:
@@ -66,7 +70,7 @@ class Runtime:
             object.__setattr__(self, "calib_batch_size", size)
         tokens = whole("eval_tokens", self.eval_tokens, lowest=1)
         object.__setattr__(self, "eval_tokens", tokens)
-        for name in ("progress", "export_check"):
+        for name in ("progress", "export_check", "split"):
             object.__setattr__(self, name, flag(name, getattr(self, name)))
         for name, allowed in (("on_leak", ON_LEAK), ("export_format", EXPORT_FORMATS)):
             value = getattr(self, name)

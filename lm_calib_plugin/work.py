@@ -19,6 +19,7 @@ from lm_calib_plugin.bit_allocation import allocate_bits
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.checks import in_force_by_layer, vocab_size
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
+from lm_calib_plugin.engine.ranks import Ranks
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.joint import pruning_of, quantizer_of, with_part
 from lm_calib_plugin.method import Method
@@ -36,7 +37,8 @@ class Job:
 
     ``treated`` holds the layers with options of their own, by name; ``left`` the matrices that stay
     dense, with the reason; ``given`` tells whether the calibration set was made before. ``hashes``
-    and ``dense_digest`` are those of the model as it came.
+    and ``dense_digest`` are those of the model as it came. ``ranks`` are the processes that do the
+    job together.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Job:
     hashes: dict[str, list[Any]] = field(default_factory=dict)
     dense_digest: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def structural(self) -> bool:
@@ -182,7 +185,8 @@ class Done:
     """What came out of the work on a model.
 
     ``method`` is in force where ``methods`` (by name) does not say otherwise, ``hashes`` are those
-    of the parameters after the work, where they are known. ``waited_on_host`` tells whether hidden
+    of the parameters after the work, where they are known. ``processes`` are the calibration tokens
+    of each of several processes that divided the work, ``waited_on_host`` tells whether hidden
     states were in the memory of the host.
     """
 
@@ -199,6 +203,7 @@ class Done:
     execution: dict[str, Any] | None = None
     structure: dict[str, Any] | None = None
     hashes: dict[str, list[Any]] | None = None
+    processes: list[int] | None = None
     waited_on_host: bool = False
 
 
@@ -223,6 +228,8 @@ def _on_layers(job: Job) -> Done:
         seconds["transform"] = time.perf_counter() - start
     start = time.perf_counter()
     method, methods = _divided(job)
+    if job.ranks.several and job.recipe.bits_budget is not None:
+        warnings.append("every process found all widths of bits=auto by itself")
     if methods:
         seconds["allocation"] = time.perf_counter() - start
     plan = engine.Plan(
@@ -233,7 +240,7 @@ def _on_layers(job: Job) -> Done:
         job.recipe.true_sequential,
         _shared_inputs(job),
     )
-    result = engine.run(model, blocks, job.chunks(), plan, job.device, progress)
+    result = engine.run(model, blocks, job.chunks(), plan, job.device, progress, job.ranks)
     start = time.perf_counter()
     strengths = {n: pruning_of(m) for n, m in methods.items()}
     emptied = [n for n, own in strengths.items() if own is not None and float(own.sparsity) == 1]
@@ -254,6 +261,7 @@ def _on_layers(job: Job) -> Done:
         transforms=transforms + result.transforms,
         grids=result.grids,
         methods=methods,
+        processes=result.processes,
         waited_on_host=result.waited_on_host,
     )
 
@@ -265,6 +273,7 @@ def _divided(job: Job) -> tuple[Method, dict[str, Method]]:
     methods = dict(job.treated)
     if job.recipe.bits_budget is not None:
         assert isinstance(method, Quantizer)
+        # Every process finds all widths; those of the first are taken.
         widths = allocate_bits(
             model,
             blocks,
@@ -276,13 +285,15 @@ def _divided(job: Job) -> tuple[Method, dict[str, Method]]:
             job.device,
             progress,
         )
-        methods |= with_widths(method, widths)
+        methods |= with_widths(method, job.ranks.first("widths", widths))
     pruning = pruning_of(method)
     rule = pruning.allocation if pruning is not None else None
     if rule is not None and not (method.does_nothing and rule.keeps_budget):
         assert pruning is not None
         inputs = _shared_inputs(job)
-        found = allocate(model, blocks, job.chunks, layers, pruning, job.device, progress, inputs)
+        found = allocate(
+            model, blocks, job.chunks, layers, pruning, job.device, progress, inputs, job.ranks
+        )
         pruning = strength_found(pruning, layers, found, job.recipe.sparsity)
         for name, own in found.items():
             methods[name] = with_part(methods.get(name, method), own)
@@ -312,12 +323,13 @@ def _on_model(job: Job) -> Done:
         follow=job.recipe.propagate == "compressed",
         progress=job.runtime.progress,
     )
+    alone = "every process did the whole work: parts of a model are ranked together"
     return Done(
         job.method,
         job.method.does_nothing or not result.removed,
         result.achieved(),
         result.seconds,
-        result.warnings,
+        result.warnings + [alone] * job.ranks.several,
         result.pads,
         structure=result.table(),
     )

@@ -26,7 +26,7 @@ from lm_calib_plugin.artifacts.shelf import (
     mark_used,
     shelf_of,
 )
-from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.errors import UserError, listed
 from lm_calib_plugin.work import Done, Job
 
 log = logging.getLogger(__name__)
@@ -72,15 +72,18 @@ def loaded_or_done(job: Job, work: Callable[[Job], Done]) -> Outcome:
     """Load the result of a job where it is kept; else do the ``work``, and keep what came out.
 
     Of several processes with one request one does the work; the others wait for it and load. Where
-    nothing can be kept, none waits. Only this process is needed in here: nothing waits for the
-    other ranks.
+    nothing can be kept, none waits. Processes that divide the work come and go together: all load,
+    or all work, and the first one keeps.
     """
     shelf = shelf_of(job.runtime.cache)
     if shelf is None:
         return Outcome(work(job))
     content = asked(job)
-    key = request_key(content)
+    # Processes on other hardware go by the name that the first one gives it.
+    key = job.ranks.first("cache key", request_key(content))
     place, warnings = shelf / key, list[str]()
+    if job.ranks.several:
+        return _loaded_or_done_together(job, work, place, content, warnings)
     with contextlib.ExitStack() as lock:
         problem = lock.enter_context(_lock(place))
         loaded, replaceable = _loaded(place, job, warnings)
@@ -99,6 +102,44 @@ def loaded_or_done(job: Job, work: Callable[[Job], Done]) -> Outcome:
             )
     # Nobody has to wait for what will not be kept.
     return Outcome(work(job), facts, warnings)
+
+
+def _loaded_or_done_together(
+    job: Job,
+    work: Callable[[Job], Done],
+    place: Path,
+    content: dict[str, Any],
+    warnings: list[str],
+) -> Outcome:
+    """Do what :func:`loaded_or_done` does; the first process holds the lock for all."""
+    ranks = job.ranks
+    facts: dict[str, Any] = {"hit": False, "artifact": None}
+    with contextlib.ExitStack() as lock:
+        problem = lock.enter_context(_lock(place)) if ranks.rank == 0 else ""
+        # The others look once nobody writes there.
+        ranks.exchange("cache lock")
+        loaded, replaceable = _loaded(place, job, warnings)
+        there = ranks.exchange("cache", loaded is not None)
+        if loaded is not None and all(there):
+            done = apply(place, loaded, job)
+            if ranks.rank == 0:
+                mark_used(place)
+            ranks.exchange("loaded")
+            saved = loaded.record["seconds"]
+            return Outcome(
+                done, {"hit": True, "artifact": str(place), "seconds_saved": saved}, warnings
+            )
+        if any(there):
+            alone = [str(number) for number, found in enumerate(there) if not found]
+            warnings.append(f"cache: not every process could load the model (not {listed(alone)})")
+        if ranks.rank == 0 and replaceable and _can_keep(place.parent, job, problem, warnings):
+            dense = Dense.of(job.model, job.blocks, job.hashes)
+            done = work(job)
+            facts |= _kept(place, job, dense, done, place.name, content, warnings)
+        else:
+            done = work(job)
+        facts, warnings = ranks.first("kept", (facts, warnings))
+    return Outcome(done, facts, warnings)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,9 @@ def asked(job: Job) -> dict[str, Any]:
 
     More than the recipe key knows: what only changes the report (the data that errors of a method
     without data are measured on) is here, too, and what decides last bits of sums: the class of
-    hardware, threads, and how many sequences a chunk has. Less than the key knows of what the work
-    finds (shares of an allocation, widths of ``bits=auto``): of these, what was asked for.
+    hardware, threads, how many sequences a chunk has, and how many processes divide them. Less than
+    the key knows of what the work finds (shares of an allocation, widths of ``bits=auto``): of
+    these, what was asked for.
     ``execution`` is not here: an artifact holds the simulated model, from which kernels are made.
     """
     recipe, method, calibration = job.recipe, job.method, job.calibration
@@ -44,6 +45,7 @@ def asked(job: Job) -> dict[str, Any]:
         "heldout": job.held,
         "chunk": job.chunk_size,
         "versions": _versions(job),
+        **({"processes": job.ranks.count} if job.ranks.several else {}),
     }
 
 

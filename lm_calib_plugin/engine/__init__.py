@@ -32,7 +32,7 @@ from lm_calib_plugin.engine.residence import check_room, is_offloaded, resident
 from lm_calib_plugin.engine.rotation import rotate
 from lm_calib_plugin.engine.run_statistics import kind_of
 from lm_calib_plugin.engine.selection import select_layers
-from lm_calib_plugin.engine.sharing import Shared, shared_here, shared_statistics
+from lm_calib_plugin.engine.sharing import Shared, share_in, shared_here, shared_statistics
 from lm_calib_plugin.engine.ties import values, whereabouts
 from lm_calib_plugin.engine.walk import run
 
@@ -68,6 +68,7 @@ __all__ = [
     "rotate",
     "run",
     "select_layers",
+    "share_in",
     "shared_here",
     "shared_statistics",
     "text_config",

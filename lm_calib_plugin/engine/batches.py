@@ -83,20 +83,21 @@ class Chunk:
     def halves(self) -> list[Chunk]:
         """Split in two (hidden states too); the calls have to be captured again."""
         middle = self.rows // 2
-        return [
-            Chunk(
-                self.ids[part],
-                None if self.mask is None else self.mask[part],
-                self.heldout,
-                self.numbers[part],
-                None if self.weights is None else self.weights[part],
-                self.skip_first,
-                None if self.hidden is None else self.hidden[part].clone(),
-                None if self.dense is None else self.dense[part].clone(),
-                done=self.done,
-            )
-            for part in (slice(None, middle), slice(middle, None))
-        ]
+        return [self.part(rows) for rows in (slice(None, middle), slice(middle, None))]
+
+    def part(self, rows: slice) -> Chunk:
+        """Return some of the sequences, without their calls; hidden states are copied."""
+        return Chunk(
+            self.ids[rows],
+            None if self.mask is None else self.mask[rows],
+            self.heldout,
+            self.numbers[rows],
+            None if self.weights is None else self.weights[rows],
+            self.skip_first,
+            None if self.hidden is None else self.hidden[rows].clone(),
+            None if self.dense is None else self.dense[rows].clone(),
+            done=self.done,
+        )
 
 
 def heldout_indices(count: int, fraction: float) -> list[int]:

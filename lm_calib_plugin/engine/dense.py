@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lm_calib_plugin.engine.batches import Chunk
+from lm_calib_plugin.engine.dealing import deal
 from lm_calib_plugin.engine.discovery import Blocks
+from lm_calib_plugin.engine.joining import add_up
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer
 from lm_calib_plugin.engine.passes import BlockPass
+from lm_calib_plugin.engine.ranks import Ranks
 from lm_calib_plugin.errors import UnsupportedModelError
 
 
@@ -45,6 +48,7 @@ def dense_pass(
     device: torch.device,
     progress: bool = True,
     title: str = "statistics",
+    ranks: Ranks | None = None,
 ) -> BlockPass:
     """Run all chunks through the blocks, unchanged, and show the inputs of ``layers``.
 
@@ -63,6 +67,9 @@ def dense_pass(
         Takes the inputs.
     device
         Where the model takes its inputs.
+    ranks
+        The processes that divide the chunks, each of which gets all of the result; states have to
+        be lists of statistics then.
 
     Returns
     -------
@@ -83,7 +90,10 @@ def dense_pass(
                 "targets", f"{layer.name} is outside the decoder blocks", "layers of the blocks"
             )
         by_block.setdefault(layer.block, []).append(layer)
-    work = BlockPass(model, blocks, chunks, device)
+    first, ranks = chunks[0] if chunks else None, ranks or Ranks()
+    if ranks.several:
+        chunks = deal(chunks, ranks.rank, ranks.count).chunks
+    work = BlockPass(model, blocks, chunks, device, first)
     wanted = [index for index in by_block if visitor.wants(index)]
     if not wanted:
         return work
@@ -92,12 +102,17 @@ def dense_pass(
     for index in tqdm(range(last + 1), desc=f"{title}, blocks", disable=not progress):
         own = by_block[index] if index in wanted else []
         with work.at_hand(index):
-            _one_block(work, index, last, own, visitor)
+            _one_block(work, index, last, own, visitor, ranks)
     return work
 
 
 def _one_block(
-    work: BlockPass, index: int, last: int, layers: Sequence[TargetLayer], visitor: Visitor
+    work: BlockPass,
+    index: int,
+    last: int,
+    layers: Sequence[TargetLayer],
+    visitor: Visitor,
+    ranks: Ranks,
 ) -> None:
     """Show the inputs of the layers of one block, or pass the data through it."""
     if not layers:
@@ -114,4 +129,6 @@ def _one_block(
             keep=index < last,
         ),
     )
+    if ranks.several:
+        work.timed("exchange", lambda: add_up(state, [None] * len(state), ranks, "dense pass"))
     work.timed("keep", lambda: visitor.finish(index, groups.groups, state))

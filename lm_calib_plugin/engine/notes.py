@@ -11,6 +11,7 @@ from lm_calib_plugin.engine.experts import ENOUGH
 from lm_calib_plugin.engine.layers import TargetLayer
 from lm_calib_plugin.engine.smoothing import ScaledInput
 from lm_calib_plugin.engine.wiring import Wiring
+from lm_calib_plugin.method import LayerResult, Method
 from lm_calib_plugin.report import WIDENED, LayerRow, from_first_token
 
 
@@ -50,6 +51,27 @@ def of_rows(rows: Sequence[LayerRow]) -> Iterator[str]:
             f"{WIDENED:g} times as wide as without the first token of every sequence; "
             "observer=minmax?first=false leaves it out"
         )
+
+
+def of_damp(
+    method: Method, layers: Sequence[TargetLayer], results: Sequence[LayerResult]
+) -> Iterator[str]:
+    """Yield which Gram matrices needed a larger ridge than asked for."""
+    asked = getattr(method, "damp", None)
+    for layer, result in zip(layers, results, strict=True):
+        if result.damp is not None and asked is not None and result.damp > asked:
+            yield (
+                f"{layer.name}: damp raised from {asked:g} to {result.damp:g} to factor the Gram "
+                "matrix"
+            )
+
+
+def of_all(said: Sequence[Sequence[str]]) -> list[str]:
+    """Return the warnings of several processes: those of the first, and what others have beside."""
+    found = list(said[0])
+    for number, own in enumerate(said):
+        found += [f"process {number}: {note}" for note in own if note not in said[0]]
+    return found
 
 
 def grid_facts(grid: Any, before: Tensor, layer: TargetLayer) -> dict[str, float]:

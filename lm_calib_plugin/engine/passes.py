@@ -33,19 +33,27 @@ class BlockPass:
         What goes through; replaced by smaller ones when memory is short.
     device
         Where the model takes its inputs.
+    first
+        The chunk that the few tokens of the check are taken from; default: the first of these.
     """
 
     # Whether the pass can do with hidden states that are not on the device of the blocks.
     may_wait_on_host = True
 
     def __init__(
-        self, model: nn.Module, blocks: Blocks, chunks: list[Chunk], device: torch.device
+        self,
+        model: nn.Module,
+        blocks: Blocks,
+        chunks: list[Chunk],
+        device: torch.device,
+        first: Chunk | None = None,
     ) -> None:
         self.model, self.blocks, self.chunks = model, blocks, chunks
         self.recorder = Recorder(model, blocks, device)
         self.seconds: dict[str, float] = {}
         self.warnings: list[str] = []
         self.probe: Chunk | None = None
+        self.first = first or (chunks[0] if chunks else None)
         self.halved = False
         self.hidden = HiddenStates(device)
         self.offloaded = is_offloaded(model)
@@ -53,7 +61,8 @@ class BlockPass:
 
     def capture(self) -> None:
         """Record the arguments of every block, after a check on a few tokens."""
-        first = self.chunks[0]
+        first = self.first
+        assert first is not None
         length = min(16, first.ids.shape[1] - first.pads // first.rows)
         probe = self.probe = Chunk(first.ids[:1, :length], None, heldout=True)
         self.until_it_fits(lambda: self.recorder.probe(probe))

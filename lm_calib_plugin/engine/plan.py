@@ -40,6 +40,15 @@ class Plan:
         kinds = {method.statistic for method in (self.method, *self.methods.values())}
         return kinds.pop() if len(kinds) == 1 else statistic_of(kinds)
 
+    def undivided(self, has_data: bool, shares: bool) -> str:
+        """Return why several processes can not divide the work; empty where they can.
+
+        ``shares`` tells that statistics are shared between runs.
+        """
+        if has_data and any(self.method_of(layer).block_rounding for layer in self.layers):
+            return "layers of a block are rounded together, on all of the calibration set"
+        return "statistics are shared with other runs of the same process" if shares else ""
+
     @property
     def uses_heldout(self) -> bool:
         """Whether a layer is judged by the sequences held out."""
@@ -50,6 +59,7 @@ class Plan:
 class WalkResult:
     """Rows of the report, seconds by stage, warnings, and the grids of quantized layers.
 
+    ``processes`` are the calibration tokens of each of several processes that divided the work.
     ``waited_on_host`` tells whether hidden states were in the memory of the host between blocks.
     """
 
@@ -59,4 +69,5 @@ class WalkResult:
     grids: dict[str, Any] = field(default_factory=dict)
     transforms: list[dict[str, Any]] = field(default_factory=list)
     pads: int = 0
+    processes: list[int] | None = None
     waited_on_host: bool = False

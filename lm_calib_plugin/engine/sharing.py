@@ -188,12 +188,21 @@ def shared_statistics(
     limit = None if limit_bytes is None else whole("limit_bytes", limit_bytes, lowest=1)
     shared = Shared(limit)
     shared.expect(kinds)
+    try:
+        with share_in(shared):
+            yield shared
+    finally:
+        shared.clear()
+
+
+@contextlib.contextmanager
+def share_in(shared: Shared) -> Iterator[None]:
+    """Let compressions in this context share what lies in ``shared``, which is kept behind it."""
     token = _ACTIVE.set(shared)
     try:
-        yield shared
+        yield
     finally:
         _ACTIVE.reset(token)
-        shared.clear()
 
 
 def shared_here() -> Shared | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.capture import replay
 from lm_calib_plugin.engine.discovery import Blocks
 from lm_calib_plugin.engine.layers import TargetLayer
+from lm_calib_plugin.engine.ranks import Ranks
 from lm_calib_plugin.engine.wiring import NORM, Feed, Wiring
 from lm_calib_plugin.errors import NumericalError
 from lm_calib_plugin.quantization.parts import InputScaling
@@ -103,6 +104,42 @@ def scale_inputs(
     if done:
         _check(f"{blocks.path}.{index}", block, before, _output(block, index, chunk), chunk)
     return done
+
+
+def scaled_elsewhere(
+    done: Sequence[ScaledInput] | None,
+    ranks: Ranks,
+    block: nn.Module,
+    layers: Sequence[TargetLayer],
+) -> Sequence[ScaledInput]:
+    """Give all processes what the first did to a block, bit by bit.
+
+    Parameters
+    ----------
+    done
+        What :func:`scale_inputs` returned on the first process; None on the others.
+    ranks
+        The processes.
+    block, layers
+        The block, which is changed in place, and its layers that are compressed.
+    """
+    if not ranks.several:
+        return done or []
+    plain = [
+        replace(one, layers=tuple(x.name for x in one.layers), factors=one.factors.cpu())  # type: ignore[arg-type]
+        for one in done or ()
+    ]
+    told = ranks.first("transform", plain)
+    ranks.spread([parameter.data for parameter in block.parameters()], 0)
+    named = {layer.name: layer for layer in layers}
+    return [
+        replace(
+            one,
+            layers=tuple(named[name] for name in one.layers),
+            factors=one.factors.to(named[one.layers[0]].device),
+        )
+        for one in told
+    ]
 
 
 def _scale(

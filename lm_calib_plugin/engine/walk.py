@@ -13,31 +13,25 @@ from tqdm import tqdm
 from lm_calib_plugin.engine import notes
 from lm_calib_plugin.engine.activations import install
 from lm_calib_plugin.engine.batches import Chunk
+from lm_calib_plugin.engine.dealing import deal, whole
 from lm_calib_plugin.engine.discovery import Blocks
 from lm_calib_plugin.engine.experts import fill_up
+from lm_calib_plugin.engine.joining import add_up, join
 from lm_calib_plugin.engine.layers import HEAD, TargetLayer, by_module
 from lm_calib_plugin.engine.observe import InputGroups
 from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.plan import Plan, WalkResult
+from lm_calib_plugin.engine.ranks import Ranks
 from lm_calib_plugin.engine.residence import around, resident
 from lm_calib_plugin.engine.rows import rows
 from lm_calib_plugin.engine.run_statistics import run_statistics
-from lm_calib_plugin.engine.smoothing import scale_inputs
+from lm_calib_plugin.engine.smoothing import ScaledInput, scale_inputs, scaled_elsewhere
 from lm_calib_plugin.engine.solve import Solver
 from lm_calib_plugin.engine.static_ranges import count, input_ranges, limits_of
-from lm_calib_plugin.engine.watched import Watched, listen, pair
+from lm_calib_plugin.engine.watched import Watched, listen, nothing, pair
 from lm_calib_plugin.engine.wiring import Wiring, wiring_of
 from lm_calib_plugin.errors import CalibError, NumericalError
-from lm_calib_plugin.statistics import (
-    SINGLE,
-    STATISTICS,
-    LayerStats,
-    Ranges,
-    TokenSample,
-    remembered_factors,
-)
-
-ERROR_TOKENS = 512
+from lm_calib_plugin.statistics import LayerStats, Ranges, remembered_factors
 
 
 def run(
@@ -47,6 +41,7 @@ def run(
     plan: Plan,
     device: torch.device,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> WalkResult:
     """Compress the layers of a plan in place.
 
@@ -58,6 +53,8 @@ def run(
         Calibration chunks; empty when no data is used.
     device
         Where the model takes its inputs.
+    ranks
+        The processes that divide the work; where it can not be divided, each does all of it.
 
     Raises
     ------
@@ -73,7 +70,7 @@ def run(
                 if not bool(layer.stored.isfinite().all()):
                     raise NumericalError(layer.name, "weights", "NaN or Inf before compression")
     try:
-        walk = _Walk(model, blocks, chunks, plan, device, progress)
+        walk = _Walk(model, blocks, chunks, plan, device, progress, ranks or Ranks())
         with remembered_factors(None if walk.shared is None else walk.shared.factors):
             return walk.run()
     except torch.OutOfMemoryError as error:
@@ -93,23 +90,39 @@ class _Walk(BlockPass):
         plan: Plan,
         device: torch.device,
         progress: bool,
+        ranks: Ranks,
     ) -> None:
-        super().__init__(model, blocks, chunks, device)
+        self.shared = run_statistics(model, plan) if chunks else None
+        undivided = plan.undivided(bool(chunks), self.shared is not None) if ranks.several else ""
+        self.ranks = Ranks() if undivided else ranks
+        self.dealt = whole(chunks)
+        if self.ranks.several:
+            second_order = "gram" in plan.statistic
+            self.dealt = deal(chunks, ranks.rank, ranks.count, second_order)
+        super().__init__(model, blocks, self.dealt.chunks, device, chunks[0] if chunks else None)
         self.plan, self.progress = plan, progress
         self.wiring: Wiring | None = None
-        self.shared = run_statistics(model, plan) if chunks else None
+        # Chunks there are, even if not here; whether first tokens do not count.
+        self.has_data = bool(chunks)
+        self.skipped = any(chunk.skip_first for chunk in chunks)
         # Parameters of the block in work with what they were, where its layers come in steps.
         self.dense_values: list[tuple[nn.Parameter, Tensor]] = []
         self.result = WalkResult(
             seconds=self.seconds, warnings=self.warnings, pads=sum(c.pads for c in chunks)
         )
-        self.solver = Solver(plan, blocks, chunks, self.result, progress)
+        if undivided:
+            self.warnings.append(f"every process did the whole work: {undivided}")
+        elif self.ranks.several:
+            self.result.processes = list(self.dealt.tokens)
+        self.solver = Solver(
+            plan, blocks, self.chunks, self.result, progress, self.ranks, self.timed
+        )
 
     def run(self) -> WalkResult:
         by_block: dict[int, list[TargetLayer]] = {}
         for layer in self.plan.layers:
             by_block.setdefault(layer.block, []).append(layer)
-        if self.chunks and not self.recalls:
+        if self.has_data and not self.recalls:
             self.timed("capture", self.capture)
             self.result.waited_on_host = self.hidden.on_host
         for chunk in self.chunks if self.corrects else ():
@@ -124,19 +137,25 @@ class _Walk(BlockPass):
         last = len(self.blocks) if HEAD in by_block else max(by_block, default=-1)
         for index in bar:
             layers = by_block.get(index, [])
-            if layers or (self.chunks and index < last):
+            if layers or (self.has_data and index < last):
                 with self.at_hand(index, changes=bool(layers)):
-                    self._block(index, layers, more=index < last)
+                    if self.has_data:
+                        self._block(index, layers, more=index < last)
+                    else:
+                        self._without_data(layers)
         if HEAD in by_block:
             head = by_block[HEAD][0]
             with resident(head.module), around(self.model, self.blocks.modules):
-                self.timed("compress", lambda: self._head(head))
+                self._head(head)
         order = {layer.name: number for number, layer in enumerate(self.plan.layers)}
         self.result.rows.sort(key=lambda row: order[row.name])
         self.warnings += notes.of_experts(self.solver.unseen, self.solver.borrowed)
         self.warnings += notes.of_rows(self.result.rows)
         if self.shared is not None:
             self.warnings += self.shared.finish(self.halved)
+        if self.ranks.several:
+            said = self.ranks.exchange("warnings", self.warnings)
+            self.warnings[:] = notes.of_all(said)
         return self.result
 
     def _without_data(self, layers: Sequence[TargetLayer]) -> None:
@@ -148,7 +167,7 @@ class _Walk(BlockPass):
     def corrects(self) -> bool:
         """Whether layers make up for the error of earlier blocks."""
         plan = self.plan
-        return plan.method.correction > 0 and plan.propagate == "compressed" and bool(self.chunks)
+        return plan.method.correction > 0 and plan.propagate == "compressed" and self.has_data
 
     @property
     def recalls(self) -> bool:
@@ -158,9 +177,6 @@ class _Walk(BlockPass):
     # --- stages --------------------------------------------------------------------------
 
     def _block(self, index: int, layers: Sequence[TargetLayer], more: bool) -> None:
-        if not self.chunks:
-            self.timed("compress", lambda: self._without_data(layers))
-            return
         more = more and not self.recalls
         ahead = self.plan.propagate == "dense" and more and bool(layers)
         if layers:
@@ -187,7 +203,7 @@ class _Walk(BlockPass):
         """Treat the layers of one block: observe, transform, compress, and round their inputs."""
         if self.recalls:
             seen = self.timed("observe", lambda: self._recalled(index, layers))
-            self.timed("compress", lambda: self.solver.solve(layers, seen))
+            self.solver.solve(layers, seen)
         else:
             self._observe_and_solve(index, layers, ahead)
         if self.plan.method.activations is not None:
@@ -200,10 +216,10 @@ class _Walk(BlockPass):
         steps = groups.steps() if self.plan.true_sequential else [layers]
         watched: dict[int, Watched] = {}
         if ahead:
-            watched = self.timed("observe", lambda: self._look_ahead(index, groups))
+            watched = self._look_ahead(index, groups)
         elif len(steps) == 1 or scales:
             last = len(steps) == 1
-            watched = self.timed("observe", lambda: self._watched(index, groups, follow=last))
+            watched = self._watched(index, groups, follow=last, everywhere=scales)
         if scales:
             self.timed("transform", lambda: self._scale(index, layers, watched))
         if len(steps) > 1 and self.corrects:
@@ -213,10 +229,8 @@ class _Walk(BlockPass):
         for step in steps:
             if len(steps) > 1:
                 own, last = self.groups(index, step), step is steps[-1]
-                watched = self.timed(
-                    "observe", lambda own=own, last=last: self._watched(index, own, follow=last)
-                )
-            self.timed("compress", lambda step=step, seen=watched: self.solver.solve(step, seen))
+                watched = self._watched(index, own, follow=last)
+            self.solver.solve(step, watched)
         self.dense_values = []
 
     def _scale(
@@ -237,17 +251,20 @@ class _Walk(BlockPass):
             method: Any = self.plan.method_of(layer)
             return method.rounded_to_nearest(weight, layer.parameter.dtype)
 
-        for done in scale_inputs(
-            self.blocks,
-            index,
-            self.wiring,
-            layers,
-            self.chunks[0],
-            stats_of,
-            self.plan.method.transform,
-            rounded,
-            None if spec is None else spec.round,
-        ):
+        found: list[ScaledInput] | None = None
+        if self.ranks.rank == 0:
+            found = scale_inputs(
+                self.blocks,
+                index,
+                self.wiring,
+                layers,
+                self.chunks[0],
+                stats_of,
+                self.plan.method.transform,
+                rounded,
+                None if spec is None else spec.round,
+            )
+        for done in scaled_elsewhere(found, self.ranks, self.blocks.modules[index], layers):
             for seen in {id(watched[id(x)]): watched[id(x)] for x in done.layers}.values():
                 seen.divide(done.factors)
             self.result.transforms.append(notes.scaling_facts(done))
@@ -261,8 +278,10 @@ class _Walk(BlockPass):
 
     def _limits(self, ranges: dict[str, Ranges]) -> dict[str, tuple[float, float | None]]:
         method = self.plan.method
-        skipped = any(chunk.skip_first for chunk in self.chunks)
-        return limits_of(ranges, method.activations, method.observer, skipped)
+        if self.ranks.several:
+            distinct = list({id(one): one for one in ranges.values()}.values())
+            add_up(distinct, [None] * len(distinct), self.ranks, "ranges")
+        return limits_of(ranges, method.activations, method.observer, self.skipped)
 
     def _install(
         self, layers: Sequence[TargetLayer], limits: dict[str, tuple[float, float | None]] | None
@@ -286,27 +305,67 @@ class _Walk(BlockPass):
                 parameter.data = value
 
     def _watched(
-        self, index: int, groups: InputGroups, keep: bool = False, follow: bool = True
+        self,
+        index: int,
+        groups: InputGroups,
+        keep: bool = False,
+        follow: bool = True,
+        everywhere: bool = False,
     ) -> dict[int, Watched]:
-        """Collect statistics of every distinct input; by ``id(layer)`` of the layers."""
+        """Collect statistics of every distinct input; by ``id(layer)`` of the layers.
+
+        With ``everywhere``, those of all processes are needed by each, not by one.
+        """
 
         def start() -> list[Watched]:
             return [self._empty(group[0]) for group in groups.groups]
 
         both = pair if self.corrects else None
-        watched = self.observe(index, groups, start, listen, keep, both, follow)
-        found = {}
-        for group, seen in zip(groups.groups, watched, strict=True):
-            _check_seen(group[0], seen)
-            found |= {id(layer): seen for layer in group}
-        pairs = [(g[0], w.stats) for g, w in zip(groups.groups, watched, strict=True)]
-        borrowed = fill_up([(layer, stats) for layer, stats in pairs if stats is not None])
-        self.solver.borrowed |= borrowed
-        for part in {part for seen in watched for part in seen.others if not part[1]}:
-            fill_up([(g[0], w.others[part]) for g, w in zip(groups.groups, watched, strict=True)])
+        watched = self.timed(
+            "observe", lambda: self.observe(index, groups, start, listen, keep, both, follow)
+        )
+        borrowed = self._joined(groups.groups, watched, everywhere)
         if self.shared is not None:
             self.shared.add(index, groups.groups, watched, borrowed)
-        return found
+        return {
+            id(layer): seen
+            for group, seen in zip(groups.groups, watched, strict=True)
+            for layer in group
+        }
+
+    def _joined(
+        self,
+        groups: Sequence[Sequence[TargetLayer]],
+        watched: Sequence[Watched],
+        everywhere: bool = False,
+    ) -> Mapping[str, int]:
+        """Bring together what all processes watched, and fill up what experts lack."""
+        owners = self.ranks.owners([self.solver.cost(group) for group in groups])
+        for seen, owner in zip(watched, owners, strict=True):
+            seen.owner = owner
+        if self.ranks.several:
+            places = [(g[0].shape[1], g[0].parameter.device) for g in groups]
+            self.timed("exchange", lambda: join(watched, places, self.ranks, everywhere))
+        # Where all have everything, nobody is asked any more.
+        ranks = Ranks(self.ranks.rank) if everywhere else self.ranks
+        complete = [everywhere or seen.owner == ranks.rank for seen in watched]
+        for group, seen, here in zip(groups, watched, complete, strict=True):
+            seen.check(group[0].name, here)
+        pairs = [
+            ((g[0], w.stats), here)
+            for g, w, here in zip(groups, watched, complete, strict=True)
+            if w.stats is not None
+        ]
+        known, here = [pair for pair, _ in pairs], [own for _, own in pairs]
+        borrowed = self.timed("observe", lambda: fill_up(known, ranks, here))
+        self.solver.borrowed |= borrowed
+        # Runs that share statistics are not divided between processes: these are complete.
+        for part in {part for seen in watched for part in seen.others if not part[1]}:
+            fill_up([(g[0], w.others[part]) for g, w in zip(groups, watched, strict=True)])
+        for seen, here in zip(watched, complete, strict=True):
+            if not here:
+                seen.forget()
+        return borrowed
 
     def _recalled(self, index: int, layers: Sequence[TargetLayer]) -> dict[int, Watched]:
         """Return what an earlier run watched of the same inputs; by ``id(layer)``."""
@@ -316,25 +375,10 @@ class _Walk(BlockPass):
         return found
 
     def _empty(self, layer: TargetLayer) -> Watched:
-        kind = self.plan.statistic
-        width, device = layer.shape[1], layer.device
-        stats = None
-        if kind != "none":
-            stats = STATISTICS[kind].empty(width, device)
-            if self.plan.uses_heldout:
-                stats.heldout = STATISTICS[kind].empty(width, device)
-        counts = [sum(c.tokens for c in self.chunks if c.heldout == h) for h in (False, True)]
-        if layer.expert is not None:
-            # Two experts a token is usual; a busier expert keeps more rows than the limit.
-            share = max(1, layer.parameter.shape[0] // 2)
-            counts = [-(-count // share) for count in counts]
         # The two models send tokens to experts of their own.
         corrected = self.corrects and layer.expert is None and layer.block != HEAD
-        cross = torch.zeros(width, width, device=device) if corrected else None
-        used, out = (TokenSample(count, ERROR_TOKENS) for count in counts)
         wanted = () if self.shared is None else self.shared.others
-        others = {part: SINGLE[part[0]].empty(width, device) for part in wanted}
-        return Watched(stats, used, out, cross=cross, others=others)
+        return nothing(layer, self.plan, self.dealt, corrected, wanted)
 
     def _halve(self, reason: str) -> None:
         """Before chunks are made smaller, which a run alone might not have to do, watch less."""
@@ -352,15 +396,11 @@ class _Walk(BlockPass):
         ranges = Ranges.empty(layer.shape[1], layer.device)
         if self.recalls:
             watched = self._recalled(HEAD, [layer])
-        elif self.chunks:
+        elif self.has_data:
             seen = self._empty(layer)
-            for chunk in self.chunks:
-                received = rows(chunk, self.recorder.after_blocks(chunk, layer.module))
-                listen([seen], chunk, 0, received, chunk.owners())
-                if static:
-                    count([ranges], chunk, 0, received, chunk.owners())
+            self.timed("observe", lambda: self._observe_head(layer, seen, ranges, static))
+            self._joined([[layer]], [seen])
             watched = {id(layer): seen}
-            _check_seen(layer, seen)
             if self.shared is not None:
                 self.shared.add(HEAD, [[layer]], [seen], {})
         self.solver.solve([layer], watched)
@@ -369,12 +409,12 @@ class _Walk(BlockPass):
         if spec is not None:
             self._install([layer], limits)
 
-
-def _check_seen(layer: TargetLayer, seen: Watched) -> None:
-    if not seen.finite or (seen.stats is not None and not seen.stats.is_finite()):
-        raise NumericalError(
-            layer.name,
-            "calibration input",
-            "NaN or Inf in the activations",
-            "try dtype=float32 or bfloat16",
-        )
+    def _observe_head(
+        self, layer: TargetLayer, seen: Watched, ranges: Ranges, static: bool
+    ) -> None:
+        """Watch what the output head receives; with ``static``, also its ranges."""
+        for chunk in self.chunks:
+            received = rows(chunk, self.recorder.after_blocks(chunk, layer.module))
+            listen([seen], chunk, 0, received, chunk.owners())
+            if static:
+                count([ranges], chunk, 0, received, chunk.owners())

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 from lm_calib_plugin.engine.batches import Chunk
-from lm_calib_plugin.statistics import Component, LayerStats, TokenSample
+from lm_calib_plugin.engine.dealing import Dealt
+from lm_calib_plugin.engine.layers import TargetLayer
+from lm_calib_plugin.engine.plan import Plan
+from lm_calib_plugin.errors import NumericalError
+from lm_calib_plugin.statistics import SINGLE, STATISTICS, Component, LayerStats, TokenSample
 from lm_calib_plugin.statistics.sample import output_energy
 
+# Most rows that errors are measured on.
+ERROR_TOKENS = 512
 # Where copies wait.
 HOST = torch.device("cpu")
 
@@ -47,7 +53,8 @@ class Watched:
     ``cross`` is ``X^T (Y - X)``, ``[in, in]``, where ``Y`` are the inputs in the dense model, and
     ``shift`` what follows from it for the weights of all layers that share the input. ``others``
     is what is watched for other runs, and no concern of this one. ``energies`` knows how large the
-    outputs of the dense layers are on the samples, where runs share that.
+    outputs of the dense layers are on the samples, where runs share that. ``owner`` is the process
+    that solves these layers.
     """
 
     stats: LayerStats | None
@@ -58,6 +65,27 @@ class Watched:
     shift: Tensor | None = None
     others: dict[Component, LayerStats] = field(default_factory=dict)
     energies: Energies | None = None
+    owner: int = 0
+
+    def check(self, name: str, complete: bool) -> None:
+        """Refuse inputs of the layer ``name`` that are no numbers.
+
+        ``complete`` tells that the statistics are those of all processes.
+        """
+        known = self.stats is None or not complete or self.stats.is_finite()
+        if not (self.finite and known):
+            raise NumericalError(
+                name,
+                "calibration input",
+                "NaN or Inf in the activations",
+                "try dtype=float32 or bfloat16",
+            )
+
+    def forget(self) -> None:
+        """Let go of everything: another process needs it."""
+        self.stats = self.cross = None
+        for sample in (self.used, self.heldout):
+            sample.replace(torch.zeros(0, 0), 0)
 
     def divide(self, by: Tensor) -> None:
         """Turn everything into what would have been seen of inputs divided by ``by``, ``[in]``."""
@@ -68,6 +96,39 @@ class Watched:
         self.used, self.heldout = self.used.divided(by), self.heldout.divided(by)
         if self.cross is not None:
             self.cross = self.cross / by[:, None] / by[None, :]
+
+
+def nothing(
+    layer: TargetLayer,
+    plan: Plan,
+    dealt: Dealt,
+    corrected: bool,
+    wanted: Sequence[Component] = (),
+) -> Watched:
+    """Return what is known of the input of a layer before the first chunk of a process.
+
+    ``corrected`` tells whether its inputs in the dense model are looked at, too; ``wanted`` is what
+    else is watched, for other runs.
+    """
+    kind = plan.statistic
+    width, device = layer.shape[1], layer.device
+    stats = None
+    if kind != "none":
+        stats = STATISTICS[kind].empty(width, device)
+        if plan.uses_heldout:
+            stats.heldout = STATISTICS[kind].empty(width, device)
+    counts, starts = dealt.total, dealt.before
+    if layer.expert is not None:
+        # Two experts a token is usual; a busier expert keeps more rows than the limit.
+        share = max(1, layer.parameter.shape[0] // 2)
+        # How many tokens earlier processes send to an expert is not known.
+        counts, starts = (-(-counts[0] // share), -(-counts[1] // share)), (0, 0)
+    cross = torch.zeros(width, width, device=device) if corrected else None
+    used, out = (
+        TokenSample(count, ERROR_TOKENS, start) for count, start in zip(counts, starts, strict=True)
+    )
+    others = {part: SINGLE[part[0]].empty(width, device) for part in wanted}
+    return Watched(stats, used, out, cross=cross, others=others)
 
 
 def listen(

@@ -9,13 +9,14 @@ from typing import Any
 from lm_calib_plugin import engine
 from lm_calib_plugin.builtin_models import resolve_pretrained
 from lm_calib_plugin.checks import check_calibration
-from lm_calib_plugin.compression import compress
+from lm_calib_plugin.compression import compress, is_main_process
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.export.card import base_license
 from lm_calib_plugin.export.card_results import scores
 from lm_calib_plugin.export.folder import asked_of, check_out, export_model
 from lm_calib_plugin.export.formats import check_export, check_model
 from lm_calib_plugin.export.options import ExportOptions, Provenance
+from lm_calib_plugin.guard import launched_together
 from lm_calib_plugin.loading import Loading, load_model
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
@@ -35,6 +36,8 @@ def export(
 ) -> str:
     """Compress a model by a recipe, and write it to a new folder.
 
+    Processes that ``torchrun`` started divide the work; the first one writes.
+
     Parameters
     ----------
     results, dense_results
@@ -48,7 +51,7 @@ def export(
     Returns
     -------
     str
-        A summary to show.
+        A summary to show; empty for all processes but the first.
 
     Raises
     ------
@@ -63,10 +66,14 @@ def export(
     found = {
         name: None if path is None else read_results(path, name) for name, path in given.items()
     }
-    model, tokenizer = load_model(loading)
-    engine.check_supported(model)
-    check_model(model, recipe, options.format)
-    report = compress(model, tokenizer, recipe, runtime)
+    with launched_together():
+        model, tokenizer = load_model(loading)
+        engine.check_supported(model)
+        check_model(model, recipe, options.format)
+        report = compress(model, tokenizer, recipe, runtime)
+        speaks = is_main_process()
+    if not speaks:
+        return ""
     provenance = Provenance(
         loading.pretrained,
         None if loading.revision == "main" else loading.revision,

@@ -75,19 +75,17 @@ class Bench:
         self._expected = Expected(cells)
         self._base: tuple[str, HFLM] | None = None
         self._tasks: tuple[str, LoadedTasks] | None = None
-        # For as long as this process measures cells.
-        self._sharing = contextlib.ExitStack()
-        self._shared = self._sharing.enter_context(engine.shared_statistics())
+        self._shared = engine.Shared()
         register()
 
     def measure(self, cell: Cell) -> Record:
         """Measure a cell; what goes wrong is in the record."""
         start = time.perf_counter()
         # A repeat has to show that the same comes out from the start, so it shares nothing.
-        alone = engine.shared_statistics() if cell.repeat else contextlib.nullcontext()
-        with self._output(cell), alone:
+        shared = engine.Shared() if cell.repeat else self._shared
+        with self._output(cell), engine.share_in(shared):
             try:
-                self._shared.expect(self._expected.kinds(cell))
+                shared.expect(self._expected.kinds(cell))
                 record = self._measured(cell)
                 record.to_text()
                 return record

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +19,17 @@ class LayerStats(ABC):
     data parallelism and mixing are one operation. ``tokens`` counts the input rows seen. With no
     row at all, a statistic stands for uncorrelated inputs of equal energy (the identity), which
     turns every data-driven method into its data-free relative.
+
+    Class attributes
+    ----------------
+    numbers
+        Attributes that are plain numbers, and add up when statistics are merged.
+    peaks
+        Attributes that are tensors of which the larger value counts; all others add up.
     """
+
+    numbers: ClassVar[tuple[str, ...]] = ("tokens",)
+    peaks: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.in_features = in_features
@@ -59,6 +71,23 @@ class LayerStats(ABC):
             raise ValueError("only statistics of one kind and one width can be merged")
         self._join(other)
         self.tokens += other.tokens
+
+    def leaves(self) -> Iterator[LayerStats]:
+        """Yield the statistic and all that it holds, down to that of sequences held out."""
+        yield self
+        for value in vars(self).values():
+            if isinstance(value, LayerStats):
+                yield from value.leaves()
+
+    def live(self) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the tensors that make up the statistic itself, and whether the larger one counts.
+
+        To merge elsewhere what :meth:`merge` merges here: the tensors of one statistic are to be
+        added to (or, where the flag is set, compared with) those of the others, in place.
+        """
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                yield value, name in self.peaks
 
     def borrow(self, other: Self, share: float) -> None:
         """Add ``share`` times what ``other`` has seen; ``other`` is left as it is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from typing_extensions import Self
@@ -62,6 +64,12 @@ class Gram(LayerStats):
             else:
                 sums.addmm_(left, right)
         self._whole = len(self._tiles()) == 1
+
+    def live(self) -> Iterator[tuple[Tensor, bool]]:
+        """Yield the tiles on and above the diagonal; see :meth:`LayerStats.live`."""
+        self._whole = len(self._tiles()) == 1
+        for own in self._tiles():
+            yield self._sums[own, own.start :], False
 
     def _join(self, other: Self) -> None:
         self.matrix.add_(other.matrix.to(self.device))

@@ -16,8 +16,6 @@ _SHIFT = 23 - SPLIT_BITS
 _OFFSET = (LOWEST + 127) << SPLIT_BITS
 _INNER = (HIGHEST - LOWEST) << SPLIT_BITS
 BINS = _INNER + 3
-# What is not added up over rows, and so does not grow with their weights.
-_PEAKS = ("peak_first", "peak_later")
 
 
 class Ranges(Moments):
@@ -30,6 +28,10 @@ class Ranges(Moments):
     ``mass`` is the sum of the weights of the rows (their number when none are given). Maxima do
     not depend on weights, as long as they are positive.
     """
+
+    numbers = ("tokens", "mass")
+    # Not added up over rows, and so not grown by their weights.
+    peaks = ("peak_first", "peak_later")
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
@@ -81,7 +83,7 @@ class Ranges(Moments):
         super()._join(other)
         self.sum_absolute += other.sum_absolute.to(self.device)
         self.mass += other.mass
-        for name in _PEAKS:
+        for name in self.peaks:
             both = torch.maximum(getattr(self, name), getattr(other, name).to(self.device))
             setattr(self, name, both)
         for name in ("histogram", "histogram_first"):
@@ -92,14 +94,14 @@ class Ranges(Moments):
     def scaled(self, factor: float) -> Self:
         """Return the statistic as if every row had counted ``factor`` times."""
         made = super().scaled(factor)
-        for name in _PEAKS if factor > 0 else ():
+        for name in self.peaks if factor > 0 else ():
             setattr(made, name, getattr(self, name).clone())
         return made
 
     def _divide(self, factors: Tensor) -> None:
         super()._divide(factors)
         self.sum_absolute = self.sum_absolute / factors.double()
-        for name in _PEAKS:
+        for name in self.peaks:
             setattr(self, name, getattr(self, name) / factors.to(self.peak_first))
         self.histogram = self.histogram_first = None
 

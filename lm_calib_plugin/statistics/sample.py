@@ -19,11 +19,14 @@ class TokenSample:
         Number of rows that will arrive (an upper bound will do).
     limit
         Number of rows to keep at most when ``expected`` rows arrive.
+    start
+        Running number of the first row: how many rows others take before it.
     """
 
-    def __init__(self, expected: int, limit: int = 512) -> None:
+    def __init__(self, expected: int, limit: int = 512, start: int = 0) -> None:
         self.stride = max(1, -(-expected // limit))
-        self.seen = 0
+        self.start = start
+        self.seen = start
         self._rows: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
@@ -38,6 +41,21 @@ class TokenSample:
         made = copy.copy(self)
         made._rows = [rows / by.to(rows) for rows in self._rows]
         return made
+
+    @property
+    def arrived(self) -> int:
+        """Number of rows that arrived here."""
+        return self.seen - self.start
+
+    @property
+    def kept(self) -> int:
+        """Number of rows kept here."""
+        return sum(len(rows) for rows in self._rows)
+
+    def replace(self, rows: Tensor, arrived: int) -> None:
+        """Hold these rows, ``[kept, in]``, of all that ``arrived`` here and elsewhere."""
+        self.start, self.seen = 0, arrived
+        self._rows = [rows] if len(rows) else []
 
     def rows(self) -> Tensor | None:
         """Return the kept rows, ``[kept, in]`` in float32, or None when nothing arrived."""

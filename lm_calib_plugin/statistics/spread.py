@@ -17,6 +17,8 @@ class Spread(Moments):
     ``mass`` is the sum of the weights of the rows (their number when none are given).
     """
 
+    numbers = ("tokens", "mass", "sequences")
+
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
         self.sums = torch.zeros_like(self.sum_squares)

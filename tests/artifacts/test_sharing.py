@@ -30,8 +30,9 @@ RANK = """
 import datetime, json, os, sys
 sys.path.insert(0, {root!r})
 import torch
-from lm_calib_plugin import compression
-from tests.artifacts.test_cache import run
+from lm_calib_plugin import Recipe, Runtime, compression
+from tests.artifacts.test_cache import calibration
+from tests.tiny import make_model
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.distributed.init_process_group(
     "gloo", init_method="file://" + folder + "/group", rank=rank, world_size=2,
@@ -44,17 +45,25 @@ def counted(job):
     return original(job)
 compression.work_on = counted
 torch.distributed.barrier()
-_, report = run(folder + "/kept", {{"method": "rtn", "scheme": "W8A8", "execution": "packed"}})
-print(json.dumps([report.cache["hit"], report.weights_digest, report.key]))
+how = json.loads(sys.argv[3])
+found = []
+for recipe in ({{"method": "rtn", "scheme": "W8A8", "execution": "packed"}}, {given!r}):
+    for _ in range(2):
+        runtime = Runtime(progress=False, cache=folder + "/kept", **how)
+        report = compression.compress(make_model(), None, Recipe(**recipe), runtime, calibration())
+        cache = report.cache
+        found.append([cache["hit"], cache["artifact"], report.weights_digest, report.key])
+print(json.dumps(found))
 torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_with_one_request_compute_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RANK.format(root=str(ROOT))]
+def two_ranks(folder: Path, **how: Any) -> list[list[list[Any]]]:
+    """What each of two processes finds of two recipes, each asked for twice."""
+    command = [sys.executable, "-W", "ignore", "-c", RANK.format(root=str(ROOT), given=GIVEN)]
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path)],
+            [*command, str(rank), str(folder), json.dumps(how)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -67,9 +76,27 @@ def test_two_processes_with_one_request_compute_once(tmp_path: Path) -> None:
         out, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors[-2000:]
         found.append(json.loads(out.splitlines()[-1]))
-    assert sorted(hit for hit, *_ in found) == [False, True]
-    assert found[0][1:] == found[1][1:]
-    assert (tmp_path / "work").read_text() == "x"
+    return found
+
+
+def test_two_processes_that_divide_the_work_come_and_go_together(tmp_path: Path) -> None:
+    first, second = two_ranks(tmp_path)
+    assert first == second
+    assert [hit for hit, *_ in first] == [False, True, False, True]
+    for made, loaded in (first[:2], first[2:]):
+        assert made[1:] == loaded[1:]
+        assert made[1]
+    assert (tmp_path / "work").read_text() == "xx" * 2
+    assert len(entries(tmp_path / "kept")) == 2
+
+
+def test_two_processes_with_one_request_compute_once(tmp_path: Path) -> None:
+    """Where each works for itself, the second one waits for the first, and loads."""
+    first, second = two_ranks(tmp_path, split=False)
+    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert one[1:] == other[1:]
+        assert sorted([one[0], other[0]]) == [number % 2 == 1, True]
+    assert (tmp_path / "work").read_text() == "xx"
 
 
 def test_who_waits_at_the_lock_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1455,6 +1455,7 @@ CASES = [
     Case(
         "progress_text", lambda: Runtime(progress="fancy"), "progress", ("'fancy'", "true or false")
     ),  # type: ignore[arg-type]
+    Case("split_text", lambda: Runtime(split="auto"), "split", ("'auto'", "true or false")),  # type: ignore[arg-type]
     # --- classes of Optimum and configurations of transformers
     Case(
         "on_load_wrong_kind",

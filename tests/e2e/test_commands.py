@@ -130,13 +130,39 @@ def test_a_set_is_built_and_used(model: str, tmp_path: Path) -> None:
     assert found["leakage"]["calib_demo_cloze"]["items"] == 4
 
 
-def test_two_processes_end_with_the_same_weights(model: str) -> None:
-    # Without a GPU, accelerate starts several processes only when told to do as with GPUs.
-    environment = {"ACCELERATE_ARGS": "--multi_gpu", "ACCELERATE_USE_CPU": "1", "MODEL": model}
-    done = run("bash", str(EXAMPLES / "two_processes.sh"), **environment)
+# Without a GPU, accelerate starts several processes only when told to do as with GPUs.
+ON_CPU = {"ACCELERATE_ARGS": "--multi_gpu", "ACCELERATE_USE_CPU": "1"}
+
+
+def test_two_processes_end_with_the_same_weights(model: str, tmp_path: Path) -> None:
+    """Each runs half of the calibration tokens; that they agree is checked in the run."""
+    recipe = "method=wanda,sparsity=0.5,calibration=random,nsamples=8,seqlen=32,heldout=0.25"
+    arguments = ["--model_args", f"pretrained={model},dtype=float32,{recipe}"]
+    out = tmp_path / "out"
+    done = run(
+        "bash",
+        str(EXAMPLES / "two_processes.sh"),
+        *(*arguments, "--output_path", str(out)),
+        **ON_CPU,
+        MODEL=model,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "calib_demo_cloze" in done.stdout
-    assert done.stderr.count("lm-calib: magnitude: 21 layers") == 1
+    assert done.stderr.count("lm-calib: wanda: 21 layers") == 1
+    found = json.loads(next(out.rglob("results_*.json")).read_text())["config"]["compression"]
+    assert found["processes"] == {"count": 2, "tokens": [128, 128]}
+    assert found["warnings"] == []
+
+
+def test_two_processes_export_once(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "kept"
+    done = run(
+        *("torchrun", "--nproc-per-node", "2", "-m", "lm_calib_plugin", "export", str(out)),
+        *("--pretrained", model, "--method", "magnitude", "--sparsity", "0.5"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"exported to {out}") == 1
+    assert (out / "model.safetensors").is_file()
 
 
 def test_yaml_configuration(model: str, tmp_path: Path) -> None:
