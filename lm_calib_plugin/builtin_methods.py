@@ -140,7 +140,7 @@ METHODS: tuple[Entry, ...] = (
         "swap_pcg",
         "ours: support of each row by alternating directions, then exchanges and re-fits",
         "2512.10922",
-        score="admm?rho=0.3&steps=21",
+        score="admm?rho=0.2&steps=12",
         group="row",
         update="pcg?steps=20&swaps=50",
         correction=0.3,

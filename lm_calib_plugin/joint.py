@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -180,27 +181,44 @@ class Joint(Method):
         self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype = torch.float32
     ) -> LayerResult:
         """Prune one weight ``[out, in]``, and round what is left."""
+        return self.compress_together([weight], stats, dtype)[0]
+
+    def compress_together(
+        self,
+        weights: Sequence[Tensor],
+        stats: LayerStats | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[LayerResult]:
+        """Prune weights that share an input together, and round what is left together."""
         if self.pruning.does_nothing:
-            return self.quantization.compress(weight, stats, dtype)
-        pruned = self.pruning.compress(weight, stats, dtype)
+            return self.quantization.compress_together(weights, stats, dtype)
+        pruned = self.pruning.compress_together(weights, stats, dtype)
         if self.quantization.keeps_weights:
             return pruned
-        keep = pruned.weight != 0
+        keeps = [one.weight != 0 for one in pruned]
         update, rounding = self.pruning.update, self.quantization.rounding
         assert rounding is not None
         # The values that a sweep over the mask gives come out of the joint sweep, too.
         swept = rounding.corrects and (update is None or update.sweeps)
-        start = weight if swept else pruned.weight
-        start = rounding.prepared(start, stats, self.quantization.setting)
-        grid = self.quantization.fit_grid(pruned.weight, stats, dtype)
-        found = rounding.round_kept(start, keep, grid, stats, self.quantization.setting)
-        ridges = [damp for damp in (pruned.damp, found.damp) if damp is not None]
-        return replace(
-            found,
-            bias=pruned.bias,
-            damp=max(ridges, default=None),
-            notes=pruned.notes + found.notes,
-        )
+        setting = self.quantization.setting
+        starts = [
+            rounding.prepared(weight if swept else one.weight, stats, setting)
+            for weight, one in zip(weights, pruned, strict=True)
+        ]
+        grids = [self.quantization.fit_grid(one.weight, stats, dtype) for one in pruned]
+        found = rounding.round_together(starts, grids, stats, setting, keeps)
+        return [_joined(one, other) for one, other in zip(pruned, found, strict=True)]
+
+
+def _joined(pruned: LayerResult, found: LayerResult) -> LayerResult:
+    """Return the rounded weight with what pruning says of it."""
+    ridges = [damp for damp in (pruned.damp, found.damp) if damp is not None]
+    return replace(
+        found,
+        bias=pruned.bias,
+        damp=max(ridges, default=None),
+        notes=pruned.notes + found.notes,
+    )
 
 
 def pruning_of(method: Method) -> Pipeline | None:

@@ -7,6 +7,7 @@ steps are done on weights times the norms of their inputs, so that all columns a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -80,11 +81,33 @@ def inverse(matrix: Tensor, shift: float) -> Tensor:
     """
     for lower in cholesky_factors(matrix, shift):
         found = torch.cholesky_inverse(lower).float()
-        if bool(found.isfinite().all()):
+        # Smallest and largest element tell of every NaN and Inf, faster than a look at each.
+        if all(bool(extreme.isfinite()) for extreme in found.aminmax()):
             return found
     raise NumericalError(
         "Gram matrix", "inverse", f"not positive definite even with {shift:g} more", "raise damp"
     )
+
+
+class Inverses:
+    """The inverses of one matrix with several shifts, ``(matrix + shift I)^-1``, as asked for.
+
+    ``matrix`` is ``[in, in]``, of unit diagonal; searches that share it share its inverses.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self._known: dict[float, Tensor] = {}
+
+    def times_shift(self, shift: float) -> Tensor:
+        """Return ``shift (matrix + shift I)^-1``, ``[in, in]``; not to be changed."""
+        if shift not in self._known:
+            self._known[shift] = inverse(self.matrix, shift).mul_(shift)
+        return self._known[shift]
+
+    def only(self, shifts: Collection[float]) -> None:
+        """Forget all others."""
+        self._known = {shift: found for shift, found in self._known.items() if shift in shifts}
 
 
 class Splitting:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+# Fewer numbers than this are not worth a second thread.
+THREADED = 1 << 16
 
 
 def as_typed(sparsity: float | Fraction) -> Fraction:
@@ -40,12 +44,52 @@ def keep_highest(scores: Tensor, removed: int) -> Tensor:
     """
     if removed <= 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(removed, dim=1, keepdim=True).values
+    threshold = ranked(scores, removed)
+    keep = scores > threshold
+    if scores.is_cpu and int(keep.count_nonzero()) == scores.numel() - removed * len(scores):
+        return keep  # nothing tied at the threshold; a device is not waited for
     below = scores < threshold
     tied = scores == threshold
     missing = removed - below.sum(dim=1, keepdim=True)
     goes = below | (tied & (tied.cumsum(dim=1) <= missing))
     return ~goes
+
+
+def ranked(scores: Tensor, rank: int) -> Tensor:
+    """Return the ``rank``-th smallest number of every row, ``[groups, 1]``.
+
+    On a CPU by the partial sort of numpy, which takes a third of the time of
+    :meth:`~torch.Tensor.kthvalue` and gives the same numbers.
+
+    Parameters
+    ----------
+    scores
+        ``[groups, size]``, no NaN.
+    rank
+        From 1 to the size of a row.
+    """
+    if not scores.is_cpu or scores.dtype not in (torch.float32, torch.float64):
+        return scores.kthvalue(rank, dim=1, keepdim=True).values
+    # A copy to be sorted; the sum makes a zero of a negative zero.
+    rows = (scores.detach() + 0.0).contiguous()
+    if rows.dtype == torch.float32 and rows.numel() and bool(rows.amin() >= 0):
+        # Integers of the same bits have the order of non-negative numbers, and sort faster.
+        return _partitioned(rows.view(torch.int32), rank).view(torch.float32)
+    return _partitioned(rows, rank)
+
+
+def _partitioned(rows: Tensor, rank: int) -> Tensor:
+    """Return the ``rank``-th smallest entry of every row, and leave rows in disorder."""
+    workers = min(torch.get_num_threads(), len(rows))
+    if workers == 1 or rows.numel() < THREADED:
+        return _partition(rows, rank)
+    with ThreadPoolExecutor(workers) as pool:
+        return torch.cat(list(pool.map(lambda part: _partition(part, rank), rows.chunk(workers))))
+
+
+def _partition(rows: Tensor, rank: int) -> Tensor:
+    rows.numpy().partition(rank - 1, axis=1)
+    return rows[:, rank - 1 : rank].clone()
 
 
 def keep_by_threshold(scores: Tensor, sparsity: float) -> Tensor:
@@ -54,7 +98,7 @@ def keep_by_threshold(scores: Tensor, sparsity: float) -> Tensor:
     At least one weight more than asked is removed, and all ties with it.
     """
     rank = min(int(scores.shape[1] * sparsity), scores.shape[1] - 1)
-    threshold = scores.kthvalue(rank + 1, dim=1, keepdim=True).values
+    threshold = ranked(scores, rank + 1)
     return scores > threshold
 
 

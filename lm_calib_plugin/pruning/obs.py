@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from lm_calib_plugin.pruning.masks import keep_n_of_m
+from lm_calib_plugin import kernels
 from lm_calib_plugin.pruning.parts import BLOCK, Strength
 from lm_calib_plugin.statistics import InverseFactor, LayerStats, gram_in, inverse_factor
 
@@ -17,7 +19,7 @@ def gram_factor(stats: LayerStats | None, damp: float, device: torch.device) -> 
 
 def saliency(columns: Tensor, diagonal: Tensor, dead: Tensor) -> Tensor:
     """Return ``W_ij^2 / U_jj^2`` of columns ``[in, out]``; zero for inputs without energy."""
-    return (columns / diagonal[:, None]).square().masked_fill(dead[:, None], 0.0)
+    return (columns / diagonal[:, None]).square_().mul_(~dead[:, None])
 
 
 def sweep(
@@ -43,52 +45,51 @@ def sweep(
     -------
     The updated weight and its mask, both ``[out, in]``.
     """
+    return sweep_together([weight], factor, strength, None if keep is None else [keep])[0]
+
+
+def sweep_together(
+    weights: Sequence[Tensor],
+    factor: InverseFactor,
+    strength: Strength,
+    keeps: Sequence[Tensor] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Sweep over layers that share an input, as one matrix of all their rows.
+
+    Every layer has a threshold of its own: results are those of :func:`sweep`, but for the last
+    bits of products, which depend on the sizes of matrices.
+    """
     # Transposed, so that a column of the weight is contiguous in memory.
-    columns = weight.t().contiguous()
-    if columns.data_ptr() == weight.data_ptr():
-        columns = columns.clone()
-    given = None if keep is None else keep.t()
+    columns = torch.cat([weight.t() for weight in weights], dim=1)
+    given = None if keeps is None else torch.cat([keep.t() for keep in keeps], dim=1)
+    rows = [len(weight) for weight in weights]
     if strength.reference and given is None:
         columns[factor.dead] = 0.0
-    width = columns.shape[0]
-    block = BLOCK
+    width, block = len(columns), BLOCK
     if strength.n_of_m:
         # A block holds whole groups.
         block = max(1, BLOCK // strength.n_of_m[1]) * strength.n_of_m[1]
-    masks = []
+    mask = torch.empty_like(columns, dtype=torch.bool) if given is None else given
     for start in range(0, width, block):
         stop = min(start + block, width)
-        own = None if given is None else given[start:stop]
-        errors, mask = _sweep_block(columns[start:stop], factor, start, strength, own)
-        columns[stop:] -= factor.upper[start:stop, stop:].t() @ errors
-        masks.append(mask)
-    return columns.t().contiguous(), torch.cat(masks).t().contiguous()
+        own, upper = columns[start:stop], factor.upper[start:stop, start:stop]
+        dead = factor.dead[start:stop]
+        if given is None and strength.n_of_m:
+            errors, mask[start:stop] = kernels.remove_n_of_m(own, upper, dead, strength.n_of_m)
+        else:
+            if given is None:
+                mask[start:stop] = _kept(own, upper.diagonal(), dead, rows, strength)
+            errors = kernels.remove(own, upper, mask[start:stop])
+        columns[stop:].addmm_(factor.upper[start:stop, stop:].t(), errors, alpha=-1)
+    parts = zip(columns.split(rows, dim=1), mask.split(rows, dim=1), strict=True)
+    return [(swept.t().contiguous(), kept.t().contiguous()) for swept, kept in parts]
 
 
-def _sweep_block(
-    block: Tensor, factor: InverseFactor, start: int, strength: Strength, given: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Prune ``block`` (``[columns, out]``) in place; return scaled errors and mask, same shape."""
-    stop = start + block.shape[0]
-    upper = factor.upper[start:stop, start:stop]
-    diagonal, dead = upper.diagonal(), factor.dead[start:stop]
-    group = strength.n_of_m[1] if strength.n_of_m and given is None else 0
-    if given is not None:
-        keep = given
-    elif group:
-        keep = torch.ones_like(block, dtype=torch.bool)
-    else:
-        # Transposed back: ties are broken by output row first, then by column.
-        scores = saliency(block, diagonal, dead).t().contiguous()
-        keep = strength.keep_all(scores).t().contiguous()
-    errors = torch.zeros_like(block)
-    for i in range(block.shape[0]):
-        if group and i % group == 0:
-            own = slice(i, i + group)
-            scores = saliency(block[own], diagonal[own], dead[own])
-            keep[own] = keep_n_of_m(scores.t(), *strength.n_of_m).t()  # type: ignore[misc]
-        column = block[i]
-        errors[i] = column.masked_fill(keep[i], 0.0) / diagonal[i]
-        block[i + 1 :] -= torch.outer(upper[i, i + 1 :], errors[i])
-        column.masked_fill_(~keep[i], 0.0)
-    return errors, keep
+def _kept(
+    block: Tensor, diagonal: Tensor, dead: Tensor, rows: list[int], strength: Strength
+) -> Tensor:
+    """Return the mask of a block ``[columns, rows of all layers]``, chosen layer by layer."""
+    scores = saliency(block, diagonal, dead)
+    # Transposed back: ties are broken by output row first, then by column.
+    found = [strength.keep_all(part.t().contiguous()).t() for part in scores.split(rows, dim=1)]
+    return torch.cat(found, dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -147,6 +148,12 @@ class Score(Part):
         """Return the mask of the weights with the highest scores of each group."""
         return Selection(strength.keep(self.scores(weight, stats), self.group))
 
+    def select_together(
+        self, weights: Sequence[Tensor], stats: LayerStats | None, strength: Strength
+    ) -> list[Selection]:
+        """Select in layers that share an input; the results are those of one after the other."""
+        return [self.select(weight, stats, strength) for weight in weights]
+
 
 class Refinement(Part):
     """Moves what is removed, at the same count in every group."""
@@ -178,6 +185,17 @@ class Refinement(Part):
         """
         ...
 
+    def refine_together(
+        self,
+        weights: Sequence[Tensor],
+        selections: Sequence[Selection],
+        stats: LayerStats | None,
+        strength: Strength,
+    ) -> list[Selection]:
+        """Refine layers that share an input; the results are those of one after the other."""
+        pairs = zip(weights, selections, strict=True)
+        return [self.refine(weight, found, stats, strength) for weight, found in pairs]
+
 
 class Update(Part):
     """Gives the kept weights new values."""
@@ -199,3 +217,14 @@ class Update(Part):
         Arguments as for a refinement.
         """
         ...
+
+    def update_together(
+        self,
+        weights: Sequence[Tensor],
+        selections: Sequence[Selection],
+        stats: LayerStats | None,
+        strength: Strength,
+    ) -> list[Selection]:
+        """Update layers that share an input; the results are those of one after the other."""
+        pairs = zip(weights, selections, strict=True)
+        return [self.update(weight, found, stats, strength) for weight, found in pairs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -177,19 +177,29 @@ class Pipeline(PruningMethod):
         self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype = torch.float32
     ) -> LayerResult:
         """Prune one weight ``[out, in]``; removed weights are exactly zero."""
+        return self.compress_together([weight], stats, dtype)[0]
+
+    def compress_together(
+        self,
+        weights: Sequence[Tensor],
+        stats: LayerStats | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[LayerResult]:
+        """Prune weights that share an input; parts factor its Gram matrix once for all."""
         assert self.score is not None
         for part in self.parts:
             if part.statistic != NONE and stats is None:
                 raise ValueError(f"{type(part).__name__} needs statistics of the inputs")
         strength = self.strength
-        found = self.score.select(weight, stats, strength)
+        found = self.score.select_together(weights, stats, strength)
         if self.refine is not None:
-            found = self.refine.refine(weight, found, stats, strength)
+            found = self.refine.refine_together(weights, found, stats, strength)
         if self.update is not None:
-            found = self.update.update(weight, found, stats, strength)
+            found = self.update.update_together(weights, found, stats, strength)
         else:
             # What a score computes on its way is no update unless one is asked for.
-            found = found.but(weight=None)
-        return LayerResult(
-            found.values(weight), damp=found.damp, notes=found.notes, bias=found.bias
-        )
+            found = [one.but(weight=None) for one in found]
+        return [
+            LayerResult(one.values(weight), damp=one.damp, notes=one.notes, bias=one.bias)
+            for weight, one in zip(weights, found, strict=True)
+        ]

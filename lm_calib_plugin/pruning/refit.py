@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm_calib_plugin.pruning.descent import check_fallen
+from lm_calib_plugin.pruning.descent import check_fallen, row_errors
 
 # Rows that have stopped leave the work when so many of the rest have.
 STOPPED = 0.25
@@ -20,13 +20,37 @@ class Refit:
     ``weight`` is ``[out, in]``, zero off the mask. ``steps`` is the number of steps that the
     slowest row took, ``residual`` the length of the gradient on the mask relative to that at the
     start, over all rows (0: solved). ``chosen`` is the number of steps after which the held-out
-    error was lowest; None without held-out inputs.
+    error was lowest; None without held-out inputs. ``started`` is ``e^T G e`` of every row at the
+    start, ``[out]``.
     """
 
     weight: Tensor
     steps: int
     residual: float
-    chosen: int | None = None
+    chosen: int | None
+    started: Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Gram matrices on the scale of inputs of unit energy, for all layers that share an input.
+
+    ``scale`` is the root of the diagonal of the Gram matrix (1 where that is zero), ``[in]``;
+    ``gram`` and ``heldout``, divided by it on both sides, are ``[in, in]``, ``heldout`` that of
+    other inputs, if there are any.
+    """
+
+    scale: Tensor
+    gram: Tensor
+    heldout: Tensor | None
+
+    @classmethod
+    def of(cls, gram: Tensor, heldout: Tensor | None = None) -> Metric:
+        """Scale Gram matrices ``[in, in]``."""
+        diagonal = gram.diagonal()
+        scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
+        pairs = scale[:, None] * scale
+        return cls(scale, gram / pairs, None if heldout is None else heldout / pairs)
 
 
 def masked_pcg(
@@ -71,24 +95,43 @@ def masked_pcg(
     Refit
         Never worse than the start on ``gram``, nor on ``heldout``, up to rounding.
     """
+    metric = Metric.of(gram, heldout)
+    return refitted(weight, keep, metric, steps, start, tolerance, every)
+
+
+def refitted(
+    weight: Tensor,
+    keep: Tensor,
+    metric: Metric,
+    steps: int,
+    start: Tensor | None = None,
+    tolerance: float = 1e-4,
+    every: int = 5,
+    check: bool = True,
+) -> Refit:
+    """Do what :func:`masked_pcg` does, with matrices that are scaled already.
+
+    ``check=False``: whoever calls will compute the error of the result anyway, and compare it with
+    ``started`` (:func:`~lm_calib_plugin.pruning.descent.check_fallen`).
+    """
     values = torch.where(keep, weight if start is None else start, torch.zeros_like(weight))
-    diagonal = gram.diagonal()
-    scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
-    pairs = scale[:, None] * scale
-    solver = _Solver((weight - values) * scale, keep, gram / pairs)
-    judge = None if heldout is None else _Judge(heldout / pairs, solver.all_errors())
+    scale = metric.scale
+    solver = _Solver((weight - values) * scale, keep, metric.gram)
+    judge = None if metric.heldout is None else _Judge(metric.heldout, solver)
     taken, going = 0, True
     while going and taken < steps:
         going = solver.step(tolerance)
         taken += 1
         if judge is not None and (taken % every == 0 or taken == steps or not going):
-            judge.look(solver.all_errors(), taken)
+            going = judge.look(solver, taken) and going
     error = solver.all_errors() if judge is None else judge.error
-    check_fallen(solver.start, error, solver.gram, "re-fit")
+    if check:
+        check_fallen(solver.start, error, solver.gram, "re-fit")
     found = torch.where(keep, weight - error / scale, torch.zeros_like(weight))
     # Where nothing moved, no rounding either.
     found = torch.where(error == solver.first, values, found)
-    return Refit(found, taken, solver.remaining(), None if judge is None else judge.chosen)
+    chosen = None if judge is None else judge.chosen
+    return Refit(found, taken, solver.remaining(), chosen, solver.start)
 
 
 class _Solver:
@@ -151,12 +194,23 @@ class _Solver:
 class _Judge:
     """Remembers the iterate with the lowest error on held-out inputs, summed over all rows."""
 
-    def __init__(self, gram: Tensor, error: Tensor) -> None:
+    def __init__(self, gram: Tensor, solver: _Solver) -> None:
         self.gram, self.lowest, self.chosen = gram, float("inf"), 0
-        self.look(error, 0)
+        self.of_rows = torch.empty_like(solver.start)
+        self.rows = solver.rows
+        self.look(solver, 0)
 
-    def look(self, error: Tensor, taken: int) -> None:
-        """Compare the iterate after ``taken`` steps."""
-        found = float(((error @ self.gram) * error).sum())
-        if found < self.lowest:
+    def look(self, solver: _Solver, taken: int) -> bool:
+        """Compare the iterate after ``taken`` steps; tell whether it is the best one so far.
+
+        Rows that had stopped at the last look are what they were.
+        """
+        error = solver.all_errors()
+        own = error if len(self.rows) == len(error) else error[self.rows]
+        self.of_rows[self.rows] = row_errors(own, self.gram)
+        self.rows = solver.rows
+        found = float(self.of_rows.sum())
+        better = found < self.lowest
+        if better:
             self.error, self.lowest, self.chosen = error, found, taken
+        return better

@@ -32,11 +32,15 @@ INF = float("inf")
 
 
 class Swapped(NamedTuple):
-    """``keep`` and ``weight`` (zero off the mask) are ``[out, in]``; ``swaps`` counts them all."""
+    """``keep`` and ``weight`` (zero off the mask) are ``[out, in]``; ``swaps`` counts them all.
+
+    ``started`` is ``e^T G e`` of every row before the first exchange, ``[out]``.
+    """
 
     keep: Tensor
     weight: Tensor
     swaps: int
+    started: Tensor
 
 
 def swap_descent(
@@ -47,6 +51,7 @@ def swap_descent(
     n_of_m: tuple[int, int] | None = None,
     candidates: int | None = 32,
     kept: Tensor | None = None,
+    check: bool = True,
 ) -> Swapped:
     """Exchange weights, row by row, while that lowers the output error.
 
@@ -72,6 +77,8 @@ def swap_descent(
     kept
         Values of the kept weights after a re-fit, ``[out, in]``; None: dense ones. When given, a
         weight that returns takes its best value instead of its dense one.
+    check
+        Compute the error of the result, and raise when it has risen; False: whoever calls does.
 
     Returns
     -------
@@ -82,14 +89,17 @@ def swap_descent(
     mask = keep.clone()
     search = _Search(gram, n_of_m, candidates or weight.shape[1], free=kept is not None)
     tile = max(1, TILE // search.numbers_per_row)
-    swaps = 0
-    for first in range(0, weight.shape[0] if steps > 0 else 0, tile):
+    swaps, started = 0, []
+    for first in range(0, weight.shape[0], tile):
         own = slice(first, first + tile)
         rows = _Rows.of(weight[own], values[own], mask[own], gram, steps)
-        before = rows.error.clone()
+        started.append(rows.error.clone())
+        if steps < 1:
+            continue
         swaps += search.descend(rows, values[own], mask[own])
-        check_fallen(before, weight[own] - values[own], gram, "exchange of weights")
-    return Swapped(mask, values, swaps)
+        if check:
+            check_fallen(started[-1], weight[own] - values[own], gram, "exchange of weights")
+    return Swapped(mask, values, swaps, torch.cat(started))
 
 
 @dataclass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -238,3 +239,19 @@ class RealZeroGrid(IntegerGrid):
         """Return the bits of levels, scales and zero points (both in ``dtype``) of a weight."""
         out, width = shape
         return out * width * self.bits + 2 * self.scale.numel() * 8 * self.dtype.itemsize
+
+
+def stacked(grids: Sequence[Grid]) -> IntegerGrid | None:
+    """Return the grid of the rows of all layers; None unless these are integer grids of one kind.
+
+    Scales and zero points of integer grids belong to single rows, so nothing changes.
+    """
+    first = grids[0]
+    if not isinstance(first, IntegerGrid):
+        return None
+    alike = {(type(g), g.bits, g.group_size, getattr(g, "symmetric", None)) for g in grids}
+    if len(alike) > 1 or type(first) is not IntegerGrid:
+        return None
+    same = [grid for grid in grids if isinstance(grid, IntegerGrid)]
+    scale, zero = (torch.cat([getattr(g, name) for g in same]) for name in ("scale", "zero"))
+    return replace(first, scale=scale, zero=zero)

@@ -121,6 +121,24 @@ class Rounding(Part):
         zero = torch.zeros_like(weight)
         return self.round(torch.where(keep, weight, zero), grid, stats, setting)
 
+    def round_together(
+        self,
+        weights: Sequence[Tensor],
+        grids: Sequence[Grid],
+        stats: LayerStats | None,
+        setting: Setting,
+        keeps: Sequence[Tensor] | None = None,
+    ) -> list[LayerResult]:
+        """Round layers that share an input; the results are those of one after the other.
+
+        ``keeps`` are masks, as for :meth:`round_kept`; None: nothing is removed.
+        """
+        pairs = zip(weights, grids, strict=True)
+        if keeps is None:
+            return [self.round(weight, grid, stats, setting) for weight, grid in pairs]
+        masked = zip(weights, keeps, grids, strict=True)
+        return [self.round_kept(*each, stats, setting) for each in masked]
+
 
 class BlockProblem(Protocol):
     """One decoder block whose layers are rounded together; the engine makes it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -271,12 +271,21 @@ class Quantizer(Method):
         self, weight: Tensor, stats: LayerStats | None, dtype: torch.dtype = torch.float32
     ) -> LayerResult:
         """Round one weight ``[out, in]``."""
+        return self.compress_together([weight], stats, dtype)[0]
+
+    def compress_together(
+        self,
+        weights: Sequence[Tensor],
+        stats: LayerStats | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> list[LayerResult]:
+        """Round weights that share an input; the rounding factors its Gram matrix once."""
         assert self.rounding is not None
         if self.keeps_weights:
-            return LayerResult(weight.clone())
+            return [LayerResult(weight.clone()) for weight in weights]
         for part in self.parts:
             if part is not self.observer and part.statistic != NONE and stats is None:
                 raise ValueError(f"{type(part).__name__} needs statistics of the inputs")
-        weight = self.rounding.prepared(weight.contiguous(), stats, self.setting)
-        grid = self.fit_grid(weight, stats, dtype)
-        return self.rounding.round(weight, grid, stats, self.setting)
+        ready = [self.rounding.prepared(w.contiguous(), stats, self.setting) for w in weights]
+        grids = [self.fit_grid(weight, stats, dtype) for weight in ready]
+        return self.rounding.round_together(ready, grids, stats, self.setting)

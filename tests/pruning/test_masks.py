@@ -9,10 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lm_calib_plugin.pruning import masks
 from lm_calib_plugin.pruning.masks import (
     keep_by_threshold,
     keep_highest,
     keep_n_of_m,
+    ranked,
     removed_count,
 )
 
@@ -97,3 +99,27 @@ def test_scores_are_left_as_they_are() -> None:
     keep_by_threshold(scores, 0.5)
     keep_n_of_m(scores, 2, 4)
     assert torch.equal(scores, before)
+
+
+@given(
+    st.lists(st.lists(small | st.just(-0.0), min_size=7, max_size=7), min_size=1, max_size=5),
+    st.integers(1, 7),
+    st.sampled_from([1.0, -1.0, 0.25]),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_rank_is_that_of_a_full_sort(
+    rows: list[list[float]], rank: int, sign: float, dtype: torch.dtype
+) -> None:
+    scores = torch.tensor(rows).mul(sign).to(dtype)
+    expected = scores.sort(dim=1).values[:, rank - 1 : rank]
+    assert (ranked(scores, rank) == expected).all()
+    assert (ranked(scores.t().contiguous().t(), rank) == expected).all()
+
+
+def test_rows_shared_among_threads_have_the_same_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.rand(31, 50)
+    alone = ranked(scores, 20)
+    monkeypatch.setattr(masks, "THREADED", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert torch.equal(ranked(scores, 20), alone)
+    assert torch.equal(alone, scores.kthvalue(20, dim=1, keepdim=True).values)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lm_calib_plugin import CalibrationSet, Recipe, Runtime, compress, engine
-from lm_calib_plugin.engine import walk
+from lm_calib_plugin.engine.solve import Solver
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.quantization.rounding.gptq import DAMPS
 from lm_calib_plugin.statistics import GramRanges
@@ -120,13 +120,14 @@ def test_equal_inputs_share_their_weights(damp: float) -> None:
 def test_each_layer_of_a_model_takes_the_better_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layer by layer: equal to one of both, never worse on what is held out, and reported."""
     seen: dict[str, tuple[torch.Tensor, Any]] = {}
-    solve = walk._Walk._solve
+    solve = Solver._compressed
 
-    def spy(self: Any, method: Any, layer: Any, before: torch.Tensor, stats: Any) -> Any:
-        seen[layer.name] = before.clone(), stats
-        return solve(self, method, layer, before, stats)
+    def spy(self: Any, method: Any, layers: Any, weights: Any, stats: Any) -> Any:
+        for layer, weight in zip(layers, weights, strict=True):
+            seen[layer.name] = weight.clone(), stats
+        return solve(self, method, layers, weights, stats)
 
-    monkeypatch.setattr(walk._Walk, "_solve", spy)
+    monkeypatch.setattr(Solver, "_compressed", spy)
     ids = random_ids([16] * 8)
     model = make_model()
     recipe = Recipe(method="gptq_heldout", bits=3, group_size=8, heldout=0.5)
@@ -181,13 +182,14 @@ def test_a_corrected_target_is_what_is_rounded(
 ) -> None:
     """The weights stored are those of the plain method for the target and statistics given."""
     seen: dict[str, tuple[torch.Tensor, torch.Tensor, Any]] = {}
-    solve = walk._Walk._solve
+    solve = Solver._compressed
 
-    def spy(self: Any, method: Any, layer: Any, target: torch.Tensor, stats: Any) -> Any:
-        seen[layer.name] = layer.read(), target.clone(), stats
-        return solve(self, method, layer, target, stats)
+    def spy(self: Any, method: Any, layers: Any, targets: Any, stats: Any) -> Any:
+        for layer, target in zip(layers, targets, strict=True):
+            seen[layer.name] = layer.read(), target.clone(), stats
+        return solve(self, method, layers, targets, stats)
 
-    monkeypatch.setattr(walk._Walk, "_solve", spy)
+    monkeypatch.setattr(Solver, "_compressed", spy)
     model = make_model()
     recipe = Recipe(method="gptq", bits=4, group_size=8, **options)
     compress(model, None, recipe, QUIET, calibration())

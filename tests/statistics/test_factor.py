@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lm_calib_plugin.errors import NumericalError
 from lm_calib_plugin.statistics import inverse_factor
+from lm_calib_plugin.statistics.factor import triangular_inverse
 
 
 def gram(width: int, count: int, seed: int = 0) -> Tensor:
@@ -124,3 +125,14 @@ def test_matrix_of_nothing_but_silent_channels_is_the_identity() -> None:
 def test_what_is_no_gram_matrix_is_an_error_never_an_identity(matrix: Tensor) -> None:
     with pytest.raises(NumericalError, match="Gram matrix, factorization"):
         inverse_factor(matrix, 0.01)
+
+
+@pytest.mark.parametrize("size", [1, 2, 95, 96, 97, 193, 400])
+def test_inverse_by_halves_is_the_inverse(size: int) -> None:
+    own = torch.Generator().manual_seed(size)
+    upper = torch.randn(size, size, generator=own, dtype=torch.float64).triu(1) / size**0.5
+    upper += torch.rand(size, generator=own, dtype=torch.float64).add(0.5).diag()
+    found = triangular_inverse(upper)
+    eye = torch.eye(size, dtype=torch.float64)
+    torch.testing.assert_close(found @ upper, eye, rtol=0, atol=1e-10)
+    assert (found.tril(-1) == 0).all()

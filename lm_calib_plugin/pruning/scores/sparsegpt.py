@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from lm_calib_plugin.pruning.obs import gram_factor, saliency, sweep
+from lm_calib_plugin.pruning.obs import gram_factor, saliency, sweep_together
 from lm_calib_plugin.pruning.parts import Score, Selection, Strength
 from lm_calib_plugin.statistics import LayerStats
 
@@ -30,9 +31,18 @@ class SparseGPT(Score):
 
     def select(self, weight: Tensor, stats: LayerStats | None, strength: Strength) -> Selection:
         """Return mask and weights of the sweep, or the mask of scores compared in another group."""
-        factor = gram_factor(stats, strength.damp, weight.device)
+        return self.select_together([weight], stats, strength)[0]
+
+    def select_together(
+        self, weights: Sequence[Tensor], stats: LayerStats | None, strength: Strength
+    ) -> list[Selection]:
+        """Select with one factor, and in one sweep, in all layers."""
+        factor = gram_factor(stats, strength.damp, weights[0].device)
         if strength.n_of_m or (strength.group or self.group) == self.group:
-            swept, keep = sweep(weight, factor, strength)
-            return Selection(keep, swept, solved="obs", damp=factor.damp)
-        scores = saliency(weight.t(), factor.upper.diagonal(), factor.dead).t()
-        return Selection(strength.keep(scores.contiguous(), self.group), damp=factor.damp)
+            return [
+                Selection(keep, swept, solved="obs", damp=factor.damp)
+                for swept, keep in sweep_together(weights, factor, strength)
+            ]
+        diagonal, dead = factor.upper.diagonal(), factor.dead
+        scores = [saliency(weight.t(), diagonal, dead).t().contiguous() for weight in weights]
+        return [Selection(strength.keep(x, self.group), damp=factor.damp) for x in scores]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from lm_calib_plugin.pruning.obs import gram_factor, sweep
+from lm_calib_plugin.pruning.obs import gram_factor, sweep_together
 from lm_calib_plugin.pruning.parts import Selection, Strength, Update
 from lm_calib_plugin.statistics import LayerStats
 
@@ -33,8 +34,21 @@ class OBS(Update):
         strength: Strength,
     ) -> Selection:
         """Return the weights after the sweep; those that a score found in the same sweep stay."""
-        if selection.solved == "obs" and selection.weight is not None:
-            return selection
-        factor = gram_factor(stats, strength.damp, weight.device)
-        swept, _ = sweep(weight, factor, strength, selection.keep)
-        return selection.but(weight=swept, solved="obs", damp=factor.damp)
+        return self.update_together([weight], [selection], stats, strength)[0]
+
+    def update_together(
+        self,
+        weights: Sequence[Tensor],
+        selections: Sequence[Selection],
+        stats: LayerStats | None,
+        strength: Strength,
+    ) -> list[Selection]:
+        """Update all layers with one factor and in one sweep."""
+        if all(one.solved == "obs" and one.weight is not None for one in selections):
+            return list(selections)
+        factor = gram_factor(stats, strength.damp, weights[0].device)
+        swept = sweep_together(weights, factor, strength, [one.keep for one in selections])
+        return [
+            one.but(weight=found, solved="obs", damp=factor.damp)
+            for one, (found, _) in zip(selections, swept, strict=True)
+        ]

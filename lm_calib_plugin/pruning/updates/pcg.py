@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from lm_calib_plugin.pruning.descent import check_fallen
 from lm_calib_plugin.pruning.parts import Selection, Strength, Update
-from lm_calib_plugin.pruning.refit import masked_pcg
+from lm_calib_plugin.pruning.refit import Metric, refitted
 from lm_calib_plugin.pruning.shrinkage import damped_gram
 from lm_calib_plugin.pruning.swapping import swap_descent
 from lm_calib_plugin.statistics import Gram, LayerStats
+
+# Part of the steps that come before exchanges, where there are any.
+FIRST = 0.25
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,9 @@ class PCG(Update):
     steps
         Most steps.
     swaps
-        After the re-fit, exchange so many weights of a row, at most, a returning weight at its best
-        value, and re-fit again; 0: none.
+        Before the re-fit, exchange so many weights of a row, at most, a returning weight at its
+        best value; where the score found no values, after a first re-fit of a quarter of the steps.
+        0: none.
     shrink
         Part of its own energy by which each input counts more, alone; correlations shrink.
     heldout
@@ -42,6 +48,7 @@ class PCG(Update):
     statistic: ClassVar[str] = "gram"
     uses_damp: ClassVar[bool] = True
     rows_independent: ClassVar[bool] = False
+    revision: ClassVar[int] = 2
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.07831"
 
     @property
@@ -62,17 +69,50 @@ class PCG(Update):
         strength: Strength,
     ) -> Selection:
         """Return the selection with re-fitted weights, and after exchanges another mask."""
-        gram = damped_gram(stats, strength.damp, self.shrink, weight)
-        other = self._other(stats)
+        return self.update_together([weight], [selection], stats, strength)[0]
+
+    def update_together(
+        self,
+        weights: Sequence[Tensor],
+        selections: Sequence[Selection],
+        stats: LayerStats | None,
+        strength: Strength,
+    ) -> list[Selection]:
+        """Re-fit layers one after the other, on matrices that are prepared once."""
+        gram = damped_gram(stats, strength.damp, self.shrink, weights[0])
+        metric = Metric.of(gram, self._other(stats))
+        found = []
+        for weight, selection in zip(weights, selections, strict=True):
+            keep, values = self._solved(weight, selection, gram, metric, strength.n_of_m)
+            damp = selection.damped(strength.damp)
+            found.append(selection.but(keep=keep, weight=values, solved="pcg", damp=damp))
+        return found
+
+    def _solved(
+        self,
+        weight: Tensor,
+        selection: Selection,
+        gram: Tensor,
+        metric: Metric,
+        n_of_m: tuple[int, int] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return mask and values. What one stage starts from tells what the one before reached."""
         keep, values = selection.keep, selection.weight
-        found = masked_pcg(weight, keep, gram, self.steps, values, heldout=other)
-        if self.swaps:
-            moved = swap_descent(weight, keep, gram, self.swaps, strength.n_of_m, kept=found.weight)
-            if moved.swaps:
-                keep = moved.keep
-                found = masked_pcg(weight, keep, gram, self.steps, moved.weight, heldout=other)
-        damp = selection.damped(strength.damp)
-        return selection.but(keep=keep, weight=found.weight, solved="pcg", damp=damp)
+        if not self.swaps:
+            return keep, refitted(weight, keep, metric, self.steps, values).weight
+        fit = None
+        if values is None:
+            # Exchanges need values that are nearly the best ones; the second re-fit does the rest.
+            steps = max(1, round(self.steps * FIRST))
+            fit = refitted(weight, keep, metric, steps, check=False)
+            values = fit.weight
+        moved = swap_descent(weight, keep, gram, self.swaps, n_of_m, kept=values, check=False)
+        if fit is not None:
+            check_fallen(fit.started, weight - fit.weight, gram, "re-fit", moved.started)
+        again = refitted(weight, moved.keep, metric, self.steps, moved.weight)
+        error = weight - moved.weight
+        check_fallen(moved.started, error, gram, "exchange of weights", again.started)
+        return moved.keep, again.weight
 
     def _other(self, stats: LayerStats | None) -> Tensor | None:
         other = stats.heldout if self.heldout and stats is not None else None

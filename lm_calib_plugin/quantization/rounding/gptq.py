@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lm_calib_plugin import kernels
 from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.kernels import Levels
 from lm_calib_plugin.method import LayerResult
-from lm_calib_plugin.quantization.grids import Grid
+from lm_calib_plugin.quantization.grids import Grid, IntegerGrid, stacked
 from lm_calib_plugin.quantization.parts import Rounding, Setting
 from lm_calib_plugin.statistics import LayerStats, gram_in, inverse_factor, output_error
 
@@ -46,7 +49,7 @@ class GPTQ(Rounding):
         self, weight: Tensor, grid: Grid, stats: LayerStats | None, setting: Setting
     ) -> LayerResult:
         """Round one weight ``[out, in]`` with the Gram matrix of its input."""
-        return swept(weight, grid, stats, setting)
+        return swept([weight], [grid], stats, setting)[0]
 
     def round_kept(
         self,
@@ -57,28 +60,42 @@ class GPTQ(Rounding):
         setting: Setting,
     ) -> LayerResult:
         """Round and remove in one sweep; see :meth:`Rounding.round_kept`."""
-        return swept(weight, grid, stats, setting, keep)
+        return swept([weight], [grid], stats, setting, [keep])[0]
+
+    def round_together(
+        self,
+        weights: Sequence[Tensor],
+        grids: Sequence[Grid],
+        stats: LayerStats | None,
+        setting: Setting,
+        keeps: Sequence[Tensor] | None = None,
+    ) -> list[LayerResult]:
+        """Round all layers with one factor, and in one sweep where their grids are alike."""
+        return swept(weights, grids, stats, setting, keeps)
 
 
 def swept(
-    weight: Tensor,
-    grid: Grid,
+    weights: Sequence[Tensor],
+    grids: Sequence[Grid],
     stats: LayerStats | None,
     setting: Setting,
-    keep: Tensor | None = None,
-) -> LayerResult:
-    """Return the weight after the sweep over its columns, with the ridge that was used.
+    keeps: Sequence[Tensor] | None = None,
+) -> list[LayerResult]:
+    """Return weights that share an input after the sweep over their columns, with the ridge used.
 
-    ``keep`` (``[out, in]``, bool) is a mask off which weights become zero; later columns absorb
-    that error, too.
+    ``keeps`` (``[out, in]`` each, bool) are masks off which weights become zero; later columns
+    absorb that error, too.
     """
     if setting.damp is not None:
-        return _at(weight, grid, gram_in(stats), setting, setting.damp, keep)
+        return _at(weights, grids, gram_in(stats), setting, setting.damp, keeps)
     assert stats is not None
     judge = heldout_gram(stats, "damp", "for instance damp=0.01")
-    found = [_at(weight, grid, gram_in(stats), setting, damp, keep) for damp in DAMPS]
-    errors = [output_error(one.weight - weight, judge) for one in found]
-    return found[errors.index(min(errors))]
+    found = [_at(weights, grids, gram_in(stats), setting, damp, keeps) for damp in DAMPS]
+    best = []
+    for weight, ways in zip(weights, zip(*found, strict=True), strict=True):
+        errors = [output_error(one.weight - weight, judge) for one in ways]
+        best.append(ways[errors.index(min(errors))])
+    return best
 
 
 def heldout_gram(stats: LayerStats | None, argument: str, fix: str) -> Tensor:
@@ -103,37 +120,58 @@ def heldout_gram(stats: LayerStats | None, argument: str, fix: str) -> Tensor:
 
 
 def _at(
-    weight: Tensor, grid: Grid, gram: Tensor, setting: Setting, damp: float, keep: Tensor | None
-) -> LayerResult:
-    gram = gram.to(weight.device)
-    order = torch.arange(weight.shape[1], device=weight.device)
+    weights: Sequence[Tensor],
+    grids: Sequence[Grid],
+    gram: Tensor,
+    setting: Setting,
+    damp: float,
+    keeps: Sequence[Tensor] | None,
+) -> list[LayerResult]:
+    gram = gram.to(weights[0].device)
+    order = torch.arange(len(gram), device=gram.device)
     if setting.act_order:
         order = gram.diagonal().argsort(descending=True, stable=True)
     factor = inverse_factor(gram[order][:, order], damp)
-    columns = weight.t()[order].contiguous()
-    kept = None if keep is None else keep.t()[order].contiguous()
-    rounded = _sweep(columns, factor.upper, grid, order, kept)
-    result = torch.empty_like(rounded)
-    result[order] = rounded
-    return LayerResult(result.t().contiguous(), grid=grid, damp=factor.damp)
+    # Rows of layers whose grids are alike are stacked; others at least share the factor.
+    one = stacked(grids)
+    parts = [list(range(len(grids)))] if one else [[i] for i in range(len(grids))]
+    found: list[LayerResult] = []
+    for part in parts:
+        grid = one or grids[part[0]]
+        columns = torch.cat([weights[i].t()[order] for i in part], dim=1)
+        kept = None if keeps is None else torch.cat([keeps[i].t()[order] for i in part], dim=1)
+        _sweep(columns, factor.upper, grid, order, kept)
+        result = torch.empty_like(columns)
+        result[order] = columns
+        split = result.split([len(weights[i]) for i in part], dim=1)
+        found += [
+            LayerResult(weight.t().contiguous(), grid=grids[i], damp=factor.damp)
+            for i, weight in zip(part, split, strict=True)
+        ]
+    return found
 
 
-def _sweep(
-    columns: Tensor, upper: Tensor, grid: Grid, order: Tensor, keep: Tensor | None
-) -> Tensor:
-    """Round ``columns`` (``[in, out]``, in visiting order, changed in place) one after another."""
-    width = columns.shape[0]
-    group = torch.div(order, grid.group_size, rounding_mode="floor").tolist()
-    rounded = torch.empty_like(columns)
+def _sweep(columns: Tensor, upper: Tensor, grid: Grid, order: Tensor, keep: Tensor | None) -> None:
+    """Round ``columns`` (``[in, out]``, in visiting order), in place, one after another."""
+    width = len(columns)
+    group = torch.div(order, grid.group_size, rounding_mode="floor")
+    places = group.tolist()
+    levels = None
+    if type(grid) is IntegerGrid:
+        scale, zero = grid.scale.t().contiguous(), grid.zero.t().contiguous()
+        levels = Levels(scale, zero, group, grid.lowest, grid.highest)
     for start in range(0, width, BLOCK):
         stop = min(start + BLOCK, width)
         block, inner = columns[start:stop], upper[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        diagonal = inner.diagonal().tolist()
-        for i in range(stop - start):
-            found = grid.round_column(block[i], group[start + i])
-            rounded[start + i] = found if keep is None else found * keep[start + i]
-            errors[i] = (block[i] - rounded[start + i]) / diagonal[i]
-            block[i + 1 :] -= torch.outer(inner[i, i + 1 :], errors[i])
-        columns[stop:] -= upper[start:stop, stop:].t() @ errors
-    return rounded
+        kept = None if keep is None else keep[start:stop]
+        if levels is not None:
+            own = replace(levels, group=group[start:stop])
+            errors = kernels.round_integers(block, inner, own, kept)
+        else:
+            found = _rounder(grid, places[start:stop])
+            errors = kernels.round_with(block, inner, found, kept)
+        columns[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+
+
+def _rounder(grid: Grid, groups: list[int]) -> Callable[[int, Tensor], Tensor]:
+    return lambda i, column: grid.round_column(column, groups[i])

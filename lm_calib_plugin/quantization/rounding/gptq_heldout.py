@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ class GPTQHeldout(GPTQ):
         self, weight: Tensor, grid: Grid, stats: LayerStats | None, setting: Setting
     ) -> LayerResult:
         """Round one weight ``[out, in]`` both ways and keep the better result."""
-        return _better(weight, grid, stats, setting, None)
+        return self.round_together([weight], [grid], stats, setting)[0]
 
     def round_kept(
         self,
@@ -39,14 +40,27 @@ class GPTQHeldout(GPTQ):
         setting: Setting,
     ) -> LayerResult:
         """Round the weights of a mask both ways and keep the better result."""
-        return _better(weight, grid, stats, setting, keep)
+        return self.round_together([weight], [grid], stats, setting, [keep])[0]
+
+    def round_together(
+        self,
+        weights: Sequence[Tensor],
+        grids: Sequence[Grid],
+        stats: LayerStats | None,
+        setting: Setting,
+        keeps: Sequence[Tensor] | None = None,
+    ) -> list[LayerResult]:
+        """Round all layers both ways and keep the better result of each."""
+        found = swept(weights, grids, stats, setting, keeps)
+        judge = heldout_gram(stats, "rounding", "or rounding=gptq")
+        masks = [None] * len(weights) if keeps is None else keeps
+        each = zip(found, weights, grids, masks, strict=True)
+        return [_better(one, weight, grid, keep, judge) for one, weight, grid, keep in each]
 
 
 def _better(
-    weight: Tensor, grid: Grid, stats: LayerStats | None, setting: Setting, keep: Tensor | None
+    found: LayerResult, weight: Tensor, grid: Grid, keep: Tensor | None, judge: Tensor
 ) -> LayerResult:
-    found = swept(weight, grid, stats, setting, keep)
-    judge = heldout_gram(stats, "rounding", "or rounding=gptq")
     nearest = grid.round(weight)
     if keep is not None:
         nearest = nearest * keep
