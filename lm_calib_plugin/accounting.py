@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lm_calib_plugin import engine
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.errors import NumericalError
 from lm_calib_plugin.method import Method
+from lm_calib_plugin.placement import execution_devices
 from lm_calib_plugin.quantization.coarse import coarse_bits
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import LayerRow, from_first_token
@@ -46,13 +47,10 @@ def measure(
     NumericalError
         When a weight is not on the grid it was rounded to.
     """
-    for layer in layers:
-        grid = grids.get(layer.name)
-        if grid is not None and not grid.holds(layer.weight):
-            raise NumericalError(layer.name, "final count", "weights are not on their grid")
-    target = [(int((x.stored == 0).sum()), x.stored.numel()) for x in layers]
-    inside = [(int((p == 0).sum()), p.numel()) for p in blocks.modules.parameters()]
-    everything = [(int((p == 0).sum()), p.numel()) for p in model.parameters()]
+    counts = {name: (int((p == 0).sum()), p.numel()) for name, p in engine.values(model)}
+    target = [found for own in engine.by_module(layers) for found in _counted(own, grids, counts)]
+    everything = list(counts.values())
+    inside = [count for name, count in counts.items() if name.startswith(f"{blocks.path}.")]
     found: dict[str, Any] = {
         "sparsity": _share(target),
         "sparsity_blocks": _share(inside),
@@ -62,7 +60,7 @@ def measure(
     if grids:
         # A layer that kept its weights counts with the width in which it is stored.
         dense = {x.name: 8.0 * x.parameter.element_size() for x in layers}
-        sizes = {x.name: x.stored.numel() for x in layers}
+        sizes = {x.name: x.shape[0] * x.shape[1] for x in layers}
         total = sum(sizes.values())
         plain = {n: grids[n].bits if n in grids else w for n, w in dense.items()}
         stored = {
@@ -77,6 +75,29 @@ def measure(
         if any(getattr(grid, "symmetric", False) for grid in grids.values()):
             # Libraries differ: others divide by 2^(bits-1) - 1.
             found["symmetric_scale"] = "max|w| / (2^(bits-1) - 0.5)"
+    return found
+
+
+def _counted(
+    layers: Sequence[engine.TargetLayer],
+    grids: Mapping[str, Any],
+    counts: Mapping[str, tuple[int, int]],
+) -> list[tuple[int, int]]:
+    """Return how many weights of each layer of one module are zero, and how many there are.
+
+    Weights that were rounded are checked against their grid. ``counts`` are those of whole
+    parameters.
+    """
+    names = [f"{layer.name}.{layer.attribute}" for layer in layers]
+    if all(name in counts for name in names) and not any(x.name in grids for x in layers):
+        return [counts[name] for name in names]
+    found = []
+    with engine.resident(layers[0].module, changes=False):
+        for layer in layers:
+            grid = grids.get(layer.name)
+            if grid is not None and not grid.holds(layer.weight):
+                raise NumericalError(layer.name, "final count", "weights are not on their grid")
+            found.append((int((layer.stored == 0).sum()), layer.stored.numel()))
     return found
 
 
@@ -147,8 +168,9 @@ def data_warnings(
 
 
 def cuda_devices(model: nn.Module) -> list[torch.device]:
-    """Return the CUDA devices that hold parameters of the model."""
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    """Return the CUDA devices that use parameters of the model."""
+    devices = set(execution_devices(model).values())
+    return sorted((device for device in devices if device.type == "cuda"), key=str)
 
 
 def peak_memory(model: nn.Module) -> float:

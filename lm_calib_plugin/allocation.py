@@ -39,7 +39,7 @@ class _Energies:
         return True
 
     def start(self, index: int, groups: Sequence[Sequence[engine.TargetLayer]]) -> list[Moments]:
-        return [Moments.empty(g[0].shape[1], g[0].parameter.device) for g in groups]
+        return [Moments.empty(g[0].shape[1], g[0].device) for g in groups]
 
     def listen(
         self, state: list[Moments], chunk: Chunk, number: int, rows: Tensor, owners: Tensor
@@ -173,7 +173,7 @@ def _shared_energies(inputs: str, model: nn.Module, *rest: Any) -> dict[str, Lay
         if not halved:
             shared.keep(name, copied(fresh, HOST), bytes_of(fresh))
         return fresh
-    return {x.name: copied(found[x.name], x.parameter.device) for x in layers}
+    return {x.name: copied(found[x.name], x.device) for x in layers}
 
 
 def strength_found(

@@ -193,10 +193,12 @@ class _Trials(BlockPass):
         found: list[Choice] = []
         last = max(by_block)
         for index in tqdm(range(last + 1), desc="widths", disable=not progress):
-            if index in by_block:
-                found += self._block(index, by_block[index], method)
-            if index < last:
-                self.propagate(index)
+            # Every trial is taken back, so that nothing changes.
+            with self.at_hand(index):
+                if index in by_block:
+                    found += self._block(index, by_block[index], method)
+                if index < last:
+                    self.propagate(index)
         return found
 
     def _block(self, index: int, layers: Sequence[TargetLayer], method: Quantizer) -> list[Choice]:
@@ -216,7 +218,7 @@ class _Trials(BlockPass):
         def start() -> list[LayerStats]:
             made = []
             for group in groups.groups:
-                place = group[0].shape[1], group[0].parameter.device
+                place = group[0].shape[1], group[0].device
                 made.append(STATISTICS[kind].empty(*place))
                 made[-1].heldout = STATISTICS[kind].empty(*place) if heldout else None
             return made

@@ -20,6 +20,7 @@ from lm_calib_plugin.errors import UserError, listed, nearest
 from lm_calib_plugin.joint import quantizer_of, with_part
 from lm_calib_plugin.method import Method
 from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.runtime import Runtime
 
 DEFAULT_SEQLEN = 2048
 
@@ -98,6 +99,46 @@ def check_heldout(method: Method, recipe: Recipe, calibration: CalibrationSet | 
         f"`{recipe.method}` with these options chooses by the error on sequences held out",
         f"for instance nsamples={2 * max(count, 10)}, or heldout=0.5",
     )
+
+
+def check_whole(model: nn.Module, argument: str, what: str, fix: str = "") -> None:
+    """Refuse a model with offloaded weights for something that needs them all at once.
+
+    Raises
+    ------
+    UserError
+        With how to load it.
+    """
+    if engine.is_offloaded(model):
+        places = " and ".join(sorted(engine.whereabouts(model)))
+        raise UserError(
+            argument,
+            f"{what} needs the whole model on its devices, and its weights are on {places}",
+            fix or "load it whole: drop parallelize and device_map, or raise the memory limits",
+        )
+
+
+def check_offloaded(
+    model: nn.Module, recipe: Recipe, runtime: Runtime, layers: Sequence[engine.TargetLayer]
+) -> None:
+    """Refuse, for a model with offloaded weights, what is not done a block at a time.
+
+    Raises
+    ------
+    UserError
+        For structural methods, packed execution and ``cache``, and for an offload folder without
+        room for the compressed weights.
+    """
+    if not engine.is_offloaded(model):
+        return
+    method = recipe.make_method()
+    if method.scope == "model":
+        check_whole(model, "method", f"`{recipe.method}`")
+    if recipe.execution == "packed":
+        check_whole(model, "execution", "packed", "drop execution=packed")
+    if runtime.cache:
+        check_whole(model, "cache", "a cache of compressed models", "drop `cache`")
+    engine.check_room([model] if method.transform is not None else [x.module for x in layers])
 
 
 def check_tokenizer(calibration: CalibrationSet, tokenizer: Any) -> None:

@@ -33,6 +33,7 @@ from lm_calib_plugin.checks import (
     check_calibration,
     check_heldout,
     check_layers,
+    check_offloaded,
     check_tokenizer,
     overridden,
     sequence_length,
@@ -117,7 +118,7 @@ def _together(
     with left_as_found(model):
         if job.structural:
             engine.check_reshape(model, job.blocks, job.method, job.device)
-        with _tied_again_on_error(job):
+        with _head_of_its_own(job):
             _identify(job)
             _draw(job)
             _check_same(job)
@@ -165,6 +166,7 @@ def _checked(
         )
     treated = overridden(method, layers, recipe)
     check_layers(method, treated, layers)
+    check_offloaded(model, recipe, runtime, layers)
     if recipe.bits_budget is not None:
         check_budget(layers, method, treated, recipe.bits_budget)
     engine.check_reach(model, blocks, layers, method)
@@ -200,23 +202,18 @@ def _checked(
 
 
 @contextlib.contextmanager
-def _tied_again_on_error(job: Job) -> Iterator[None]:
-    """Give a head that gets a weight of its own the shared one back, should an error come."""
-    layers, config = job.layers, job.model.config
-    tied: Any = getattr(config, "tie_word_embeddings", None)
+def _head_of_its_own(job: Job) -> Iterator[None]:
+    """Give a tied head that is a target a weight of its own; not if an error comes inside."""
+    tie = engine.untied(job.model, job.layers)
     try:
         yield
     except BaseException:
-        for layer, own in zip(layers, job.layers, strict=True):
-            if own is not layer:
-                layer.module.weight = layer.parameter
-                config.tie_word_embeddings = tied
+        tie()
         raise
 
 
 def _identify(job: Job) -> None:
-    """Give a tied head that is a target weights of its own, and name the model as it is now."""
-    job.layers = engine.untied(job.model, job.layers)
+    """Name the model as it is now."""
     start = time.perf_counter()
     job.hashes = engine.parameter_hashes(job.model)
     job.dense_digest = engine.model_digest(job.model, job.hashes)
@@ -331,6 +328,7 @@ def _report(job: Job, outcome: Outcome, digest: str) -> Report:
         versions=versions(),
         weights_digest=digest,
         model_digest=job.dense_digest,
+        residence=_residence(job.model, done),
         cache=outcome.cache,
         processes={"count": job.ranks.count, "tokens": done.processes}
         if job.ranks.several
@@ -338,6 +336,16 @@ def _report(job: Job, outcome: Outcome, digest: str) -> Report:
         calibration_set=calibration,
         grids=done.grids,
     )
+
+
+def _residence(model: nn.Module, done: Done) -> dict[str, Any] | None:
+    """Return where weights are and hidden states were; None for what everybody expects."""
+    found: dict[str, Any] = {}
+    if engine.is_offloaded(model):
+        found["weights"] = engine.whereabouts(model)
+    if done.waited_on_host:
+        found["hidden_states"] = "host"
+    return found or None
 
 
 def is_main_process() -> bool:

@@ -76,7 +76,9 @@ class Report:
     models took out: ``removed`` (names), ``ranking`` (every part with its value) and ``error``, the
     relative squared error of what the output head receives; ``layers`` is empty then.
     ``transforms`` tells how the model was changed before its weights were rounded, ``execution``
-    which kernels a packed model runs on (None: simulated).
+    which kernels a packed model runs on (None: simulated). ``residence`` tells, where that is not
+    on the devices of the model, where its ``weights`` are (bytes by place) and where its
+    ``hidden_states`` were between two blocks (``host``).
     ``cache`` tells whether the model was loaded instead of compressed, and where it is kept (None:
     nothing is kept).
     ``processes`` tells that several divided the work: ``count``, and the calibration ``tokens``
@@ -102,6 +104,7 @@ class Report:
     structure: dict[str, Any] | None = None
     transforms: list[dict[str, Any]] = field(default_factory=list)
     execution: dict[str, Any] | None = None
+    residence: dict[str, Any] | None = None
     cache: dict[str, Any] | None = None
     processes: dict[str, Any] | None = None
     calibration_set: Any = field(default=None, repr=False, compare=False)
@@ -158,6 +161,8 @@ class Report:
             found["transforms"] = len(self.transforms)
         if self.execution is not None:
             found["execution"] = self.execution
+        if self.residence is not None:
+            found["residence"] = self.residence
         if self.cache is not None:
             found["cache"] = self.cache
         if self.processes is not None:

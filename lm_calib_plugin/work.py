@@ -23,6 +23,7 @@ from lm_calib_plugin.engine.ranks import Ranks
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.joint import pruning_of, quantizer_of, with_part
 from lm_calib_plugin.method import Method
+from lm_calib_plugin.placement import execution_device, execution_devices
 from lm_calib_plugin.quantization.pipeline import Quantizer
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import LayerRow
@@ -65,8 +66,7 @@ class Job:
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
-        found: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        return found
+        return execution_device(self.model.get_input_embeddings())  # type: ignore[operator]
 
     @property
     def held(self) -> list[int]:
@@ -100,7 +100,7 @@ class Job:
     def inputs(self) -> str | None:
         """Name of what goes through the dense model: equal names, equal bits; None without data.
 
-        The ids themselves count, and where every weight lies.
+        The ids themselves count, and where every weight is used.
         """
         calibration = self.calibration
         if calibration is None:
@@ -108,7 +108,7 @@ class Job:
         ids = hashlib.sha256()
         for sequence in calibration.sequences:
             ids.update(f"{len(sequence)} ".encode() + sequence.cpu().numpy().tobytes())
-        devices = {name: str(p.device) for name, p in self.model.named_parameters()}
+        devices = {name: str(place) for name, place in execution_devices(self.model).items()}
         return storage.digest(
             {
                 "model": self.dense_digest,
@@ -186,7 +186,8 @@ class Done:
 
     ``method`` is in force where ``methods`` (by name) does not say otherwise, ``hashes`` are those
     of the parameters after the work, where they are known. ``processes`` are the calibration tokens
-    of each of several processes that divided the work.
+    of each of several processes that divided the work, ``waited_on_host`` tells whether hidden
+    states were in the memory of the host.
     """
 
     method: Method
@@ -203,6 +204,7 @@ class Done:
     structure: dict[str, Any] | None = None
     hashes: dict[str, list[Any]] | None = None
     processes: list[int] | None = None
+    waited_on_host: bool = False
 
 
 def work_on(job: Job) -> Done:
@@ -260,6 +262,7 @@ def _on_layers(job: Job) -> Done:
         grids=result.grids,
         methods=methods,
         processes=result.processes,
+        waited_on_host=result.waited_on_host,
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from lm_calib_plugin import engine
-from lm_calib_plugin.engine.rotation import untie_head
 from lm_calib_plugin.engine.structure import (
     LinearTerm,
     attach,
@@ -17,6 +16,7 @@ from lm_calib_plugin.engine.structure import (
     first_parameter,
 )
 from lm_calib_plugin.engine.sublayers import NAMES, StandIn, Sublayer
+from lm_calib_plugin.engine.ties import is_tied, untie_head
 
 BEFORE, AFTER = "recovered_before", "recovered_after"
 # Parameters of a LinearTerm.
@@ -256,7 +256,7 @@ def apply_structure(
         if term is not None:
             attach(block, term, before=part["before"])
     if changes.untied:
-        untie_head(model, model.get_output_embeddings())  # type: ignore[operator]
+        untie_head(model)
     for name in changes.biases:
         owner = _owner(model, name)
         like = owner.weight
@@ -269,14 +269,6 @@ def _term(block: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> LinearT
     if parts[0] is None:
         return None
     return LinearTerm(parts[0], parts[1], parts[2], first_parameter(block))
-
-
-def is_tied(model: nn.Module) -> bool:
-    """Tell whether the output head and the input embeddings are one tensor."""
-    getter: Any = getattr(model, "get_output_embeddings", None)
-    head = getter() if getter else None
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    return head is not None and getattr(head, "weight", None) is embeddings.weight
 
 
 def _head_name(model: nn.Module) -> str:

@@ -37,7 +37,7 @@ def most_bytes(job: Job) -> int:
     head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
     # A transform may change everything, and give a tied head weights of its own.
     whole = total + (0 if head is None else _size(head))
-    layers = {id(layer.parameter): layer.parameter for layer in job.layers}
+    layers = {layer.place: layer.parameter for layer in job.layers}
     small = sum(_size(p) for p in job.blocks.modules.parameters() if p.dim() < 2)
     if job.structural:
         linear = [m for m in model.modules() if isinstance(m, nn.Linear)]

@@ -136,7 +136,7 @@ def _parameters(file: Any) -> dict[str, tuple[list[int], str]]:
 
 def _grids(file: Any, plain: Mapping[str, Any], job: Job) -> dict[str, Grid]:
     """Return the grid of every quantized layer, on the device of its weight."""
-    devices = {layer.name: layer.parameter.device for layer in job.layers}
+    devices = {layer.name: layer.device for layer in job.layers}
     parts: dict[str, dict[str, Tensor]] = {}
     for key in file.keys():  # noqa: SIM118 - not a mapping
         kind, _, rest = key.partition("/")

@@ -31,6 +31,7 @@ from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.engine.batches import Chunk, make_chunks, token_budget
 from lm_calib_plugin.errors import CalibError, NumericalError, UserError
 from lm_calib_plugin.guard import left_as_found
+from lm_calib_plugin.placement import execution_device
 from lm_calib_plugin.runtime import Runtime
 
 # Gram matrices of one input that stay on the model's device; more of them wait in main memory.
@@ -206,7 +207,7 @@ def _fill(
             group = i % rows[number].groups
             sequences.append(SequenceRow(number, group, len(sequence) - skipped, weight))
             ids.append(sequence)
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = execution_device(model.get_input_embeddings())  # type: ignore[operator]
     size = runtime.calib_batch_size
     if size == "auto":
         size = token_budget(device, max(map(len, ids)))
@@ -281,7 +282,7 @@ class _Writer:
     def start(self, index: int, groups: Sequence[Sequence[engine.TargetLayer]]) -> list[_State]:
         """Return zeros."""
         count = len(self.header.sequences)
-        return [_State(g[0].shape[1], count, self.cells, g[0].parameter.device) for g in groups]
+        return [_State(g[0].shape[1], count, self.cells, g[0].device) for g in groups]
 
     def listen(
         self, state: list[_State], chunk: Chunk, number: int, rows: Tensor, owners: Tensor

@@ -207,7 +207,7 @@ def draw_uncertainty(
     found: list[LayerDraws] = []
     inputs = layers_by_input(bank, layers)
     for row, own in tqdm(inputs, desc=f"{draws} draws of {source}", disable=not progress):
-        device = own[0].parameter.device
+        device = own[0].device
         grams = [bank.gram(row, weights, device).gram() for weights in judges.values()]
         tallies = [_Tally(layer, method, grams, sample) for layer in own]
         work.compress(row, tallies, device)

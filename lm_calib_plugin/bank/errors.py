@@ -177,7 +177,7 @@ def layer_errors(
     found: dict[str, list[list[float]]] = {name: [] for name in methods}
     work = layers_by_input(bank, layers, share)
     for row, own in tqdm(work, desc="layer errors", disable=not progress):
-        device = own[0].parameter.device
+        device = own[0].device
         grams = [bank.gram(row, weights, device).gram() for weights in judges.values()]
         whole = [layer.read() for layer in own]
         before = [spread_rows(weight, rows) for weight in whole]

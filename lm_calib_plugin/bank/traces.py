@@ -28,6 +28,7 @@ from lm_calib_plugin.engine import TargetLayer
 from lm_calib_plugin.engine.layers import HEAD
 from lm_calib_plugin.errors import NumericalError, UnsupportedModelError, UserError
 from lm_calib_plugin.guard import left_as_found
+from lm_calib_plugin.placement import execution_device
 
 _ELEMENTS = 1 << 24  # of the largest product that is held at a time: 64 MiB
 _RIDGE = 1e-10  # makes the answer unique where several mixes are equally good
@@ -80,7 +81,7 @@ def gradient_traces(
     _check(layers, sequences)
     total = torch.zeros(len(layers), dtype=torch.float64)
     embeddings = model.get_input_embeddings()
-    device = embeddings.weight.device
+    device = execution_device(embeddings)
     with left_as_found(model), keep_parameters_still(model), _Listener(layers) as listener:
         # No parameter takes a gradient, so the graph has to begin at the embedded tokens.
         handle = embeddings.register_forward_hook(

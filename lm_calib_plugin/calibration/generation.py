@@ -18,6 +18,7 @@ from torch.nn import functional
 from lm_calib_plugin.calibration.sampling import Decoding, Schedule, next_tokens
 from lm_calib_plugin.errors import NumericalError
 from lm_calib_plugin.guard import evaluation_mode
+from lm_calib_plugin.placement import execution_device
 
 _NLL_SLICE = 256  # positions whose float32 log-probabilities are held at once
 _SHRINK_AT = 0.75  # ended texts leave the batch when this share or less is still being written
@@ -25,8 +26,7 @@ _SHRINK_AT = 0.75  # ended texts leave the batch when this share or less is stil
 
 def input_device(model: Any) -> torch.device:
     """Return the device that takes token ids, also of a model spread over several."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
+    return execution_device(model.get_input_embeddings())
 
 
 def position_limit(model: Any) -> int | None:

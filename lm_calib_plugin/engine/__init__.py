@@ -20,6 +20,7 @@ from lm_calib_plugin.engine.layers import (
     CHOSEN,
     HEAD,
     TargetLayer,
+    by_module,
     find_layers,
     matches,
     untied,
@@ -27,10 +28,12 @@ from lm_calib_plugin.engine.layers import (
 from lm_calib_plugin.engine.plan import Plan, WalkResult
 from lm_calib_plugin.engine.reach import check_reach
 from lm_calib_plugin.engine.reshape import ReshapeResult, check_reshape, reshape
+from lm_calib_plugin.engine.residence import check_room, is_offloaded, resident
 from lm_calib_plugin.engine.rotation import rotate
 from lm_calib_plugin.engine.run_statistics import kind_of
 from lm_calib_plugin.engine.selection import select_layers
 from lm_calib_plugin.engine.sharing import Shared, share_in, shared_here, shared_statistics
+from lm_calib_plugin.engine.ties import values, whereabouts
 from lm_calib_plugin.engine.walk import run
 
 __all__ = [
@@ -43,21 +46,25 @@ __all__ = [
     "TargetLayer",
     "Visitor",
     "WalkResult",
+    "by_module",
     "check_config",
     "check_reach",
     "check_reshape",
+    "check_room",
     "check_supported",
     "circumstances",
     "dense_pass",
     "find_blocks",
     "find_layers",
     "heldout_indices",
+    "is_offloaded",
     "kind_of",
     "matches",
     "model_digest",
     "parameter_hashes",
     "quantize_kv",
     "reshape",
+    "resident",
     "rotate",
     "run",
     "select_layers",
@@ -66,5 +73,7 @@ __all__ = [
     "shared_statistics",
     "text_config",
     "untied",
+    "values",
     "weights_digest",
+    "whereabouts",
 ]

@@ -83,7 +83,7 @@ def install(
         limit = limits and spec.storable(limits[layer.name], layer.parameter.dtype)
         key = (layer.block, limit)
         if key not in shared:
-            shared[key] = ActivationQuantizer(spec, limit).to(layer.parameter.device)
+            shared[key] = ActivationQuantizer(spec, limit).to(layer.device)
         quantizers.append(shared[key])
     for layer, quantizer in zip(layers, quantizers, strict=True):
         _take_off(layer.module)

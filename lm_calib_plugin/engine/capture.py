@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lm_calib_plugin.engine.batches import BlockCall, Chunk
 from lm_calib_plugin.engine.discovery import Blocks
 from lm_calib_plugin.errors import UnsupportedModelError
+from lm_calib_plugin.placement import execution_device
 
 _CALL = ("forward", "_forward_hooks", "_forward_pre_hooks")
 
@@ -34,7 +35,15 @@ def forward_hidden(output: Any) -> Tensor:
 
 
 def replay(block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
-    """Run one block on ``hidden`` (``[batch, length, hidden]``) with its recorded arguments."""
+    """Run one block on ``hidden`` (``[batch, length, hidden]``) with its recorded arguments.
+
+    Hidden states that wait elsewhere go to where the block computes.
+    """
+    return called(block, call, hidden.to(execution_device(block)))
+
+
+def called(block: Callable[..., Any], call: BlockCall, hidden: Tensor) -> Tensor:
+    """Call a function of the hidden states in the place of a block, as :func:`replay` does."""
     args, kwargs = list(call.args), dict(call.kwargs)
     if isinstance(call.position, int):
         args[call.position] = hidden
@@ -138,8 +147,9 @@ class Recorder:
             raise _Stop
 
         def visit(index: int, call: BlockCall, hidden: Tensor) -> Any:
-            last = index == len(self.blocks) - 1
-            return self._like(index, chunk.hidden if last else hidden)
+            if index == len(self.blocks) - 1 and chunk.hidden is not None:
+                return self._like(index, chunk.hidden.to(hidden.device))
+            return self._like(index, hidden)
 
         hook = module.register_forward_pre_hook(take)
         try:
@@ -157,7 +167,7 @@ class Recorder:
         last = len(self.blocks) - 1
 
         def visit(index: int, call: BlockCall, received: Tensor) -> Any:
-            return self._like(index, hidden if index == last else received)
+            return self._like(index, hidden.to(received.device) if index == last else received)
 
         with self._stubs(visit):
             output = self.model(**self.inputs(chunk))

@@ -100,29 +100,35 @@ def dense_pass(
     work.timed("capture", work.capture)
     last = max(wanted)
     for index in tqdm(range(last + 1), desc=f"{title}, blocks", disable=not progress):
-        if index in wanted:
-            groups = work.groups(index, by_block[index])
-
-            def start(index: int = index, groups: Any = groups) -> Any:
-                return visitor.start(index, groups.groups)
-
-            state = work.timed(
-                "observe",
-                lambda index=index, groups=groups, start=start: work.observe(
-                    index, groups, start, visitor.listen, keep=index < last
-                ),
-            )
-            if ranks.several:
-                work.timed(
-                    "exchange",
-                    lambda state=state: add_up(state, [None] * len(state), ranks, "dense pass"),
-                )
-            work.timed(
-                "keep",
-                lambda index=index, groups=groups, state=state: visitor.finish(
-                    index, groups.groups, state
-                ),
-            )
-        else:
-            work.timed("propagate", lambda index=index: work.propagate(index))
+        own = by_block[index] if index in wanted else []
+        with work.at_hand(index):
+            _one_block(work, index, last, own, visitor, ranks)
     return work
+
+
+def _one_block(
+    work: BlockPass,
+    index: int,
+    last: int,
+    layers: Sequence[TargetLayer],
+    visitor: Visitor,
+    ranks: Ranks,
+) -> None:
+    """Show the inputs of the layers of one block, or pass the data through it."""
+    if not layers:
+        work.timed("propagate", lambda: work.propagate(index))
+        return
+    groups = work.groups(index, layers)
+    state = work.timed(
+        "observe",
+        lambda: work.observe(
+            index,
+            groups,
+            lambda: visitor.start(index, groups.groups),
+            visitor.listen,
+            keep=index < last,
+        ),
+    )
+    if ranks.several:
+        work.timed("exchange", lambda: add_up(state, [None] * len(state), ranks, "dense pass"))
+    work.timed("keep", lambda: visitor.finish(index, groups.groups, state))

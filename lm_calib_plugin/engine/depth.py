@@ -31,6 +31,8 @@ class DepthPass(BlockPass):
         ``block``, ``attention`` or ``mlp``: what is ranked and left out.
     """
 
+    may_wait_on_host = False
+
     def __init__(
         self,
         model: nn.Module,

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lm_calib_plugin.engine.residence import check_residence
 from lm_calib_plugin.errors import UnsupportedModelError, listed
 
 RECURRENT = ("mamba", "rwkv", "jamba", "zamba", "bamba", "recurrent_gemma", "xlstm", "falcon_h1")
@@ -65,7 +66,9 @@ def check_supported(model: nn.Module) -> None:
     Raises
     ------
     UnsupportedModelError
-        For adapters not merged and weights that are not in memory, too.
+        For adapters not merged and weights that are nowhere, too.
+    UserError
+        For weights on a disk without a folder to put compressed ones in.
     """
     name = type(model).__name__
     if hasattr(model, "peft_config") and hasattr(model, "merge_and_unload"):
@@ -75,14 +78,7 @@ def check_supported(model: nn.Module) -> None:
             fix="call merge_and_unload() first; through the harness, peft=... is merged by itself",
         )
     check_config(getattr(model, "config", None), name)
-    away = [n for n, p in model.named_parameters() if p.device.type == "meta"]
-    if away:
-        raise UnsupportedModelError(
-            "model",
-            f"{len(away)} tensors of {name} are not in memory (meta or offloaded to disk)",
-            f"first: {away[0]}",
-            "load it whole: parallelize=False, or enough CPU memory",
-        )
+    check_residence(model)
 
 
 def text_config(config: Any) -> Any:

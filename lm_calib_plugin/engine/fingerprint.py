@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from lm_calib_plugin.engine.activations import quantizers
 from lm_calib_plugin.engine.kv_cache import kv_bits
+from lm_calib_plugin.engine.residence import is_offloaded, value_of
+from lm_calib_plugin.engine.ties import parameters
 from lm_calib_plugin.execution import PackedLinear
+from lm_calib_plugin.placement import META, execution_devices, is_meta
 from lm_calib_plugin.quantization.activations import ActivationQuantizer
 from lm_calib_plugin.storage import digest
 
@@ -25,19 +28,22 @@ def parameter_hashes(model: nn.Module) -> dict[str, list[Any]]:
 
     The same on every device, and for a packed model as for the simulated one: the weights that
     its levels stand for are hashed. Tensors are hashed in parallel (hashing releases the
-    interpreter lock), at about one gigabyte a second and core.
+    interpreter lock), at about one gigabyte a second and core. Weights that are offloaded are read
+    where they are kept, a few at a time.
     """
-    named: dict[str, Any] = dict(model.named_parameters())
+    named: dict[str, Any] = dict(parameters(model))
     named |= {f"{n}.weight": m for n, m in packed_layers(model).items()}
     order = sorted(named)
 
     def described(name: str) -> list[Any]:
         # A packed weight is made when its turn comes, so that not all are in memory.
         owner = named[name]
-        tensor = owner.weight if isinstance(owner, PackedLinear) else owner.detach()
+        tensor = owner.weight if isinstance(owner, PackedLinear) else owner()
         return [list(tensor.shape), str(tensor.dtype), _tensor_hash(tensor)]
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    # Two at a time where they have to be read: one is read while the other is hashed.
+    workers = 2 if is_offloaded(model) else min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(max_workers=workers) as pool:
         return dict(zip(order, pool.map(described, order), strict=True))
 
 
@@ -130,7 +136,7 @@ def lasting_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
             name = f"{path}.{own}" if path else own
             passing = ours or own.endswith("_cached") or _follows_length(module, own)
             if name in stored or not passing:
-                found.append((name, buffer))
+                found.append((name, value_of(module, own) if is_meta(buffer) else buffer))
     return sorted(found, key=lambda pair: pair[0])
 
 
@@ -149,9 +155,12 @@ def circumstances(model: nn.Module) -> dict[str, Any]:
 
 
 def _hardware(model: nn.Module) -> list[str]:
-    """Return the kinds of devices that hold the model; of CUDA devices their names."""
+    """Return the kinds of devices that run the model; of CUDA devices their names."""
     found = set()
-    for device in {parameter.device for parameter in model.parameters()}:
+    devices = {parameter.device for parameter in model.parameters()}
+    if META in devices:
+        devices = set(execution_devices(model).values())
+    for device in devices:
         if device.type == "cuda":
             found.add(f"cuda {torch.cuda.get_device_name(device)}")
         elif device.type == "cpu":

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from lm_calib_plugin.engine.discovery import Blocks, find_blocks
 from lm_calib_plugin.errors import UnsupportedModelError, UserError
 from lm_calib_plugin.guard import left_as_found
+from lm_calib_plugin.placement import execution_device
 from lm_calib_plugin.quantization.activations import round_tokens
 
 BASES = ("sdpa", "eager")
@@ -194,8 +195,9 @@ def _probe(
     plain: Sequence[str | None],
 ) -> None:
     """Make sure that every block calls the function, and that nothing but the rounding changes."""
-    embeddings = model.get_input_embeddings().weight
-    ids = torch.arange(_PROBE_TOKENS, device=embeddings.device)[None] % embeddings.shape[0]
+    embeddings = model.get_input_embeddings()
+    ids = torch.arange(_PROBE_TOKENS)[None] % embeddings.weight.shape[0]
+    ids = ids.to(execution_device(embeddings))
     with left_as_found(model):
         _set(configs, plain)
         expected = model(input_ids=ids, use_cache=False).logits

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lm_calib_plugin.engine.discovery import Blocks
+from lm_calib_plugin.engine.residence import value_of
+from lm_calib_plugin.engine.ties import is_tied, untie_head
 from lm_calib_plugin.errors import UnsupportedModelError, UserError
+from lm_calib_plugin.placement import execution_device
 
 ROUTER_NAMES = ("gate", "router", "shared_expert_gate")
 HEAD = -1
@@ -26,19 +29,38 @@ class TargetLayer:
     """One weight matrix inside a model, seen as ``[out, in]``.
 
     ``module`` receives the input (the linear layer itself, or the module that holds all experts);
-    ``parameter`` is the tensor that stores the weight, ``expert`` the index in its first
-    dimension, ``transposed`` whether it is stored ``[in, out]``. ``block`` is the number of the
-    decoder block, or -1 for the output head. ``part`` is ``""`` for linear layers and
+    ``attribute`` is the name under which it stores the weight, ``expert`` the index in the first
+    dimension of that, ``transposed`` whether it is stored ``[in, out]``. ``block`` is the number
+    of the decoder block, or -1 for the output head. ``part`` is ``""`` for linear layers and
     ``gate_up``, ``up`` or ``down`` for experts.
+
+    Values of a weight that is offloaded can be seen and changed where its block is
+    :func:`~lm_calib_plugin.engine.residence.resident`, and read anywhere.
     """
 
     name: str
     module: nn.Module
-    parameter: nn.Parameter
+    attribute: str
     block: int
     transposed: bool = False
     expert: int | None = None
     part: str = ""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that stores the weight, as it is now: hooks may put others in place."""
+        found: nn.Parameter = getattr(self.module, self.attribute)
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return execution_device(self.module)
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """What tells the parameter from any other, as long as the model lives."""
+        return id(self.module), self.attribute
 
     @property
     def stored(self) -> Tensor:
@@ -59,7 +81,10 @@ class TargetLayer:
 
     def read(self) -> Tensor:
         """Return a float32 copy, ``[out, in]``, contiguous."""
-        return self.weight.detach().to(torch.float32, copy=True).contiguous()
+        stored = value_of(self.module, self.attribute)
+        stored = stored if self.expert is None else stored[self.expert]
+        weight = stored.t() if self.transposed else stored
+        return weight.to(self.device, torch.float32, copy=True).contiguous()
 
     def write(self, weight: Tensor) -> None:
         """Cast ``weight`` (``[out, in]``, float32) once to the model's dtype and store it."""
@@ -84,6 +109,14 @@ class TargetLayer:
         if bias is None:
             raise ValueError(f"{self.name} has no bias")
         bias.copy_((bias.float() + change.to(bias.device)).to(bias.dtype))
+
+
+def by_module(layers: Iterable[TargetLayer]) -> list[list[TargetLayer]]:
+    """Return the layers, those that one module holds together."""
+    found: dict[int, list[TargetLayer]] = {}
+    for layer in layers:
+        found.setdefault(id(layer.module), []).append(layer)
+    return list(found.values())
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -124,7 +157,7 @@ def find_layers(
                     left.append((name, "router of experts"))
                     continue
                 transposed = isinstance(module, Conv1D)
-                layers.append(TargetLayer(name, module, module.weight, index, transposed))
+                layers.append(TargetLayer(name, module, "weight", index, transposed))
             elif is_experts(module) and not _known_experts(module) and matches_any(name, ignore):
                 claimed |= {id(p) for p in module.parameters()}
                 left.append((name, IGNORED))
@@ -144,33 +177,27 @@ def head_layer(model: nn.Module, untie: bool) -> TargetLayer | None:
     if not isinstance(head, nn.Linear):
         return None
     name = next(n for n, m in model.named_modules() if m is head)
-    if _is_tied(model, head) and not untie:
+    if is_tied(model) and not untie:
         raise UserError(
             "targets",
             f"{name} and the input embeddings share one tensor",
             "compressing it changes both",
             f"untie=true, or drop {name}",
         )
-    return TargetLayer(name, head, head.weight, HEAD)
+    return TargetLayer(name, head, "weight", HEAD)
 
 
-def _is_tied(model: Any, head: nn.Linear) -> bool:
-    embeddings = model.get_input_embeddings()
-    return embeddings is not None and head.weight is embeddings.weight
+def untied(model: Any, layers: Sequence[TargetLayer]) -> Callable[[], None]:
+    """Give a tied head that is among the layers a weight of its own.
 
-
-def untied(model: Any, layers: Sequence[TargetLayer]) -> list[TargetLayer]:
-    """Give a tied head that is among the layers a weight of its own; return the layers anew."""
-    result = []
-    for layer in layers:
-        if layer.block == HEAD and _is_tied(model, layer.module):
-            old = layer.parameter
-            own = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
-            layer.module.weight = own
-            model.config.tie_word_embeddings = False
-            layer = replace(layer, parameter=own)
-        result.append(layer)
-    return result
+    Returns
+    -------
+    callable
+        Ties it again; for an error that comes before the weight is used.
+    """
+    if any(layer.block == HEAD for layer in layers) and is_tied(model):
+        return untie_head(model)
+    return lambda: None
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -199,7 +226,7 @@ def _expert_layers(name: str, module: Any, block: int) -> list[TargetLayer]:
         TargetLayer(
             f"{name}.{e}.{attribute}",
             module,
-            getattr(module, attribute),
+            attribute,
             block,
             bool(module.is_transposed),
             e,
@@ -234,6 +261,7 @@ def _unclaimed(
 def _refuse_shared(layers: Sequence[TargetLayer]) -> None:
     seen: dict[tuple[int, int | None], str] = {}
     for layer in layers:
+        # Of tensors that are away only the places can be told apart, and those differ.
         key = (id(layer.parameter), layer.expert)
         if key in seen:
             raise UnsupportedModelError(

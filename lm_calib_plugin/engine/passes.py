@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lm_calib_plugin.engine import residence
 from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.engine.capture import Recorder, replay
 from lm_calib_plugin.engine.discovery import Blocks
+from lm_calib_plugin.engine.hidden import HiddenStates, waits_on_host
 from lm_calib_plugin.engine.layers import TargetLayer
 from lm_calib_plugin.engine.observe import InputGroups
+from lm_calib_plugin.engine.residence import is_offloaded
 from lm_calib_plugin.errors import CalibError
 
 
@@ -34,6 +37,9 @@ class BlockPass:
         The chunk that the few tokens of the check are taken from; default: the first of these.
     """
 
+    # Whether the pass can do with hidden states that are not on the device of the blocks.
+    may_wait_on_host = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -49,6 +55,9 @@ class BlockPass:
         self.probe: Chunk | None = None
         self.first = first or (chunks[0] if chunks else None)
         self.halved = False
+        self.hidden = HiddenStates(device)
+        self.offloaded = is_offloaded(model)
+        self.ahead = residence.Ahead()
 
     def capture(self) -> None:
         """Record the arguments of every block, after a check on a few tokens."""
@@ -57,11 +66,42 @@ class BlockPass:
         length = min(16, first.ids.shape[1] - first.pads // first.rows)
         probe = self.probe = Chunk(first.ids[:1, :length], None, heldout=True)
         self.until_it_fits(lambda: self.recorder.probe(probe))
-        self.until_it_fits(self._record_all)
+        assert probe.hidden is not None
+        if self.may_wait_on_host:
+            device = self.recorder.device
+            waits = waits_on_host(self.model, self.chunks, probe.hidden, device)
+            self.hidden = HiddenStates(device, waits)
+        with residence.around(self.model, self.blocks.modules):
+            self.until_it_fits(self._record_all)
+        self.hidden.settle()
 
     def _record_all(self) -> None:
         for chunk in self.chunks:
             self.recorder.record(chunk)
+            assert chunk.hidden is not None
+            chunk.hidden = self.hidden.put(chunk.hidden)
+
+    @contextlib.contextmanager
+    def at_hand(self, index: int, changes: bool = False) -> Iterator[nn.Module]:
+        """Have the weights of one block where it computes; with ``changes``, keep what they are
+        at the end."""
+        block, following = self.blocks.modules[index], index + 1
+        stay = residence.resident(block, changes=changes, ahead=self.ahead)
+        with self._moved() as moved, stay:
+            moved()
+            if following < len(self.blocks):
+                self.ahead.fetch(self.blocks.modules[following])
+            yield block
+            moved()
+
+    @contextlib.contextmanager
+    def _moved(self) -> Iterator[Callable[[], None]]:
+        """Count seconds before the first call, and after the second, as those of moving weights."""
+        marks = [time.perf_counter()]
+        yield lambda: marks.append(time.perf_counter())
+        if self.offloaded and len(marks) == 3:
+            spent = marks[1] - marks[0] + time.perf_counter() - marks[2]
+            self.seconds["weights"] = self.seconds.get("weights", 0.0) + spent
 
     def groups(self, index: int, layers: Sequence[TargetLayer]) -> InputGroups:
         """Return the layers of a block by the input that they share."""
@@ -106,17 +146,19 @@ class BlockPass:
 
         def once() -> tuple[Any, list[Tensor | None], list[Tensor | None]]:
             state = start()
-            outputs, followed = [], []
-            for chunk in self.chunks:
+            outputs: list[Tensor | None] = []
+            followed: list[Tensor | None] = []
+            for waiting, chunk in self.hidden.coming(self.chunks, dense=pair is not None):
                 heard = _bound(listen, state, chunk)
                 if pair is None or chunk.dense is None:
-                    followed.append(chunk.dense)
+                    followed.append(waiting.dense)
                 else:
                     with self.as_dense():
                         dense, output = _dense_inputs(groups, chunk, index)
-                    followed.append(output if follow else chunk.dense)
+                    followed.append(self._kept(output) if follow else waiting.dense)
                     heard = _both(heard, _bound(pair, state, chunk), dense)
-                outputs.append(groups.watch(chunk, index, heard, whole=keep))
+                outputs.append(self._kept(groups.watch(chunk, index, heard, whole=keep)))
+            self.hidden.settle()
             return state, outputs, followed
 
         state, outputs, followed = self.until_it_fits(once)
@@ -138,14 +180,18 @@ class BlockPass:
             chunk.done = False
 
         def rest() -> None:
-            for chunk in [c for c in self.chunks if not c.done]:
-                assert chunk.hidden is not None
-                hidden, followed = replay(block, chunk.calls[index], chunk.hidden), chunk.dense
-                if dense and followed is not None:
-                    followed = replay(block, chunk.calls[index], followed)
+            left = [c for c in self.chunks if not c.done]
+            for chunk, here in self.hidden.coming(left, dense):
+                assert here.hidden is not None
+                hidden, followed = replay(block, chunk.calls[index], here.hidden), None
+                if dense and here.dense is not None:
+                    followed = replay(block, chunk.calls[index], here.dense)
                 # Both at once: a pass that runs out of memory in between is repeated whole.
-                chunk.hidden, chunk.dense = hidden, followed
+                chunk.hidden = self.hidden.put(hidden, chunk.hidden)
+                if followed is not None:
+                    chunk.dense = self.hidden.put(followed, chunk.dense)
                 chunk.done = True
+            self.hidden.settle()
 
         self.until_it_fits(rest)
 
@@ -159,9 +205,13 @@ class BlockPass:
             # Outside the handler: there the traceback would keep the activations alive.
             self._halve(reason)
 
+    def _kept(self, output: Tensor | None) -> Tensor | None:
+        return None if output is None else self.hidden.put(output)
+
     def _halve(self, reason: str) -> None:
         """Make every chunk half as large, or say what to change when that is not possible."""
         self.recorder.forget()
+        self.hidden.settle()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if all(chunk.rows == 1 for chunk in self.chunks):
@@ -192,8 +242,10 @@ class BlockPass:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
 
     def _synchronize(self) -> None:
-        for device in {p.device for p in self.model.parameters() if p.device.type == "cuda"}:
-            torch.cuda.synchronize(device)
+        devices = {p.device for p in self.model.parameters()} | {self.recorder.device}
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
 
 def _dense_inputs(

@@ -60,6 +60,7 @@ class WalkResult:
     """Rows of the report, seconds by stage, warnings, and the grids of quantized layers.
 
     ``processes`` are the calibration tokens of each of several processes that divided the work.
+    ``waited_on_host`` tells whether hidden states were in the memory of the host between blocks.
     """
 
     rows: list[LayerRow] = field(default_factory=list)
@@ -69,3 +70,4 @@ class WalkResult:
     transforms: list[dict[str, Any]] = field(default_factory=list)
     pads: int = 0
     processes: list[int] | None = None
+    waited_on_host: bool = False

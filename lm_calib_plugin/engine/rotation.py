@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lm_calib_plugin.engine.discovery import Blocks, text_config
+from lm_calib_plugin.engine.residence import resident
+from lm_calib_plugin.engine.ties import is_tied, untie_head
 from lm_calib_plugin.engine.wiring import key_value_heads
 from lm_calib_plugin.errors import NumericalError, UnsupportedModelError, listed
+from lm_calib_plugin.placement import execution_device
 from lm_calib_plugin.quantization.hadamard import Hadamard
 
 FLOAT32_TOLERANCE = 1e-4
@@ -52,14 +55,9 @@ class _Plan:
     shift: float
     embeddings: nn.Embedding
     head: nn.Linear
-    final: nn.Parameter
-    blocks: tuple[_Part, ...]
+    final: nn.Module
     heads: int
     kv_heads: int
-
-    @property
-    def tied(self) -> bool:
-        return self.head.weight is self.embeddings.weight
 
 
 def check_rotation(model: nn.Module, blocks: Blocks) -> None:
@@ -107,24 +105,24 @@ def rotate(model: nn.Module, blocks: Blocks, seed: int, r2: bool = True) -> dict
     """
     plan = _plan(model, blocks)
     before = _probe(model, plan)
-    tied = plan.tied
+    tied = is_tied(model)
     if tied:
-        untie_head(model, plan.head)
-    residual = Hadamard.random(plan.embeddings.embedding_dim, _derive(seed, "residual"))
-    _rotate_inputs(plan.embeddings.weight, residual)
-    _fold(plan.final, (plan.head.weight,), plan.shift, residual)
+        untie_head(model)
+    width = plan.embeddings.embedding_dim
+    residual = Hadamard.random(width, _derive(seed, "residual"))
+    with resident(plan.embeddings):
+        _rotate_inputs(plan.embeddings.weight, residual)
+    with resident(plan.final, plan.head):
+        _fold(plan.final.weight, (plan.head.weight,), plan.shift, residual)
     values = []
-    for index, part in enumerate(plan.blocks):
-        for norm, readers in part.norms:
-            _fold(norm, readers, plan.shift, residual)
-        for weight, bias in part.writers:
-            _rotate_outputs(weight, residual)
-            if bias is not None:
-                bias.data.copy_(residual.apply(bias.data))
-        if r2:
-            width = part.output.in_features // plan.heads
-            values.append(Hadamard.random(width, _derive(seed, f"values {index}")))
-            _rotate_values(part, plan, values[-1])
+    for index, block in enumerate(blocks.modules):
+        with resident(block):
+            part = _part(f"{blocks.path}.{index}", block, width)
+            _rotate_block(part, plan, residual)
+            if r2:
+                size = part.output.in_features // plan.heads
+                values.append(Hadamard.random(size, _derive(seed, f"values {index}")))
+                _rotate_values(part, plan, values[-1])
     return {
         "seed": seed,
         "hidden_size": residual.size,
@@ -133,6 +131,16 @@ def rotate(model: nn.Module, blocks: Blocks, seed: int, r2: bool = True) -> dict
         "head_untied": tied,
         "logits_difference": _check(model, plan, before),
     }
+
+
+def _rotate_block(part: _Part, plan: _Plan, residual: Hadamard) -> None:
+    """Rotate what a block reads from the residual stream and adds to it."""
+    for norm, readers in part.norms:
+        _fold(norm, readers, plan.shift, residual)
+    for weight, bias in part.writers:
+        _rotate_outputs(weight, residual)
+        if bias is not None:
+            bias.data.copy_(residual.apply(bias.data))
 
 
 def _rotate_inputs(weight: nn.Parameter, matrix: Hadamard, gain: Tensor | None = None) -> None:
@@ -173,15 +181,6 @@ def _rotate_values(part: _Part, plan: _Plan, matrix: Hadamard) -> None:
     output.copy_(matrix.apply(output.reshape(-1, plan.heads, matrix.size)).reshape(output.shape))
 
 
-def untie_head(model: Any, head: nn.Linear) -> None:
-    """Give a head tied to the embeddings a weight of its own, and say so in the configuration."""
-    head.weight = nn.Parameter(
-        head.weight.detach().clone(), requires_grad=head.weight.requires_grad
-    )
-    for config in (model.config, text_config(model.config)):
-        config.tie_word_embeddings = False
-
-
 def _derive(seed: int, use: str) -> int:
     hashed = hashlib.sha256(f"rotation {seed} {use}".encode()).digest()
     return int.from_bytes(hashed[:8], "big") >> 1
@@ -189,10 +188,10 @@ def _derive(seed: int, use: str) -> int:
 
 def _probe(model: nn.Module, plan: _Plan) -> Tensor:
     """Return the logits of a few tokens, ``[tokens, vocabulary]``, float32."""
-    weight = plan.embeddings.weight
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, weight.shape[0], (1, PROBE_TOKENS), generator=generator)
-    output = model(input_ids=ids.to(weight.device), use_cache=False)
+    rows = plan.embeddings.weight.shape[0]
+    ids = torch.randint(0, rows, (1, PROBE_TOKENS), generator=generator)
+    output = model(input_ids=ids.to(execution_device(plan.embeddings)), use_cache=False)
     logits: Tensor = output.logits[0].float()
     return logits
 
@@ -233,11 +232,10 @@ def _plan(model: Any, blocks: Blocks) -> _Plan:
         raise _refused(type(model).__name__, "has no plain embeddings and head")
     if not _is_norm(final, width):
         raise _refused(type(model).__name__, "has no RMSNorm behind its blocks")
-    parts = [
-        _part(f"{blocks.path}.{index}", block, width) for index, block in enumerate(blocks.modules)
-    ]
+    for index, block in enumerate(blocks.modules):
+        _part(f"{blocks.path}.{index}", block, width)
     heads, kv_heads = int(config.num_attention_heads), key_value_heads(config)
-    return _Plan(MAPPED[kind], embeddings, head, final.weight, tuple(parts), heads, kv_heads)
+    return _Plan(MAPPED[kind], embeddings, head, final, heads, kv_heads)
 
 
 def _part(prefix: str, block: nn.Module, width: int) -> _Part:

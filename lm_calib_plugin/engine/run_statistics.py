@@ -166,7 +166,7 @@ class RunStatistics:
         for seen in self._known.blocks[index]:
             names = [name for name in seen.names if name in wanted]
             if names:
-                device = wanted[names[0]].parameter.device
+                device = wanted[names[0]].device
                 parts = {part: copied(seen.parts[part], device) for part in self._own}
                 stats = put_together(self._kind, self._with_heldout, parts)
                 samples = copied(seen.used, device), copied(seen.heldout, device)

@@ -110,7 +110,7 @@ def _names_head(model: nn.Module, targets: Sequence[str]) -> bool:
 
 def _routers(blocks: Blocks) -> list[TargetLayer]:
     return [
-        TargetLayer(f"{blocks.path}.{i}.{local}", module, module.weight, i)
+        TargetLayer(f"{blocks.path}.{i}.{local}", module, "weight", i)
         for i, block in enumerate(blocks.modules)
         if any(is_experts(m) for m in block.modules())
         for local, module in block.named_modules()

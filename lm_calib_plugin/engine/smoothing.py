@@ -136,7 +136,7 @@ def scaled_elsewhere(
         replace(
             one,
             layers=tuple(named[name] for name in one.layers),
-            factors=one.factors.to(named[one.layers[0]].parameter.device),
+            factors=one.factors.to(named[one.layers[0]].device),
         )
         for one in told
     ]
@@ -182,7 +182,8 @@ def _check(name: str, block: nn.Module, before: Tensor, after: Tensor, chunk: Ch
     size, tolerance = old.norm(), FLOAT32_TOLERANCE
     if dtype == torch.float32:
         # What goes past the block unchanged must not hide an error; it does bring its rounding.
-        size = torch.maximum((old - chunk.hidden[real].float()).norm(), 1e-2 * size)
+        received = chunk.hidden.to(before.device)[real].float()
+        size = torch.maximum((old - received).norm(), 1e-2 * size)
     else:
         tolerance = max(tolerance, ROUNDINGS * torch.finfo(dtype).eps)
     difference = float((new - old).norm() / size.clamp(min=1e-30))

@@ -141,7 +141,7 @@ class Solver:
         every: dict[int, Solved] = {}
         for said in self.ranks.exchange("solved", hosted):
             every |= said
-        devices = {layer.name: layer.parameter.device for unit in units for layer in unit}
+        devices = {layer.name: layer.device for unit in units for layer in unit}
         changed: dict[int, list[Tensor]] = {}
         for number, (unit, owner) in enumerate(zip(units, owners, strict=True)):
             found, tensors = every[number], changed.setdefault(owner, [])

@@ -25,7 +25,7 @@ def input_ranges(walk: BlockPass, index: int, layers: Sequence[TargetLayer]) -> 
     groups = walk.groups(index, layers)
 
     def start() -> list[Ranges]:
-        return [Ranges.empty(g[0].shape[1], g[0].parameter.device) for g in groups.groups]
+        return [Ranges.empty(g[0].shape[1], g[0].device) for g in groups.groups]
 
     found = walk.observe(index, groups, start, count, keep=False)
     return {

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lm_calib_plugin.engine.batches import BlockCall, Chunk
-from lm_calib_plugin.engine.capture import _mapped, forward_hidden, replay
+from lm_calib_plugin.engine.capture import _mapped, called, forward_hidden, replay
 from lm_calib_plugin.engine.layers import TargetLayer
+from lm_calib_plugin.placement import execution_device
 
 # Largest relative difference of one row computed alone: short dtypes round differently by shape.
 CLOSE = 0.02
@@ -57,7 +58,10 @@ class BlockTuning:
                 raise ValueError(f"{layer.name} is not in block {index}")
         self.weights = {layer.name: layer.read() for layer in layers}
         with torch.no_grad():
-            dense = [replay(block, c.calls[index], _hidden(c)) for c in chunks]
+            # They wait where the inputs do.
+            dense = [
+                replay(block, c.calls[index], _hidden(c)).to(_hidden(c).device) for c in chunks
+            ]
             self.targets = dense if targets is None else list(targets)
             whole = [not self._cuts(number, dense[number]) for number in range(len(chunks))]
         # For each kind of sequence, the chunk and the row; None: all rows.
@@ -97,7 +101,7 @@ class BlockTuning:
             counts = _counts(self.chunks[number])[picked]
             output = self._output(number, picked, parameters)
             counts = counts.to(output.device)
-            wanted = self.targets[number][picked]
+            wanted = self.targets[number][picked].to(output.device)
             difference = output.float() - wanted.float()
             # A pad may hold anything, also what is not a number.
             difference = difference.masked_fill((counts == 0)[..., None], 0.0)
@@ -135,7 +139,7 @@ class BlockTuning:
         def block(*args: Any, **kwargs: Any) -> Tensor:
             return forward_hidden(functional_call(self.block, parameters, args, kwargs))
 
-        return replay(block, call, hidden)  # type: ignore[arg-type]
+        return called(block, call, hidden.to(execution_device(self.block)))
 
     def _cuts(self, number: int, dense: Tensor) -> bool:
         """Tell whether the last row of a chunk, computed alone, is what it was among the others."""
@@ -152,7 +156,7 @@ class BlockTuning:
         if alone.shape[1:] != dense.shape[1:]:
             return False
         real = _counts(chunk)[last].to(alone.device) > 0
-        alone, wanted = alone[0, real].float(), dense[last, real].float()
+        alone, wanted = alone[0, real].float(), dense[last].to(alone.device)[real].float()
         return bool((alone - wanted).norm() <= CLOSE * wanted.norm())
 
 

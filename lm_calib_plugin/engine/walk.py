@@ -17,11 +17,12 @@ from lm_calib_plugin.engine.dealing import deal, whole
 from lm_calib_plugin.engine.discovery import Blocks
 from lm_calib_plugin.engine.experts import fill_up
 from lm_calib_plugin.engine.joining import add_up, join
-from lm_calib_plugin.engine.layers import HEAD, TargetLayer
+from lm_calib_plugin.engine.layers import HEAD, TargetLayer, by_module
 from lm_calib_plugin.engine.observe import InputGroups
 from lm_calib_plugin.engine.passes import BlockPass
 from lm_calib_plugin.engine.plan import Plan, WalkResult
 from lm_calib_plugin.engine.ranks import Ranks
+from lm_calib_plugin.engine.residence import around, resident
 from lm_calib_plugin.engine.rows import rows
 from lm_calib_plugin.engine.run_statistics import run_statistics
 from lm_calib_plugin.engine.smoothing import ScaledInput, scale_inputs, scaled_elsewhere
@@ -63,9 +64,11 @@ def run(
     CalibError
         When even one sequence at a time does not fit in memory.
     """
-    for layer in plan.layers:
-        if not bool(layer.stored.isfinite().all()):
-            raise NumericalError(layer.name, "weights", "NaN or Inf before compression")
+    for layers in by_module(plan.layers):
+        with resident(layers[0].module, changes=False):
+            for layer in layers:
+                if not bool(layer.stored.isfinite().all()):
+                    raise NumericalError(layer.name, "weights", "NaN or Inf before compression")
     try:
         walk = _Walk(model, blocks, chunks, plan, device, progress, ranks or Ranks())
         with remembered_factors(None if walk.shared is None else walk.shared.factors):
@@ -121,9 +124,10 @@ class _Walk(BlockPass):
             by_block.setdefault(layer.block, []).append(layer)
         if self.has_data and not self.recalls:
             self.timed("capture", self.capture)
+            self.result.waited_on_host = self.hidden.on_host
         for chunk in self.chunks if self.corrects else ():
             assert chunk.hidden is not None
-            chunk.dense = None if chunk.heldout else chunk.hidden.clone()
+            chunk.dense = None if chunk.heldout else self.hidden.twin(chunk.hidden)
         bar = tqdm(
             range(len(self.blocks)),
             desc=f"{self.plan.method.label} blocks",
@@ -133,12 +137,16 @@ class _Walk(BlockPass):
         last = len(self.blocks) if HEAD in by_block else max(by_block, default=-1)
         for index in bar:
             layers = by_block.get(index, [])
-            if not self.has_data:
-                self._without_data(layers)
-            elif index <= last:
-                self._block(index, layers, more=index < last)
+            if layers or (self.has_data and index < last):
+                with self.at_hand(index, changes=bool(layers)):
+                    if self.has_data:
+                        self._block(index, layers, more=index < last)
+                    else:
+                        self._without_data(layers)
         if HEAD in by_block:
-            self._head(by_block[HEAD][0])
+            head = by_block[HEAD][0]
+            with resident(head.module), around(self.model, self.blocks.modules):
+                self._head(head)
         order = {layer.name: number for number, layer in enumerate(self.plan.layers)}
         self.result.rows.sort(key=lambda row: order[row.name])
         self.warnings += notes.of_experts(self.solver.unseen, self.solver.borrowed)
@@ -385,7 +393,7 @@ class _Walk(BlockPass):
         watched: dict[int, Watched] = {}
         spec, limits = self.plan.method.activations, None
         static = spec is not None and not spec.dynamic
-        ranges = Ranges.empty(layer.shape[1], layer.parameter.device)
+        ranges = Ranges.empty(layer.shape[1], layer.device)
         if self.recalls:
             watched = self._recalled(HEAD, [layer])
         elif self.has_data:

@@ -111,7 +111,7 @@ def nothing(
     else is watched, for other runs.
     """
     kind = plan.statistic
-    width, device = layer.shape[1], layer.parameter.device
+    width, device = layer.shape[1], layer.device
     stats = None
     if kind != "none":
         stats = STATISTICS[kind].empty(width, device)

@@ -135,7 +135,7 @@ class _Variances:
         return True
 
     def start(self, index: int, groups: Sequence[Sequence[TargetLayer]]) -> list[ChannelVariance]:
-        return [ChannelVariance(g[0].shape[1], g[0].parameter.device) for g in groups]
+        return [ChannelVariance(g[0].shape[1], g[0].device) for g in groups]
 
     def listen(self, state: Any, chunk: Chunk, number: int, rows: Tensor, owners: Tensor) -> None:
         if not chunk.heldout:
@@ -183,7 +183,7 @@ def _heads(prefix: str, index: int, block: nn.Module) -> UnitGroup:
     if not even or q.out_features != o.in_features:
         raise _refused(f"{prefix}.{name}", attention, "has heads of different sizes")
     width = o.in_features // kv
-    layer = TargetLayer(f"{prefix}.{name}.{last}", o, o.weight, index)
+    layer = TargetLayer(f"{prefix}.{name}.{last}", o, "weight", index)
     return UnitGroup(f"{prefix}.{name}", True, layer, (q, k, v), (width, head, head), width)
 
 
@@ -202,7 +202,7 @@ def _neurons(prefix: str, index: int, block: nn.Module) -> UnitGroup:
     *sources, down = linear
     if any(s.out_features != down.in_features for s in sources):
         raise _refused(name, owner, "has neurons that do not match")
-    layer = TargetLayer(f"{name}.{names[-1]}", down, down.weight, index)
+    layer = TargetLayer(f"{name}.{names[-1]}", down, "weight", index)
     name = name if inside else f"{prefix}.{'+'.join(names)}"
     return UnitGroup(name, False, layer, tuple(sources), (1,) * len(sources), 1)
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lm_calib_plugin import engine, storage
+from lm_calib_plugin.checks import check_whole
 from lm_calib_plugin.engine.fingerprint import input_quantizers, packed_layers
 from lm_calib_plugin.engine.layers import is_experts
 from lm_calib_plugin.errors import CalibError
@@ -117,6 +118,7 @@ def export_model(
     provenance = provenance or Provenance(str(getattr(model, "name_or_path", "")) or "a model")
     check_out(out, recipe, options.overwrite, asked=asked_of(provenance.pretrained, options))
     stored = check_export(recipe, options.format)
+    check_whole(model, "export", "an export")
     if recipe.make_method().scope != "model" and not packed_layers(model):
         # Else layers were to be looked at before parts were taken out or kernels put in.
         check_model(model, recipe, options.format)

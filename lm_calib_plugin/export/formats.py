@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lm_calib_plugin import engine
-from lm_calib_plugin.checks import overridden
+from lm_calib_plugin.checks import check_whole, overridden
 from lm_calib_plugin.engine.width import find_units
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.export import check, gptq, gptq_check, quantized
@@ -124,6 +124,7 @@ def check_model(model: nn.Module, recipe: Recipe, asked: str = "auto") -> str:
         Names the first layer that the format can not hold.
     """
     found = check_export(recipe, asked)
+    check_whole(model, "export", "an export")
     check_built(model)
     method = recipe.make_method()
     blocks = engine.find_blocks(model, recipe.block_path)

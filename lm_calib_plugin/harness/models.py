@@ -24,6 +24,7 @@ from lm_calib_plugin.harness.keeping import Keeping
 from lm_calib_plugin.harness.leakage import LeakCheck
 from lm_calib_plugin.harness.speed import Speed
 from lm_calib_plugin.packed import check_packed
+from lm_calib_plugin.placement import execution_device
 from lm_calib_plugin.recipe import read_arguments
 from lm_calib_plugin.registry import table
 
@@ -55,6 +56,9 @@ class Calib(HFLM):
         if isinstance(pretrained, str):
             pretrained = resolve_pretrained(pretrained)
         super().__init__(pretrained=pretrained, **theirs)
+        if self._device.type == "meta":
+            # Of a model in memory HFLM asks its first weight, which may be offloaded.
+            self._device = execution_device(self.model.get_input_embeddings())
         if theirs.get("peft"):
             # Adapters become part of the weights before these are compressed.
             self._model = self._model.merge_and_unload()

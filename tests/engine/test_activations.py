@@ -221,7 +221,7 @@ def test_inputs_given_by_name_are_rounded() -> None:
     block = nn.ModuleList([nn.Linear(8, 4)])
     linear = block[0]
     assert isinstance(linear, nn.Linear)
-    install([TargetLayer("0.x", linear, linear.weight, 0)], ActivationSpec("int", 3))
+    install([TargetLayer("0.x", linear, "weight", 0)], ActivationSpec("int", 3))
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(linear(input=x), linear(x))
     assert not torch.equal(linear(x), functional.linear(x, linear.weight, linear.bias))
@@ -255,7 +255,7 @@ def test_fused_experts_are_refused_before_anything_is_installed() -> None:
 
 def test_layers_that_are_never_called_are_refused() -> None:
     attention = nn.MultiheadAttention(8, 2)
-    layer = TargetLayer("0.attn.out_proj", attention.out_proj, attention.out_proj.weight, 0)
+    layer = TargetLayer("0.attn.out_proj", attention.out_proj, "weight", 0)
     with pytest.raises(UnsupportedModelError, match=r"ignore=0\.attn\.out_proj"):
         check_activations([layer])
 

@@ -18,12 +18,12 @@ WIDTH = 6
 
 def experts(kind: str) -> list[tuple[TargetLayer, LayerStats]]:
     module = torch.nn.Module()
-    weight = torch.nn.Parameter(torch.zeros(len(COUNTS), 3, WIDTH))
+    module.down_proj = torch.nn.Parameter(torch.zeros(len(COUNTS), 3, WIDTH))
     found = []
     for expert, count in enumerate(COUNTS):
         stats = STATISTICS[kind].empty(WIDTH)
         stats.update(torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(expert)))
-        layer = TargetLayer(f"e{expert}", module, weight, 0, False, expert, "down")
+        layer = TargetLayer(f"e{expert}", module, "down_proj", 0, False, expert, "down")
         found.append((layer, stats))
     return found
 

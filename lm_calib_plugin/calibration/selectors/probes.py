@@ -235,11 +235,16 @@ def decoder_blocks(model: nn.Module, path: str | None) -> nn.ModuleList:
 @contextlib.contextmanager
 def keep_parameters_still(model: nn.Module) -> Iterator[None]:
     """Take no gradient of any parameter; put every flag back afterwards."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    # By name: weights that are offloaded are other objects after every forward pass.
+    flags = [
+        (owner, name, p.requires_grad)
+        for owner in model.modules()
+        for name, p in owner.named_parameters(recurse=False)
+    ]
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
+        for owner, name, _ in flags:
+            getattr(owner, name).requires_grad_(False)
         yield
     finally:
-        for parameter, wanted in flags:
-            parameter.requires_grad_(wanted)
+        for owner, name, wanted in flags:
+            getattr(owner, name).requires_grad_(wanted)
