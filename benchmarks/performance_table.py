@@ -120,6 +120,102 @@ def growth() -> str:
     return markdown(head, rows) + machine(found["machine"])
 
 
+@table
+def shared_cells() -> str:
+    """Seconds of the cells of a grid, alone and with shared statistics."""
+    found = read("shared_cells_smollm2")
+    rows = [
+        [
+            row["cell"].replace("|", "\\|"),
+            f"{row['alone']['seconds']:.1f}",
+            f"{row['shared']['seconds']:.1f}",
+            f"{row['shared']['stages'].get('observe', 0):.1f}",
+            f"{row['shared']['stages'].get('compress', 0):.1f}",
+        ]
+        for row in found["cells"]
+    ]
+    sums = found["seconds"]
+    rows.append(["all", f"{sums['alone']:.1f}", f"{sums['shared']:.1f}", "", ""])
+    head = ["cell", "alone, seconds", "shared, seconds", "of which watch", "solve"]
+    size = found["calibration"]
+    said = (
+        f"\n{size['nsamples']} x {size['seqlen']} tokens. All cells shared take "
+        f"{found['shared_over_slowest_alone']:.2f} x the time of `{found['slowest_alone']}` "
+        f"alone; without sharing they take {found['ratio']:.2f} x as long. Statistics held: "
+        f"{found['held_mib']:.0f} MiB. Weights are the same bits in both.\n"
+    )
+    return markdown(head, rows) + said + machine(found["machine"])
+
+
+@table
+def processes() -> str:
+    """How much faster several processes of one thread are than one."""
+    found = read("processes_smollm2")
+    rows = []
+    for row in found["recipes"]:
+        for count, runs in row["runs"].items():
+            best = min(runs, key=lambda run: run["passes"])
+            cells = [f"{best[key]:.1f}" for key in ("passes", "exchange", "total")]
+            rows.append([f"{row['recipe']}, {count} process" + "es" * (count != "1"), *cells])
+        times = row["times_as_fast"]
+        same = (
+            "the same bits"
+            if row["identical_to_one_process"]
+            else (f"weights {row['difference_from_one_process']['norm']:.1e} apart")
+        )
+        rows.append(
+            [f"times as fast; {same}", f"{times['passes']:.2f}", "", f"{times['total']:.2f}"]
+        )
+    head = ["run", "calibration passes", "exchange", "total"]
+    size = found["calibration"]
+    said = f"\n{size['nsamples']} x {size['seqlen']} tokens, seconds of the slowest process.\n"
+    return markdown(head, rows) + said + machine(found["machine"])
+
+
+@table
+def streaming() -> str:
+    """Peak memory of models in memory and on a disk."""
+    found = read("streaming_memory")
+    rows = [
+        [
+            row["where"],
+            row["method"],
+            row["depth"],
+            f"{row['model_mib']:.0f}",
+            f"{row['peak_mib']:.0f}",
+            f"{row['floor_mib']:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["weights", "method", "blocks", "model, MiB", "peak, MiB", "floor, MiB"]
+    return markdown(head, rows) + machine(found["machine"])
+
+
+@table
+def full_size() -> str:
+    """A full-size model on a GPU, or as far as this machine goes."""
+    found = read("full_size")
+    rows = [
+        [
+            row["method"],
+            f"{row['seconds']:.2f}",
+            row["aim"] or "",
+            f"{sum(row['floors'].values()):.2f}",
+            f"{row['over_floor']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    shape = found["shape"]
+    said = (
+        f"\nHidden {shape['hidden_size']}, inner {shape['intermediate_size']}, "
+        f"{shape['num_hidden_layers']} blocks. Sweeps of all layers alone: "
+        f"{found['sweeps_alone']:.2f} s; the sweep differs from float64 by "
+        f"{found['sweep_against_float64']:.1e}.\n"
+    )
+    head = ["method", "seconds", "aim", "floor", "over the floor"]
+    return markdown(head, rows) + said + machine(found["machine"])
+
+
 def main() -> None:
     """Run the command line."""
     page = PAGE.read_text()

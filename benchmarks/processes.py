@@ -179,13 +179,13 @@ def main() -> None:
         return
     rows = [measured(recipe, given) for recipe in given.recipe or RECIPES]
     os.environ["OMP_NUM_THREADS"] = "1"
-    from shared_statistics import machine
+    from machine import facts
 
     result = {
         "model": Path(given.model).name,
         "calibration": {"nsamples": given.nsamples, "seqlen": given.seqlen},
         "recipes": rows,
-        "machine": machine(),
+        "machine": facts(),
     }
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:

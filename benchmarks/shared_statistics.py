@@ -17,16 +17,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm_calib_plugin import Recipe, Report, Runtime, compress
@@ -87,23 +85,6 @@ def facts(seconds: float, cpu: float, report: Report) -> dict[str, Any]:
     return {"seconds": round(seconds, 2), "cpu": round(cpu, 2), "stages": stages}
 
 
-def machine() -> dict[str, Any]:
-    """Return what a reader has to know of the machine."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return {
-        "cpu": model[0] if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        # Of all programs; far above the number of threads, ratios are good for their order only.
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -152,7 +133,7 @@ def main() -> None:
         "slowest_alone": names[slowest],
         "shared_over_slowest_alone": round(sums["shared"] / found["alone"][slowest][0], 2),
         "held_mib": round(held / 2**20, 1),
-        "machine": machine(),
+        "machine": machine.facts(),
     }
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"alone / shared: {result['ratio']}")
