@@ -11,6 +11,9 @@ from torch import Tensor
 
 # Fewer numbers than this are not worth a second thread.
 THREADED = 1 << 16
+# On a device, rows of so many numbers are worth more than the one group of threads that
+# `kthvalue` gives to a row; `topk` gives several to each.
+LONG = 1 << 17
 
 
 def as_typed(sparsity: float | Fraction) -> Fraction:
@@ -68,6 +71,8 @@ def ranked(scores: Tensor, rank: int) -> Tensor:
     rank
         From 1 to the size of a row.
     """
+    if not scores.is_cpu and scores.shape[1] >= LONG:
+        return by_topk(scores, rank)
     if not scores.is_cpu or scores.dtype not in (torch.float32, torch.float64):
         return scores.kthvalue(rank, dim=1, keepdim=True).values
     # A copy to be sorted; the sum makes a zero of a negative zero.
@@ -76,6 +81,15 @@ def ranked(scores: Tensor, rank: int) -> Tensor:
         # Integers of the same bits have the order of non-negative numbers, and sort faster.
         return _partitioned(rows.view(torch.int32), rank).view(torch.float32)
     return _partitioned(rows, rank)
+
+
+def by_topk(scores: Tensor, rank: int) -> Tensor:
+    """Return what :func:`ranked` does, from the unsorted lowest or highest numbers of each row."""
+    above = scores.shape[1] - rank + 1
+    if rank <= above:
+        lowest = scores.topk(rank, dim=1, largest=False, sorted=False).values
+        return lowest.amax(dim=1, keepdim=True)
+    return scores.topk(above, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
 
 
 def _partitioned(rows: Tensor, rank: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -31,6 +32,18 @@ def commands(works: tuple[str, ...] = WORKS) -> list[str]:
                 if words[:1] == ["lm-calib"] and words[1] in works and " ... " not in line:
                     found.append(" ".join(words))
     return list(dict.fromkeys(found))
+
+
+def test_tables_of_performance_are_those_of_the_results() -> None:
+    file = ROOT / "benchmarks" / "performance_table.py"
+    spec = importlib.util.spec_from_file_location("performance_table", file)
+    assert spec is not None
+    assert spec.loader is not None
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert page.count("<!-- table ") == len(tables.TABLES)
+    assert tables.filled(page) == page
 
 
 def test_there_are_commands() -> None:

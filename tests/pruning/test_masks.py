@@ -123,3 +123,10 @@ def test_rows_shared_among_threads_have_the_same_ranks(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert torch.equal(ranked(scores, 20), alone)
     assert torch.equal(alone, scores.kthvalue(20, dim=1, keepdim=True).values)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 50, 51, 99, 100])
+def test_ranks_by_topk(rank: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(-20, 20, (3, 100), generator=generator).float()
+    assert torch.equal(masks.by_topk(scores, rank), scores.sort(dim=1).values[:, rank - 1, None])
