@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -256,6 +257,12 @@ def _check_same(job: Job) -> None:
         return
     # Hardware may differ: each layer is solved by one process.
     mine = asked(job) | {"hardware": None, "cache": bool(job.runtime.cache)}
+    # Tensors travel in bundles by device: these have to be alike, whatever their numbers are.
+    devices = [layer.device for layer in job.layers]
+    moves = [one == other for one, other in itertools.pairwise(devices)]
+    mine["devices"] = (
+        " ".join(sorted({device.type for device in devices})) + f" {storage.digest(moves)[:8]}"
+    )
     everyone = job.ranks.exchange("request", mine)
     for name, value in mine.items():
         values = [other.get(name) for other in everyone]

@@ -182,6 +182,9 @@ class Ranks:
         # GPUs talk to each other where they can.
         direct = one.is_cuda and "nccl" in str(distributed.get_backend())
         way = sent.contiguous() if direct else sent.cpu().contiguous()
+        if direct:
+            # There no door can be shut: whoever fails up to here is heard before anybody waits.
+            self.exchange("tensors", None)
         carry(way, None if direct else self._group)
         if keep and way is not one:
             parts = way.view(-1).split([x.numel() for x in bundle])

@@ -93,9 +93,11 @@ class Solver:
         else:
             together = [layer for layer in layers if layer not in alone]
         units = self._units(alone, watched)
-        owners = [watched[id(u[0])].owner for u in units if id(u[0]) in watched]
-        if len(owners) < len(units):
-            owners = self.ranks.owners([self.cost(unit) for unit in units])
+        dealt = self.ranks.owners([self.cost(unit) for unit in units])
+        owners = [
+            watched[id(unit[0])].owner if id(unit[0]) in watched else owner
+            for unit, owner in zip(units, dealt, strict=True)
+        ]
 
         def solve() -> dict[int, Solved]:
             return {
@@ -148,12 +150,14 @@ class Solver:
             tensors += [layer.stored for layer in unit if layer.name in found.written]
             biases = [layer.bias for layer in unit if layer.name in found.moved]
             tensors += [bias for bias in biases if bias is not None]
+        # Nothing between the words and the tensors may fail in one process alone.
+        for owner, tensors in changed.items():
+            self.ranks.spread(tensors, owner)
+        for number, owner in enumerate(owners):
             if owner == self.ranks.rank:
                 every[number] = mine[number]
             else:
-                found.grids = _moved(found.grids, devices.__getitem__)
-        for owner, tensors in changed.items():
-            self.ranks.spread(tensors, owner)
+                every[number].grids = _moved(every[number].grids, devices.__getitem__)
         return every
 
     def _units(

@@ -123,7 +123,9 @@ def nothing(
         share = max(1, layer.parameter.shape[0] // 2)
         # How many tokens earlier processes send to an expert is not known.
         counts, starts = (-(-counts[0] // share), -(-counts[1] // share)), (0, 0)
-    cross = torch.zeros(width, width, device=device) if corrected else None
+    cross = None
+    if corrected:
+        cross = torch.zeros(width, width, dtype=torch.float32, device=device)
     used, out = (
         TokenSample(count, ERROR_TOKENS, start) for count, start in zip(counts, starts, strict=True)
     )

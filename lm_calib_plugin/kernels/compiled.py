@@ -44,7 +44,9 @@ def _remove(
         error = tl.where(stays, 0.0, tl.div_rn(column, tl.load(factor + i * width + i)))
         errors = tl.where(places[:, None] == i, error[None, :], errors)
         tl.store(out + i * height + rows, error, mask=inside)
-        tl.store(found + i * height + rows, tl.where(stays, column, 0.0), mask=inside)
+        tl.store(
+            found + i * height + rows, tl.where(stays, column, column * 0.0) + 0.0, mask=inside
+        )
 
 
 @triton.jit
@@ -89,7 +91,9 @@ def _remove_n_of_m(
             errors = tl.where(places[:, None] == i, error[None, :], errors)
             tl.store(out + i * height + rows, error, mask=inside)
             tl.store(keep + i * height + rows, stays.to(tl.int8), mask=inside)
-            tl.store(found + i * height + rows, tl.where(stays, column, 0.0), mask=inside)
+            tl.store(
+                found + i * height + rows, tl.where(stays, column, column * 0.0) + 0.0, mask=inside
+            )
 
 
 @triton.jit
@@ -120,13 +124,14 @@ def _round_integers(
         group = tl.load(groups + i)
         scale = tl.load(scales + group * height + rows, mask=inside, other=1.0)
         zero = tl.load(zeros + group * height + rows, mask=inside, other=0.0)
-        level = tl.div_rn(column, scale)
+        exact = tl.div_rn(column, scale)
         # The bounds are whole numbers: clamping first gives the same, and keeps numbers small.
-        level = tl.minimum(tl.maximum(level, lowest - zero), highest - zero)
-        found = ((level + ROUNDER) - ROUNDER) * scale
+        level = tl.minimum(tl.maximum(exact, lowest - zero), highest - zero)
+        # What is no number has to be seen by whoever checks the result; clamping loses it.
+        found = tl.where(exact == exact, ((level + ROUNDER) - ROUNDER) * scale, exact)
         if MASKED:
             stays = tl.load(keep + i * height + rows, mask=inside, other=1) != 0
-            found = tl.where(stays, found, 0.0)
+            found = tl.where(stays, found, found * 0.0) + 0.0
         error = tl.div_rn(column - found, tl.load(factor + i * width + i))
         errors = tl.where(places[:, None] == i, error[None, :], errors)
         tl.store(out + i * height + rows, error, mask=inside)
@@ -185,7 +190,7 @@ def _prepared(block: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, dict[str, A
     # Small layers are spread over more programs.
     tile = 32 if height >= 4096 else 16
     sizes = {"height": height, "stride": block.stride(0), "width": width}
-    found, errors = torch.empty(2, width, height, device=block.device)
+    found, errors = torch.empty(2, width, height, dtype=block.dtype, device=block.device)
     return found, errors, {**sizes, "SIZE": max(16, triton.next_power_of_2(width)), "TILE": tile}
 
 

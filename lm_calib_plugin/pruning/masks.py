@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-# Fewer numbers than this are not worth a second thread.
-THREADED = 1 << 16
 # On a device, rows of so many numbers are worth more than the one group of threads that
 # `kthvalue` gives to a row; `topk` gives several to each.
 LONG = 1 << 17
@@ -94,14 +91,7 @@ def by_topk(scores: Tensor, rank: int) -> Tensor:
 
 def _partitioned(rows: Tensor, rank: int) -> Tensor:
     """Return the ``rank``-th smallest entry of every row, and leave rows in disorder."""
-    workers = min(torch.get_num_threads(), len(rows))
-    if workers == 1 or rows.numel() < THREADED:
-        return _partition(rows, rank)
-    with ThreadPoolExecutor(workers) as pool:
-        return torch.cat(list(pool.map(lambda part: _partition(part, rank), rows.chunk(workers))))
-
-
-def _partition(rows: Tensor, rank: int) -> Tensor:
+    # In one thread: others would compete with those of torch, which wait for work by spinning.
     rows.numpy().partition(rank - 1, axis=1)
     return rows[:, rank - 1 : rank].clone()
 

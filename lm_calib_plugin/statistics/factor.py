@@ -131,12 +131,16 @@ def _computed(gram: Tensor, damp: float) -> InverseFactor:
 
 
 def _factor(matrix: Tensor, ridge: Tensor, dtype: torch.dtype) -> Tensor | None:
-    damped = matrix.to(dtype, copy=True)
+    # One matrix after the other is let go: for wide layers they are what memory is needed for.
+    damped = matrix.flip(0, 1).to(dtype)
     damped.diagonal().add_(ridge.to(dtype))
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
     if failed.item():
         return None
-    upper = triangular_inverse(lower.flip(0, 1)).float()
+    root = lower.flip(0, 1)
+    del lower
+    upper = triangular_inverse(root).float()
     # An infinite element of the matrix leaves zeros on the diagonal of the factor. Smallest and
     # largest element tell of every NaN and Inf.
     extremes = torch.stack(upper.aminmax())

@@ -10,7 +10,8 @@ from typing_extensions import Self
 
 from lm_calib_plugin.statistics.base import LayerStats
 
-# Columns that are multiplied at once; of the products of a pair of tiles only one is formed.
+# Columns that are multiplied at once; of the products of a pair of tiles only one is formed. The
+# first divides the second.
 TILE, GPU_TILE = 256, 2048
 HALF = (torch.float16, torch.bfloat16)
 
@@ -29,7 +30,8 @@ class Gram(LayerStats):
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)
-        self._sums = torch.zeros(in_features, in_features, device=self.device)
+        shape = in_features, in_features
+        self._sums = torch.zeros(shape, dtype=torch.float32, device=self.device)
         # Whether the tiles below the diagonal are those above it, mirrored.
         self._whole = True
 
@@ -37,7 +39,8 @@ class Gram(LayerStats):
     def matrix(self) -> Tensor:
         """``G``, ``[in, in]``; not a copy."""
         if not self._whole:
-            for own in self._tiles():
+            # By the smallest tiles: the sums may have come from another device.
+            for own in self._tiles(TILE):
                 self._sums[own.stop :, own] = self._sums[own, own.stop :].t()
             self._whole = True
         return self._sums
@@ -46,8 +49,8 @@ class Gram(LayerStats):
     def matrix(self, value: Tensor) -> None:
         self._sums, self._whole = value, True
 
-    def _tiles(self) -> list[slice]:
-        size = GPU_TILE if self.device.type == "cuda" else TILE
+    def _tiles(self, size: int = 0) -> list[slice]:
+        size = size or (GPU_TILE if self.device.type == "cuda" else TILE)
         width = self.in_features
         return [slice(at, min(at + size, width)) for at in range(0, width, size)]
 

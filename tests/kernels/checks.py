@@ -128,6 +128,25 @@ def check_round(
     near(errors, wanted[1])
 
 
+def check_no_number(device: str, compiled: bool) -> None:
+    """What is no number stays none in its row, and is in no other."""
+    block, upper = problem(24, 5)
+    block[3, 1] = float("nan")
+    keep = torch.ones(24, 5, dtype=torch.bool, device=device)
+    keep[3] = False
+    group = torch.arange(24, device=device) // 8
+    scale, zero = (torch.full((3, 5), float(x), device=device) for x in (1, 0))
+    levels = Levels(scale, zero, group, -4, 3)
+    factor = upper.to(device)
+    removed, rounded = block.to(device).clone(), block.to(device).clone()
+    kernels.remove(removed, factor, keep, compiled)
+    kernels.round_integers(rounded, factor, levels, None, compiled)
+    for found in (removed, rounded):
+        wrong = found.isnan().cpu()
+        assert wrong[3:, 1].all()
+        assert not wrong[:, [0, 2, 3, 4]].any()
+
+
 def cases() -> dict[str, Callable[[str, bool], None]]:
     """Return the checks by name; each takes a device, and whether the kernel is to run."""
     found: dict[str, Callable[[str, bool], None]] = {}
@@ -143,6 +162,7 @@ def cases() -> dict[str, Callable[[str, bool], None]]:
             name = f"round {shape[0]}x{shape[1]} {bits} {symmetric} {masked}"
             given = (*shape, bits, symmetric, masked)
             found[name] = lambda d, c, g=given: check_round(d, c, *g)  # type: ignore[misc]
+    found["no number"] = check_no_number
     return found
 
 

@@ -116,15 +116,6 @@ def test_rank_is_that_of_a_full_sort(
     assert (ranked(scores.t().contiguous().t(), rank) == expected).all()
 
 
-def test_rows_shared_among_threads_have_the_same_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = torch.rand(31, 50)
-    alone = ranked(scores, 20)
-    monkeypatch.setattr(masks, "THREADED", 0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert torch.equal(ranked(scores, 20), alone)
-    assert torch.equal(alone, scores.kthvalue(20, dim=1, keepdim=True).values)
-
-
 @pytest.mark.parametrize("rank", [1, 2, 50, 51, 99, 100])
 def test_ranks_by_topk(rank: int) -> None:
     generator = torch.Generator().manual_seed(0)
