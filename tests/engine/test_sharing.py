@@ -296,13 +296,13 @@ def test_a_method_that_scribbles_spoils_nothing(monkeypatch: pytest.MonkeyPatch)
 @contextlib.contextmanager
 def scribbling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let all methods overwrite what they are told, samples and counts too, after they used it."""
-    real_solve, real_row = Pipeline.compress, Solver._row
+    real_solve, real_row = Pipeline.compress_together, Solver._row
 
-    def solve(self: Any, weight: Any, stats: Any, dtype: torch.dtype = torch.float32) -> Any:
-        result = real_solve(self, weight, stats.scaled(1.0), dtype)
+    def solve(self: Any, weights: Any, stats: Any, dtype: torch.dtype = torch.float32) -> Any:
+        results = real_solve(self, weights, stats.scaled(1.0), dtype)
         stats.matrix.fill_(7)
         stats.tokens = 3
-        return result
+        return results
 
     def row(self: Any, layer: Any, before: Any, result: Any, seen: Any, start: float) -> Any:
         made = real_row(self, layer, before, result, seen, start)
@@ -313,7 +313,7 @@ def scribbling(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return made
 
     with monkeypatch.context() as patched:
-        patched.setattr(Pipeline, "compress", solve)
+        patched.setattr(Pipeline, "compress_together", solve)
         patched.setattr(Solver, "_row", row)
         yield
 

@@ -200,14 +200,14 @@ def test_infinite_activations_name_the_layer(method: str) -> None:
 def test_a_result_that_is_no_number_is_never_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_calib_plugin.pruning.pipeline import Pipeline
 
-    honest = Pipeline.compress
+    honest = Pipeline.compress_together
 
-    def broken(self, weight, stats, dtype=torch.float32):
-        result = honest(self, weight, stats, dtype)
-        result.weight[0, 0] = float("inf")
-        return result
+    def broken(self, weights, stats, dtype=torch.float32):
+        results = honest(self, weights, stats, dtype)
+        results[0].weight[0, 0] = float("inf")
+        return results
 
-    monkeypatch.setattr(Pipeline, "compress", broken)
+    monkeypatch.setattr(Pipeline, "compress_together", broken)
     model = make_model()
     before = flat(model)
     with pytest.raises(NumericalError, match=r"layers\.0\.self_attn\.q_proj, result"):
