@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,18 +35,25 @@ def facts() -> dict[str, Any]:
 
 
 def seconds(work: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the median seconds of some work, after one run that does not count."""
-    cuda = torch.cuda.is_available()
-    taken = []
-    for _ in range(repeats + 1):
-        if cuda:
+    """Return the median seconds of some work, after one run that does not count.
+
+    By events of the GPU where there is one.
+    """
+    work()
+    found = []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            work()
+            last.record()
             torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return sorted(taken[1:])[repeats // 2]
+            found.append(first.elapsed_time(last) / 1000)
+        else:
+            start = time.perf_counter()
+            work()
+            found.append(time.perf_counter() - start)
+    return statistics.median(found)
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 0) -> float:

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import copy_rate, facts, matmul_rate, seconds
 from torch import Tensor
 
 from lm_calib_plugin import kernels
@@ -39,34 +37,6 @@ SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 # How often a shape occurs in one block of the model: q and o; k and v; gate and up; down.
 COUNTS = (2, 2, 2, 1)
 BLOCKS = 32
-
-
-def seconds(work: Callable[[], Any], device: str, repeats: int) -> float:
-    """Return the median time of a call after one that is not counted; CUDA events on a device."""
-    work()
-    found = []
-    for _ in range(repeats):
-        if device == "cuda":
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            work()
-            last.record()
-            torch.cuda.synchronize()
-            found.append(first.elapsed_time(last) / 1000)
-        else:
-            start = time.perf_counter()
-            work()
-            found.append(time.perf_counter() - start)
-    return statistics.median(found)
-
-
-def rates(device: str, size: int, repeats: int) -> dict[str, float]:
-    """Measure bytes a second of a copy (read and written), FLOPs a second of a product."""
-    left = torch.randn(size, size, device=device)
-    right, out = torch.randn_like(left), torch.empty_like(left)
-    copy = seconds(lambda: out.copy_(left), device, repeats)
-    product = seconds(lambda: torch.mm(left, right, out=out), device, repeats)
-    return {"bytes": 2 * left.numel() * 4 / copy, "flops": 2 * size**3 / product}
 
 
 def floors(rows: int, width: int, rate: dict[str, float]) -> dict[str, float]:
@@ -102,7 +72,8 @@ def checked(device: str) -> dict[str, str]:
 def measured(device: str, scale: float, repeats: int) -> list[dict[str, Any]]:
     """Return a row for every shape, sweep and path."""
     own = torch.Generator().manual_seed(0)
-    rate = rates(device, max(256, int(8192 * min(1.0, scale * 2))), repeats)
+    size = max(256, int(8192 * min(1.0, scale * 2)))
+    rate = {"bytes": copy_rate(device), "flops": matmul_rate(torch.float32, device, size)}
     rows = []
     for shape, count in zip(SHAPES, COUNTS, strict=True):
         out, width = (max(BLOCK, int(side * scale) // BLOCK * BLOCK) for side in shape)
@@ -110,7 +81,7 @@ def measured(device: str, scale: float, repeats: int) -> list[dict[str, Any]]:
         gram = inputs.t() @ inputs
         weight = (torch.randn(out, width, generator=own) / width**0.5).to(device)
         factor = inverse_factor(gram, 0.01)
-        factoring = seconds(lambda g=gram: inverse_factor(g, 0.01), device, repeats)
+        factoring = seconds(lambda g=gram: inverse_factor(g, 0.01), repeats)
         paths = ("kernel", "torch") if kernels.compiled_on(weight) else ("torch",)
         for name, work in runs(weight, factor).items():
             took = {}
@@ -118,7 +89,7 @@ def measured(device: str, scale: float, repeats: int) -> list[dict[str, Any]]:
                 automatic = sweeps.compiled_on
                 sweeps.compiled_on = lambda tensor, p=path: p == "kernel"
                 try:
-                    took[path] = seconds(work, device, repeats)
+                    took[path] = seconds(work, repeats)
                 finally:
                     sweeps.compiled_on = automatic
             row = {"shape": [out, width], "in_a_block": count, "sweep": name, "seconds": took}
@@ -145,12 +116,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     compiled = kernels.compiled_on(torch.zeros(1, device=device))
-    facts = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
     said = checked(device) if compiled else {}
     rate, *rows = measured(device, given.scale, given.repeats)
-    found = {**facts, "scale": given.scale, "checks": said, **rate, "rows": rows}
+    found = {"machine": facts(), "scale": given.scale, "checks": said, **rate, "rows": rows}
     found["seconds_of_all_sweeps"] = whole(rows)
     given.out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found["seconds_of_all_sweeps"], indent=1))

@@ -42,7 +42,7 @@ from lm_calib_plugin.checks import (
 )
 from lm_calib_plugin.engine.ranks import Ranks
 from lm_calib_plugin.errors import CalibError, UserError, listed
-from lm_calib_plugin.guard import left_as_found, several_processes
+from lm_calib_plugin.guard import check_agreed, left_as_found, several_processes
 from lm_calib_plugin.joint import pruning_of
 from lm_calib_plugin.packed import check_packed, pack_layers
 from lm_calib_plugin.recipe import Recipe
@@ -130,7 +130,7 @@ def _together(
         if recipe.execution == "packed":
             # Every process for itself, behind the lock of the cache: they have to agree.
             _run_packed(job, outcome.done)
-    _check_agreed(ranks, digest)
+    check_agreed(ranks.exchange("digest", digest))
     report = _report(job, outcome, digest)
     if is_main_process():
         folder = job.runtime.report_dir
@@ -273,17 +273,6 @@ def _check_same(job: Job) -> None:
                 f"differs: {listed(shown)}. Give all the same, or split=false where each works "
                 f"for itself; {value!s:.40} is that of this process."
             )
-
-
-def _check_agreed(ranks: Ranks, digest: str) -> None:
-    """Every process must hold the same weights."""
-    digests = ranks.exchange("digest", digest)
-    if len(set(digests)) > 1:
-        raise CalibError(
-            f"{len(set(digests))} different results on {len(digests)} processes: "
-            f"{listed(one[:12] for one in digests)}. Run on one kind of device, with one version "
-            "of every package."
-        )
 
 
 def _run_packed(job: Job, done: Done) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import nn
+
+from lm_calib_plugin.errors import CalibError, listed
 
 
 def several_processes() -> bool:
@@ -91,3 +93,13 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.set_default_dtype(dtype)
+
+
+def check_agreed(digests: Sequence[str]) -> None:
+    """Refuse to go on where processes (one digest each) do not hold the same weights."""
+    if len(set(digests)) > 1:
+        raise CalibError(
+            f"{len(set(digests))} different results on {len(digests)} processes: "
+            f"{listed(digest[:12] for digest in digests)}. Run on one kind of device, with one "
+            "version of every package."
+        )

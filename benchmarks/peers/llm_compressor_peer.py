@@ -10,25 +10,20 @@ in the pruning modifiers, and a tied embedding would be pruned with it.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
+from common import arguments, load, timed
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning.sparsegpt import SparseGPTModifier
 from llmcompressor.modifiers.pruning.wanda import WandaPruningModifier
 from llmcompressor.pipelines.cache import IntermediatesCache
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from perplexity import perplexities
@@ -55,19 +50,8 @@ def recipe(method: str) -> Any:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("method", choices=["wanda", "sparsegpt", "gptq"])
-    parser.add_argument("model")
-    parser.add_argument("tokens", type=Path)
-    parser.add_argument("--blocks", type=int, default=0)
-    parser.add_argument("--perplexity", action="store_true")
-    parser.add_argument("--cpu", action="store_true")
-    given = parser.parse_args()
-    clock = time.process_time if given.cpu else time.perf_counter
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32)
-    if given.blocks:
-        model.model.layers = model.model.layers[: given.blocks]
-        model.config.num_hidden_layers = given.blocks
+    given = arguments(__doc__, ["wanda", "sparsegpt", "gptq"])
+    model = load(given)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     tokens = json.loads(given.tokens.read_text())
     rows = tokens["calib"]
@@ -77,19 +61,18 @@ def main() -> None:
     if not torch.cuda.is_available():
         # Its cache of activations pins memory, which needs an accelerator.
         IntermediatesCache._pin_intermediate = classmethod(lambda cls, value: None)
-    start = clock()
-    oneshot(
-        model=model,
-        recipe=recipe(given.method),
-        processor=tokenizer,
-        dataset=data,
-        num_calibration_samples=len(rows),
-        max_seq_length=len(rows[0]),
-    )
-    row: dict[str, Any] = {
-        "seconds": clock() - start,
-        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
+
+    def work() -> None:
+        oneshot(
+            model=model,
+            recipe=recipe(given.method),
+            processor=tokenizer,
+            dataset=data,
+            num_calibration_samples=len(rows),
+            max_seq_length=len(rows[0]),
+        )
+
+    row = timed(given, work)
     if given.perplexity:
         with torch.inference_mode():
             row["perplexity"] = perplexities(model, tokens["evals"])

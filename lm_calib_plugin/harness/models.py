@@ -13,7 +13,7 @@ from lm_calib_plugin.builtin_models import resolve_pretrained
 from lm_calib_plugin.checks import check_calibration, sequence_length
 from lm_calib_plugin.compression import compress, is_main_process
 from lm_calib_plugin.errors import CalibError, UserError, install_short_excepthook, listed
-from lm_calib_plugin.guard import several_processes
+from lm_calib_plugin.guard import check_agreed, several_processes
 from lm_calib_plugin.harness.arguments import (
     merge_harness,
     parse_argument_text,
@@ -207,12 +207,7 @@ class Calib(HFLM):
         mine = self.report.weights_digest
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, mine)
-        if len(set(everyone)) > 1:
-            raise CalibError(
-                f"{len(set(everyone))} different results on {len(everyone)} processes: "
-                f"{listed(str(d)[:12] for d in everyone)}. Run on one kind of device, with one "
-                "version of every package."
-            )
+        check_agreed(everyone)
 
 
 class CalibPruned(Calib):
