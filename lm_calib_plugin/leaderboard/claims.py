@@ -63,11 +63,9 @@ class Claims:
         except (OSError, ValueError):
             return 0
 
-    def begin(self, key: str) -> int:
-        """Note that a held cell is begun; return how often it was begun before."""
-        before = self.begun(key)
+    def begin(self, key: str, before: int) -> None:
+        """Note that a held cell is begun, which it was ``before`` times."""
         write_text(self._trials(key), str(before + 1))
-        return before
 
     def undo(self, key: str, before: int) -> None:
         """Take a ``begin`` back: the process was stopped, and the cell is not to blame."""

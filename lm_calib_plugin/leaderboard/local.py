@@ -132,14 +132,16 @@ def run_cells(
 def _measured(
     cell: Cell, records: Records, claims: Claims, measure: Callable[[Cell], Record]
 ) -> Record:
-    before = claims.begin(cell.key)
+    before = claims.begun(cell.key)
+    # All of it is inside: a signal may come between any two of these lines.
     try:
+        claims.begin(cell.key, before)
         record = died(cell, before) if before >= TRIALS else measure(cell)
         records.write(record)
+        claims.end(cell.key)
     except BaseException:
-        claims.undo(cell.key, before)
+        claims.undo(cell.key, 0 if records.has(cell.key) else before)
         raise
-    claims.end(cell.key)
     return record
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from lm_calib_plugin.leaderboard.claims import Claims
 claims = Claims(Path(sys.argv[1]))
 with claims.claim(sys.argv[2]) as mine:
-    claims.begin(sys.argv[2])
+    claims.begin(sys.argv[2], 0)
     print(mine, flush=True)
     time.sleep(60)
 """
@@ -42,17 +42,20 @@ def test_a_cell_is_held_by_one_process_and_free_when_that_is_killed(tmp_path: Pa
     assert not claims.is_held(KEY)
     with claims.claim(KEY) as mine:
         assert mine
-        assert claims.begin(KEY) == 1
+        assert claims.begun(KEY) == 1
 
 
 def test_begun_is_counted_until_there_is_a_record(tmp_path: Path) -> None:
     claims = Claims(tmp_path)
-    assert [claims.begin(KEY) for _ in range(3)] == [0, 1, 2]
+    for before in range(3):
+        assert claims.begun(KEY) == before
+        claims.begin(KEY, before)
     assert claims.begun(KEY) == 3
     claims.undo(KEY, 2)
     assert claims.begun(KEY) == 2
     claims.end(KEY)
-    assert (claims.begun(KEY), claims.begin(KEY)) == (0, 0)
+    assert claims.begun(KEY) == 0
+    claims.begin(KEY, 0)
     claims.undo(KEY, 0)
     assert claims.begun(KEY) == 0
 
@@ -63,7 +66,7 @@ def test_looking_writes_nothing(tmp_path: Path) -> None:
     assert claims.begun(KEY) == 0
     assert not (tmp_path / "none").exists()
     with claims.claim(KEY):
-        claims.begin(KEY)
+        claims.begin(KEY, 0)
         before = files(tmp_path)
         assert claims.is_held(KEY)
     assert not claims.is_held(KEY)
@@ -72,6 +75,6 @@ def test_looking_writes_nothing(tmp_path: Path) -> None:
 
 def test_a_damaged_count_is_none(tmp_path: Path) -> None:
     claims = Claims(tmp_path)
-    claims.begin(KEY)
+    claims.begin(KEY, 2)
     next(tmp_path.rglob("*.trials")).write_text("many")
-    assert claims.begin(KEY) == 0
+    assert claims.begun(KEY) == 0

@@ -98,8 +98,7 @@ def test_failed_cells_stop_nothing_and_are_run_again_when_asked(tmp_path: Path) 
 
 def test_a_cell_that_ends_its_process_several_times_has_failed(tmp_path: Path) -> None:
     claims = Claims(tmp_path)
-    for _ in range(TRIALS):
-        claims.begin(CELLS[0].key)
+    claims.begin(CELLS[0].key, TRIALS - 1)
     assert local.run_cells(CELLS[:2], tmp_path, fake_record) == 2
     first, second = Records(tmp_path).read_all(c.key for c in CELLS[:2])
     assert first.status == FAILED
@@ -119,6 +118,29 @@ def test_who_is_stopped_gives_the_cell_back(tmp_path: Path, error: type[BaseExce
         with pytest.raises(error):
             local.run_cells(CELLS[:1], tmp_path, measure)
     assert local.run_cells(CELLS[:1], tmp_path, fake_record) == 1
+
+
+@pytest.mark.parametrize("step", ["begin", "end"])
+def test_who_is_stopped_between_two_lines_blames_no_cell(
+    tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal may come right after the note that a cell is begun, or right before it goes."""
+    plain = getattr(Claims, step)
+    stops = [local.Stopped()]
+
+    def stopped(self: Claims, key: str, *arguments: int) -> None:
+        if step == "begin":
+            plain(self, key, *arguments)
+        if stops:
+            raise stops.pop()
+        if step == "end":
+            plain(self, key)
+
+    monkeypatch.setattr(Claims, step, stopped)
+    with pytest.raises(local.Stopped):
+        local.run_cells(CELLS[:1], tmp_path, fake_record)
+    assert not list(tmp_path.rglob("*.trials"))
+    assert local.run_cells(CELLS[:1], tmp_path, fake_record) == int(step == "begin")
 
 
 def test_the_signal_of_schedulers_is_a_ctrl_c(tmp_path: Path) -> None:

@@ -44,9 +44,9 @@ def test_every_state_is_told(tmp_path: Path) -> None:
         )
     )
     with claims.claim(died.key):
-        claims.begin(died.key)
+        claims.begin(died.key, 0)
     with claims.claim(running.key):
-        claims.begin(running.key)
+        claims.begin(running.key, 0)
         lines = list(status_lines(CELLS, tmp_path))
     assert lines[2].split() == ["no/model,", "wanda", "3", "1", "1", "4", "2.0"]
     assert f"failed {failed.key[:16]} {failed.title}: it broke" in lines
