@@ -8,16 +8,12 @@ from typing import Any
 
 import yaml
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]+")
+from lm_calib_plugin.drawing.words import CONTROL, one_line, writable
+
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#!|~&$@])")
 _TICKS = re.compile(r"`+")
 # What may stand in a link as it is.
 _URL = re.compile(r"https://[\w.-]+(?:/[\w./%~:?=&#+-]*)?")
-
-
-def one_line(value: Any) -> str:
-    """Return a text without line ends and other characters that steer a screen."""
-    return " ".join(_CONTROL.sub(" ", _writable(str(value))).split())
 
 
 def plain(value: Any) -> str:
@@ -40,7 +36,7 @@ def cell(value: Any) -> str:
 
 def block(text: str, language: str = "") -> str:
     """Return lines as a block of code."""
-    lines = [_CONTROL.sub(" ", line) for line in _writable(text).splitlines()]
+    lines = [CONTROL.sub(" ", line) for line in writable(text).splitlines()]
     longest = max((len(run) for run in _TICKS.findall(text)), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([fence + language, *lines, fence])
@@ -69,8 +65,3 @@ def _lines(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_lines(part) for part in value]
     return one_line(value) if isinstance(value, str) else value
-
-
-def _writable(text: str) -> str:
-    """Replace halves of characters, which no file can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")

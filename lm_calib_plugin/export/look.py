@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lm_calib_plugin.drawing.words import one_line
 from lm_calib_plugin.errors import CalibError
 from lm_calib_plugin.export import file_list
 from lm_calib_plugin.export.bitmask import ARCHIVE
-from lm_calib_plugin.export.card_text import one_line
 from lm_calib_plugin.export.file_list import Record
 from lm_calib_plugin.export.records import MODEL, Summary, read_summary, verify_folder
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from lm_calib_plugin.drawing import words
 from lm_calib_plugin.leaderboard.report import markdown, page, wording
 from lm_calib_plugin.leaderboard.tables import Control, Score
 from tests.leaderboard import synthetic
@@ -65,7 +66,7 @@ def test_plots_are_shown_or_missed():
     text = markdown.markdown(synthetic.small(), [("a [title]", "plots/a.svg")])
     assert "![a \\[title\\]](<plots/a.svg>)" in text
     assert "## Plots" not in markdown.markdown(synthetic.small())
-    assert f"`{wording.INSTALL_PLOTS}`" in markdown.markdown(synthetic.small(), None)
+    assert f"`{words.INSTALL_PLOTS}`" in markdown.markdown(synthetic.small(), None)
 
 
 def test_numbers_are_written_for_people():

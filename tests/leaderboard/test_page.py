@@ -9,8 +9,8 @@ import re
 
 import pytest
 
+from lm_calib_plugin.drawing.markup import Markup, escape, tag
 from lm_calib_plugin.leaderboard.report import page
-from lm_calib_plugin.leaderboard.report.page.markup import Markup, escape, tag
 from tests.leaderboard import synthetic
 
 

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from lm_calib_plugin.drawing import rendered
 from lm_calib_plugin.leaderboard.report import page, plots
 from tests.leaderboard import synthetic
 
@@ -33,7 +34,7 @@ def browser():
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     small = synthetic.small(rankings=(), heats=())
-    drawn = plots.draw(small) if plots.available() else []
+    drawn = plots.draw(small) if rendered.available() else []
     (folder / "index.html").write_text(page.render(synthetic.analysis(), drawn), encoding="utf-8")
     unranked = page.render(synthetic.small(no_ranking=("draws differ",)))
     (folder / "unranked.html").write_text(unranked, encoding="utf-8")

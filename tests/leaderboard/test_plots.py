@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lm_calib_plugin.leaderboard.report import markdown, plots, svg
+from lm_calib_plugin.drawing import svg
+from lm_calib_plugin.leaderboard.report import markdown, plots
 from lm_calib_plugin.leaderboard.tables import Score
 from tests.leaderboard import synthetic
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from lm_calib_plugin.drawing import rendered
 from lm_calib_plugin.leaderboard import report
-from lm_calib_plugin.leaderboard.report import plots
 from tests.leaderboard import synthetic
 
 
@@ -37,7 +37,7 @@ def test_the_same_analysis_gives_the_same_bytes(tmp_path):
 @pytest.fixture
 def no_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(plots, "available", lambda: False)
+    monkeypatch.setattr(rendered, "available", lambda: False)
 
 
 def test_without_matplotlib_all_else_is_written_and_says_so(tmp_path, no_matplotlib, capsys):

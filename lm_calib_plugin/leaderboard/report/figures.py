@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from lm_calib_plugin.export.card_text import one_line
-from lm_calib_plugin.leaderboard.report import canvas, wording
+from lm_calib_plugin.drawing import canvas
+from lm_calib_plugin.drawing.svg import Palette
+from lm_calib_plugin.drawing.words import one_line
+from lm_calib_plugin.leaderboard.report import wording
 from lm_calib_plugin.leaderboard.report.arrange import Group
-from lm_calib_plugin.leaderboard.report.svg import Palette
 from lm_calib_plugin.leaderboard.tables import (
     DATA_FREE,
     DENSE,

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lm_calib_plugin.leaderboard.report import canvas, wording
-from lm_calib_plugin.leaderboard.report.svg import Palette
+from lm_calib_plugin.drawing import canvas
+from lm_calib_plugin.drawing.svg import Palette
+from lm_calib_plugin.leaderboard.report import wording
 from lm_calib_plugin.leaderboard.tables import Analysis, Heat, Ranking, Shares
 
 _PARTS = 4  # colors of shares: not those of the first calibrations

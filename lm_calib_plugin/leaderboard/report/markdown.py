@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from lm_calib_plugin.drawing import words
 from lm_calib_plugin.export.card_text import block, code, plain, table
 from lm_calib_plugin.leaderboard.report import arrange, sentences, wording
 from lm_calib_plugin.leaderboard.report.arrange import Group, groups
@@ -243,7 +244,7 @@ def _agreements(analysis: Analysis) -> list[str]:
 
 def _plots(analysis: Analysis, plots: Sequence[tuple[str, str]] | None) -> list[str]:
     if plots is None:
-        return ["## Plots", f"{wording.NO_PLOTS} To install it: {code(wording.INSTALL_PLOTS)}"]
+        return ["## Plots", f"{words.NO_PLOTS} To install it: {code(words.INSTALL_PLOTS)}"]
     if not plots:
         return []
     return [

@@ -1,45 +1,24 @@
 """Plots of a leaderboard, as PNG and as SVG that adapts to light and dark.
 
-Drawn on figures of their own with the file renderer; neither the state of ``pyplot`` nor a display
-is touched, and the same Analysis gives the same bytes. All are as wide as a phone, so that their
-texts can be read there.
+The same Analysis gives the same bytes. All are as wide as a phone, so that their texts can be read
+there.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lm_calib_plugin.export.card_text import one_line
-from lm_calib_plugin.leaderboard.report import figures, flat, maps, svg, wording
+from lm_calib_plugin.drawing import svg
+from lm_calib_plugin.drawing.rendered import rendered, settings
+from lm_calib_plugin.drawing.words import one_line
+from lm_calib_plugin.leaderboard.report import figures, flat, maps, wording
 from lm_calib_plugin.leaderboard.report.arrange import Group, groups, headline
 from lm_calib_plugin.leaderboard.tables import AVERAGES, POINTS, Analysis, Column, Ranking
 
 KINDS = ("quality", "draws", "tasks", "ranks", "shares")
-SETTINGS: dict[str, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "lm-calib",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9.5,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "text.parse_math": False,  # names may hold a dollar sign
-    "axes.unicode_minus": True,
-}
-
 
 _CUT = "Scale of logarithms; bars that end at the edge reach further."
 # With no more plots of ranks than this, methods within a calibration are drawn, too.
@@ -76,41 +55,18 @@ class _Plan:
     paint: Callable[[svg.Palette], Any]
 
 
-def available() -> bool:
-    """Tell whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def draw(analysis: Analysis) -> list[Plot]:
     """Return all plots, model by model and level by level; needs matplotlib."""
-    import matplotlib
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        matplotlib.rcdefaults()
-        settings: Any = matplotlib.rcParams
-        settings.update(SETTINGS)
-        # Fonts do not know every name that people give; the table and the description do.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with settings():
         return [_drawn(plan) for plan in _plans(analysis)]
 
 
 def _drawn(plan: _Plan) -> Plot:
     name = f"{plan.kind}-{flat.file_name(plan.model, plan.level, *plan.parts)}"
-    title, description = one_line(plan.title), one_line(plan.description)
-    png = _saved(plan.paint(svg.LIGHT), "png")
-    inline = svg.adaptive(_saved(plan.paint(svg.ADAPTIVE), "svg"), name, title, description)
+    title = one_line(plan.title)
     place = (plan.model, plan.level, title, plan.reading)
-    return Plot(name, plan.kind, *place, png, svg.standalone(inline), inline)
-
-
-def _saved(figure: Any, kind: str) -> bytes:
-    content = io.BytesIO()
-    if kind == "png":
-        figure.savefig(content, format=kind, dpi=200, metadata={"Software": None})
-    else:
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(content, format=kind, transparent=True, metadata=nothing)
-    return content.getvalue()
+    drawn = rendered(plan.paint, name, title, plan.description)
+    return Plot(name, plan.kind, *place, drawn.png, drawn.svg, drawn.inline)
 
 
 def _plans(analysis: Analysis) -> Iterator[_Plan]:

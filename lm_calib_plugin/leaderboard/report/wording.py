@@ -45,8 +45,6 @@ RANKINGS = (
     "How well the ranking of single draws tells that of the means: expected Kendall tau-b"
     " (1: always the same, 0: not at all), and how often one draw puts the first row first."
 )
-NO_PLOTS = "Plots are left out, as matplotlib is not installed."
-INSTALL_PLOTS = "pip install 'lm-calib-plugin[plots]'"
 MINUS = "−"
 # How the words of a control by a null calibration begin.
 _NULL = "without meaning, it scores above "

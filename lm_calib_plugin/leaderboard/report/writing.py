@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lm_calib_plugin import storage
-from lm_calib_plugin.leaderboard.report import flat, page, plots, wording
+from lm_calib_plugin.drawing import rendered, words
+from lm_calib_plugin.leaderboard.report import flat, page, plots
 from lm_calib_plugin.leaderboard.report.markdown import markdown
 from lm_calib_plugin.leaderboard.tables import Analysis
 
@@ -32,11 +33,9 @@ def write_report(analysis: Analysis, folder: Path) -> list[Path]:
     list of Path
         The files.
     """
-    drawn = plots.draw(analysis) if plots.available() else None
+    drawn = plots.draw(analysis) if rendered.available() else None
     if drawn is None:
-        print(
-            f"lm-calib: {wording.NO_PLOTS} To install it: {wording.INSTALL_PLOTS}", file=sys.stderr
-        )
+        print(f"lm-calib: {words.NO_PLOTS} To install it: {words.INSTALL_PLOTS}", file=sys.stderr)
     files: dict[str, bytes] = {}
     for plot in drawn or ():
         files[f"plots/{plot.name}.png"] = plot.png

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lm_calib_plugin.drawing.markup import Markup, join, lines, tag
 from lm_calib_plugin.leaderboard.report import wording
-from lm_calib_plugin.leaderboard.report.page.markup import Markup, join, lines, tag
 from lm_calib_plugin.leaderboard.tables import Analysis, Entry
 
 

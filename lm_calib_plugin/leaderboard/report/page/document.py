@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from importlib import resources
-from string import Template
 
-from lm_calib_plugin.leaderboard.report import sentences, svg
+from lm_calib_plugin.drawing import page
+from lm_calib_plugin.drawing.markup import Markup, join, tag
+from lm_calib_plugin.leaderboard.report import sentences
 from lm_calib_plugin.leaderboard.report.page import pairs, sections, table
-from lm_calib_plugin.leaderboard.report.page.markup import Markup, escape, join, tag
 from lm_calib_plugin.leaderboard.report.plots import Plot, left_out
 from lm_calib_plugin.leaderboard.tables import Analysis
 
@@ -23,7 +21,6 @@ def render(analysis: Analysis, plots: Sequence[Plot] | None = ()) -> str:
     plots
         What ``plots.draw`` returned; None where they could not be drawn.
     """
-    style, script = Template(_part("page.css")).substitute(series=_series()), _part("page.js")
     found = [
         _section("verdict", "", sections.verdict(analysis)),
         _section("checks", "Controls and conditions", sections.checks(analysis)),
@@ -50,42 +47,11 @@ def render(analysis: Analysis, plots: Sequence[Plot] | None = ()) -> str:
         ],
         "\n",
     )
-    policy = "; ".join(
-        [
-            "default-src 'none'",
-            f"style-src '{_hash(style)}'",
-            f"script-src '{_hash(script)}'",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
-    )
-    return Template(_part("page.html")).substitute(
-        policy=policy, title=escape(analysis.name), style=style, script=script, body=body
-    )
+    return page.document(analysis.name, body, _part("page.css"), _part("page.js"))
 
 
 def _part(name: str) -> str:
     return (resources.files(__package__) / name).read_text("utf-8")
-
-
-def _series() -> str:
-    """Return the colors of series in plots, light and dark."""
-
-    def rules(scope: str, dark: bool) -> str:
-        return "".join(
-            f"{scope}.pf-{name}{{fill:{svg.COLORS[name][dark]}}}"
-            f"{scope}.ps-{name}{{stroke:{svg.COLORS[name][dark]}}}"
-            for name in svg.SERIES
-        )
-
-    by_system = rules(':root:not([data-theme="light"]) ', True)
-    by_choice = rules(':root[data-theme="dark"] ', True)
-    return f"{rules('', False)}\n@media (prefers-color-scheme: dark){{{by_system}}}\n{by_choice}"
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _section(id: str, title: str, *content: Markup | None) -> tuple[str, str, Markup | None]:

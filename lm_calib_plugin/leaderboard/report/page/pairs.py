@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lm_calib_plugin.drawing.markup import Markup, join, tag
 from lm_calib_plugin.leaderboard.report import wording
 from lm_calib_plugin.leaderboard.report.arrange import RESOLVED, headline, is_resolved
-from lm_calib_plugin.leaderboard.report.page.markup import Markup, join, tag
 from lm_calib_plugin.leaderboard.tables import Analysis, Comparison
 
 _HEADS = (

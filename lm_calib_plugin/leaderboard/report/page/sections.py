@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from lm_calib_plugin.drawing import words
+from lm_calib_plugin.drawing.markup import Markup, join, tag
 from lm_calib_plugin.leaderboard.report import sentences, wording
-from lm_calib_plugin.leaderboard.report.page.markup import Markup, join, tag
 from lm_calib_plugin.leaderboard.report.plots import Plot
 from lm_calib_plugin.leaderboard.tables import Analysis, Share, Shares
 
@@ -66,8 +67,8 @@ def _folded(title: str, pairs: Iterable[tuple[str, str]]) -> Markup:
 def plots(found: Sequence[Plot] | None, left_out: str = "") -> Markup | None:
     """Return all plots, by kind; figures go with the filters for model and level."""
     if found is None:
-        install = tag("code", wording.INSTALL_PLOTS)
-        return tag("p", f"{wording.NO_PLOTS} To install it: ", install, cls="hint")
+        install = tag("code", words.INSTALL_PLOTS)
+        return tag("p", f"{words.NO_PLOTS} To install it: ", install, cls="hint")
     parts = []
     for kind in dict.fromkeys(plot.kind for plot in found):
         own = [plot for plot in found if plot.kind == kind]

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from lm_calib_plugin.drawing.markup import Markup, join, tag
 from lm_calib_plugin.leaderboard.report import wording
 from lm_calib_plugin.leaderboard.report.arrange import Group, Row, groups, headline
 from lm_calib_plugin.leaderboard.report.page import detail
-from lm_calib_plugin.leaderboard.report.page.markup import Markup, join, tag
 from lm_calib_plugin.leaderboard.tables import (
     AVERAGES,
     COMPRESSED,

@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Iterable
 
-from lm_calib_plugin.export.card_text import one_line
+from lm_calib_plugin.drawing.words import one_line
 
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _PERCENT = re.compile(r"(\d) %")  # a line does not end in between

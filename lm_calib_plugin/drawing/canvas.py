@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from lm_calib_plugin.export.card_text import one_line
-from lm_calib_plugin.leaderboard.report.svg import Palette
+from lm_calib_plugin.drawing.svg import Palette
+from lm_calib_plugin.drawing.words import one_line
 
 _FEW = 20  # ends closer than this hold too few powers of ten for an axis
 WIDTH = 4.5  # inches of 72 units: what a phone shows without making texts smaller

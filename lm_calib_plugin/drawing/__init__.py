@@ -1,0 +1,1 @@
+"""What people look at: words, HTML that nothing breaks out of, plots that fit light and dark."""
