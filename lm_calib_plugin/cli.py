@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from lm_calib_plugin import cli_cache, cli_export, cli_leaderboard
+from lm_calib_plugin import cli_cache, cli_export, cli_inspect, cli_leaderboard
 from lm_calib_plugin.cli_arguments import (
     MODEL,
     WithMethod,
@@ -306,6 +306,7 @@ def doctor(
 
 
 cli_export.add_to(app)
+cli_inspect.add_to(app)
 cli_cache.add_to(app)
 cli_leaderboard.add_to(app)
 

@@ -1,4 +1,4 @@
-"""``lm-calib export | inspect | pack | unpack``: folders that leave this program, and come back."""
+"""``lm-calib export | pack | unpack``: folders that leave this program, and come back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from lm_calib_plugin.errors import UserError
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("export", cls=WithRecipe)(export_folder)
-    app.command("inspect")(inspect_folder)
     app.command("pack")(pack)
     app.command("unpack")(unpack)
 
@@ -87,23 +86,6 @@ def _as_typed(error: UserError) -> UserError:
         return error
     text = str(error.renamed("format"))
     return UserError("format", text.removeprefix("format: ").replace("export_format=", "--format "))
-
-
-def inspect_folder(
-    folder: str = typer.Argument(metavar="DIR", help="An exported folder, or an archive."),
-    as_json: bool = typer.Option(False, "--json", help="One JSON object, for programs."),
-    verify: bool = typer.Option(True, help="Read every byte, weights included."),
-    quiet: bool = typer.Option(False, "--quiet", help="No progress bars."),
-) -> None:
-    """Say what an exported folder is, and whether every file is whole; else exit code 1."""
-    import json
-    from pathlib import Path
-
-    from lm_calib_plugin.export.look import look
-
-    found = look(Path(folder).expanduser(), verify=verify, progress=not quiet)
-    typer.echo(json.dumps(found.plain(), indent=1) if as_json else found.table())
-    raise typer.Exit(int(found.whole is False))
 
 
 def pack(

@@ -1,0 +1,12 @@
+"""``lm-calib inspect generation``."""
+
+from __future__ import annotations
+
+import typer
+
+from lm_calib_plugin.cli_inspect.options import Pretrained
+
+
+def inspect_generation(ctx: typer.Context, pretrained: Pretrained) -> None:
+    """Not there yet."""
+    raise NotImplementedError

@@ -1,0 +1,1 @@
+"""What compression changed, where, and why: one question a file, one report for all of them."""
