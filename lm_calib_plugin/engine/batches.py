@@ -33,6 +33,8 @@ class Chunk:
     places of the sequences in the set. ``dense`` are the hidden states of the dense model, where
     both are followed. ``weights`` (``[batch]``, None: all one) says how many times
     a token of each counts in the statistics, ``skip_first`` whether first tokens count at all.
+    With ``places``, rows that are looked at are told by their place in the chunk, not by their
+    sequence alone.
     """
 
     ids: Tensor
@@ -41,6 +43,7 @@ class Chunk:
     numbers: tuple[int, ...] = ()
     weights: Tensor | None = None
     skip_first: bool = False
+    places: bool = False
     hidden: Tensor | None = None
     dense: Tensor | None = None
     calls: list[BlockCall] = field(default_factory=list)
@@ -71,8 +74,14 @@ class Chunk:
         return counted.bool().reshape(-1)
 
     def owners(self) -> Tensor:
-        """Return to which row of the chunk each counted position belongs, ``[tokens]``."""
-        rows = torch.arange(self.rows).repeat_interleave(self.ids.shape[1])
+        """Return to which row of the chunk each counted position belongs, ``[tokens]``.
+
+        With ``places``: its place, ``row * length + position``.
+        """
+        if self.places:
+            rows = torch.arange(self.ids.numel())
+        else:
+            rows = torch.arange(self.rows).repeat_interleave(self.ids.shape[1])
         counted = self.counted()
         return rows if counted is None else rows[counted]
 
@@ -94,6 +103,7 @@ class Chunk:
             self.numbers[rows],
             None if self.weights is None else self.weights[rows],
             self.skip_first,
+            self.places,
             None if self.hidden is None else self.hidden[rows].clone(),
             None if self.dense is None else self.dense[rows].clone(),
             done=self.done,

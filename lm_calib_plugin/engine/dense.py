@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,14 @@ from lm_calib_plugin.errors import UnsupportedModelError
 
 
 class Visitor(Protocol):
-    """What looks at the inputs of the layers."""
+    """What looks at the inputs of the layers.
+
+    One that also has a method ``stream(index, chunk)`` sees the residual stream: it is called
+    before block ``index`` with every chunk, whose ``hidden`` ``[batch, length, hidden]`` is what
+    goes in, and at last with the number of blocks and what comes out of the last one. It keeps all
+    of a chunk or, when it raises, nothing: a chunk that runs out of memory comes again in parts.
+    Rows of several processes are not added up.
+    """
 
     def wants(self, index: int) -> bool:
         """Tell whether the inputs of block ``index`` are to be looked at (else it is only run)."""
@@ -49,6 +56,7 @@ def dense_pass(
     progress: bool = True,
     title: str = "statistics",
     ranks: Ranks | None = None,
+    first: Chunk | None = None,
 ) -> BlockPass:
     """Run all chunks through the blocks, unchanged, and show the inputs of ``layers``.
 
@@ -70,6 +78,9 @@ def dense_pass(
     ranks
         The processes that divide the chunks, each of which gets all of the result; states have to
         be lists of statistics then.
+    first
+        The chunk whose first tokens tell which layers share an input; default: the first of these.
+        The same one in several passes makes their groups the same.
 
     Returns
     -------
@@ -90,26 +101,48 @@ def dense_pass(
                 "targets", f"{layer.name} is outside the decoder blocks", "layers of the blocks"
             )
         by_block.setdefault(layer.block, []).append(layer)
-    first, ranks = chunks[0] if chunks else None, ranks or Ranks()
+    if first is None and chunks:
+        first = chunks[0]
+    ranks = ranks or Ranks()
     if ranks.several:
         chunks = deal(chunks, ranks.rank, ranks.count).chunks
     work = BlockPass(model, blocks, chunks, device, first)
     wanted = [index for index in by_block if visitor.wants(index)]
-    if not wanted:
+    stream = getattr(visitor, "stream", None)
+    if not wanted and stream is None:
         return work
     work.timed("capture", work.capture)
-    last = max(wanted)
+    last = max(wanted) if stream is None else len(blocks) - 1
     for index in tqdm(range(last + 1), desc=f"{title}, blocks", disable=not progress):
         own = by_block[index] if index in wanted else []
+        _show_stream(work, index, stream)
         with work.at_hand(index):
-            _one_block(work, index, last, own, visitor, ranks)
+            _one_block(work, index, index < last or stream is not None, own, visitor, ranks)
+    _show_stream(work, last + 1, stream)
     return work
+
+
+def _show_stream(work: BlockPass, index: int, stream: Callable[[int, Chunk], None] | None) -> None:
+    """Show what goes into a block, each chunk once."""
+    if stream is None:
+        return
+    for chunk in work.chunks:
+        chunk.done = False
+
+    def rest() -> None:
+        left = [chunk for chunk in work.chunks if not chunk.done]
+        for chunk, here in work.hidden.coming(left, dense=False):
+            stream(index, here)
+            chunk.done = True
+        work.hidden.settle()
+
+    work.timed("stream", lambda: work.until_it_fits(rest))
 
 
 def _one_block(
     work: BlockPass,
     index: int,
-    last: int,
+    keep: bool,
     layers: Sequence[TargetLayer],
     visitor: Visitor,
     ranks: Ranks,
@@ -126,7 +159,7 @@ def _one_block(
             groups,
             lambda: visitor.start(index, groups.groups),
             visitor.listen,
-            keep=index < last,
+            keep=keep,
         ),
     )
     if ranks.several:

@@ -1,0 +1,16 @@
+"""What the inputs of linear layers look like, and whether it depends on the text.
+
+>>> result = inspect(model, tokenizer, {"c4": one_set, "code": another})  # doctest: +SKIP
+>>> print(document(result, tokenizer, "my model").text())  # doctest: +SKIP
+"""
+
+from lm_calib_plugin.diagnostics.activations.inspection import (
+    ALL,
+    GRAM_BYTES,
+    REST,
+    OfSet,
+    Result,
+    inspect,
+)
+
+__all__ = ["ALL", "GRAM_BYTES", "REST", "OfSet", "Result", "inspect"]
