@@ -12,5 +12,6 @@ from lm_calib_plugin.diagnostics.activations.inspection import (
     Result,
     inspect,
 )
+from lm_calib_plugin.diagnostics.activations.report import document
 
-__all__ = ["ALL", "GRAM_BYTES", "REST", "OfSet", "Result", "inspect"]
+__all__ = ["ALL", "GRAM_BYTES", "REST", "OfSet", "Result", "document", "inspect"]

@@ -38,7 +38,7 @@ def counted(x: Tensor) -> Tensor:
 
 
 def edges() -> np.ndarray:
-    """Return the ends of the bins of one sign but that of zero, ``[BINS]``; the last is infinite."""
+    """Return the ends of the bins of one sign, ``[BINS]``, without that of zero."""
     steps, split = np.arange(INNER), 2**SPLIT_BITS
     inner = np.exp2(steps // split + float(LOWEST)) * (1 + (steps % split) / split)
     return np.concatenate([[0.0], inner, [2.0**HIGHEST, math.inf]])
@@ -78,7 +78,9 @@ def beyond(counts: Tensor, low: float, high: float, largest: float) -> tuple[flo
     return float((below_low + above_high) / total), float((first + second) / total)
 
 
-def _above(own: np.ndarray, other: np.ndarray, ends: np.ndarray, bound: float) -> tuple[float, float]:
+def _above(
+    own: np.ndarray, other: np.ndarray, ends: np.ndarray, bound: float
+) -> tuple[float, float]:
     """Return how many values exceed a bound, and how many share its bin.
 
     ``own`` are the counts of values with the sign of the bound's side, ``other`` of the others.

@@ -144,7 +144,9 @@ def inspect(
     layers, _ = engine.find_layers(blocks)
     rows = sample_rows or _affordable(layers)
     with left_as_found(model):
-        run = _Run(model, blocks, layers, sets, Grams(gram_bytes, len(sets)), rows, seed, batch_size)
+        run = _Run(
+            model, blocks, layers, sets, Grams(gram_bytes, len(sets)), rows, seed, batch_size
+        )
         run.passes(progress)
         result = run.result(tokenizer, transforms)
     result.seconds = time.perf_counter() - began

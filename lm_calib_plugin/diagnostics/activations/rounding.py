@@ -68,7 +68,9 @@ def ratios(
         Infinite where nothing is lost; None where there is nothing to round.
     """
     samples = [
-        Rows(part.sample.rows, part.rows) for part in parts if part.rows and part.sample.rows is not None
+        Rows(part.sample.rows, part.rows)
+        for part in parts
+        if part.rows and part.sample.rows is not None
     ]
     peak = torch.stack([part.peak for part in parts]).amax(0)
     found = {PLAIN: _ratios(samples, float(peak.max()))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -107,7 +108,7 @@ class Seen:
                 self.peaks[number] = torch.maximum(self.peaks[number], own.amax(0))
         self.large += (size >= LARGE).sum(0)
         self.counts += counted(x)
-        median = size.median(dim=1).values
+        median = middle(size)
         has = median > 0
         self.ratio += _sum((size.amax(1) / median.where(has, median.new_ones(())))[has])
         self._moments(x.double(), half)
@@ -168,6 +169,16 @@ def kurtosis_of(means: Tensor) -> Tensor:
     found = central / spread.clamp_min(1e-300) ** 2
     nothing = torch.full_like(found, float("nan"))
     return torch.where(spread > _NO_SPREAD * second, found, nothing)
+
+
+def middle(size: Tensor) -> Tensor:
+    """Return the (lower) median of each row of absolute values, ``[tokens, in]``, float32."""
+    if size.device.type != "cpu":
+        return size.median(dim=1).values
+    # The partial sort of numpy is faster; the bits of such floats are in the order of the numbers.
+    place = (size.shape[1] - 1) // 2
+    bits = np.partition(size.numpy().view(np.int32), place, axis=1)[:, place]
+    return torch.from_numpy(np.ascontiguousarray(bits).view(np.float32))
 
 
 def _sum(values: Tensor) -> Tensor:

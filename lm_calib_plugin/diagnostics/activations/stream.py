@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lm_calib_plugin.diagnostics.activations.seen import middle
 from lm_calib_plugin.engine.batches import Chunk
 
 SIZE, TIMES = 100.0, 1000.0
@@ -62,16 +63,18 @@ class Stream:
         if counted is not None:
             rows, places = rows[counted.to(rows.device)], places[counted]
         size = rows.float().abs()
-        median = size.median(dim=1).values
+        median = middle(size)
         first = (places % chunk.ids.shape[1] == 0).to(rows.device)
         heavy = (size > SIZE) & (size > TIMES * median[:, None])
         found = []
         for which in (first, ~first):
             own = heavy & which[:, None]
             largest = torch.where(which, size.amax(1), 0.0).max() if len(size) else torch.zeros(())
-            middle = torch.where(which, median, 0.0).sum(dtype=torch.float64)
-            massive = _largest(level, chunk, rows, torch.where(own, size, 0.0), median, places)
-            numbers = torch.tensor([float(middle), int(which.sum())], dtype=torch.float64)
+            medians = torch.where(which, median, 0.0).sum(dtype=torch.float64)
+            massive = []
+            if bool(own.any()):
+                massive = _largest(level, chunk, rows, torch.where(own, size, 0.0), median, places)
+            numbers = torch.tensor([float(medians), int(which.sum())], dtype=torch.float64)
             found.append((own.sum(0).cpu(), largest.cpu(), numbers, massive))
         # From here on nothing asks for memory: all of a chunk counts, or nothing.
         for part, (count, largest, numbers, massive) in enumerate(found):

@@ -52,7 +52,9 @@ class Input:
         first, tails = group[0].name, [layer.name.rpartition(".")[2] for layer in group]
         parents = [layer.name.rpartition(".")[0] for layer in group]
         # Parts of one module are named by their tails; others by what they do not share.
-        rest = [t if p == parents[0] else x.name for t, p, x in zip(tails, parents, group, strict=True)]
+        rest = [
+            t if p == parents[0] else x.name for t, p, x in zip(tails, parents, group, strict=True)
+        ]
         width = group[0].shape[1]
         hidden = width == hidden_size and not any(tail in _ENDS for tail in tails)
         return cls(
@@ -234,7 +236,10 @@ class Watch:
             for seen in (part.first, part.rest):
                 if not seen.is_finite():
                     raise NumericalError(
-                        one.name, "activations", "NaN or Inf in the activations", "try dtype=float32"
+                        one.name,
+                        "activations",
+                        "NaN or Inf in the activations",
+                        "try dtype=float32",
                     )
             mine = self.found.get(one.name)
             if mine is None:
