@@ -6,6 +6,9 @@ With ``H = X^T X / tokens`` and ``a_j`` the largest ``|x|`` of channel ``j``:
     Overlap of the 1 % of channels with the largest ``a_j`` (at least one), 1 if they are the same.
 ``range_shift``
     Mean over channels of ``|log(a_j(A) / a_j(B))|``; channels that are 0 in one set do not count.
+``energy_shift``
+    Mean over channels of ``|log(r_j(A) / r_j(B))|`` with ``r_j`` the root mean square of channel
+    ``j``; channels that are 0 in one set do not count.
 ``spearman``
     Rank correlation of ``diag(H)``.
 ``frobenius``
@@ -43,16 +46,21 @@ def top_channels(peak: np.ndarray, share: float = TOP_SHARE) -> set[int]:
 def by_channel(
     peak_a: np.ndarray, energy_a: np.ndarray, peak_b: np.ndarray, energy_b: np.ndarray
 ) -> dict[str, float | None]:
-    """Compare largest values and sums of squares of channels, ``[in]`` each."""
+    """Compare largest values and mean squares of channels, ``[in]`` each."""
     top_a, top_b = top_channels(peak_a), top_channels(peak_b)
     union = top_a | top_b
-    alive = (peak_a > 0) & (peak_b > 0)
-    shift = np.abs(np.log(peak_a[alive] / peak_b[alive])).mean() if alive.any() else None
     return {
         "jaccard": len(top_a & top_b) / len(union) if union else None,
-        "range_shift": None if shift is None else float(shift),
+        "range_shift": shift(peak_a, peak_b),
+        "energy_shift": shift(np.sqrt(energy_a), np.sqrt(energy_b)),
         "spearman": spearman(energy_a, energy_b),
     }
+
+
+def shift(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Return the mean of ``|log(a / b)|`` over what is positive in both; None without any."""
+    alive = (a > 0) & (b > 0)
+    return float(np.abs(np.log(a[alive] / b[alive])).mean()) if alive.any() else None
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float | None:

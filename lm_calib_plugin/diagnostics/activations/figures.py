@@ -96,7 +96,7 @@ def overlap(result: Result) -> Figure:
                 ),
                 _mean,
             )
-            label = f"{names[0]} and {names[1]}" if part == ALL else None
+            label = f"with {names[1]}" if part == ALL else None
             lines.append((values, number, style, 1.4, label))
     words = [_words(str(label), values) for values, *_, label in lines if label]
     own = result.sets[first].halves

@@ -14,8 +14,8 @@ from lm_calib_plugin.diagnostics.activations.stream import SIZE, TIMES
 
 # Below this ratio in dB rounding takes more than a hundredth of the energy: our own threshold.
 BAD = 20.0
-# Sets differ when the ranges of their channels are so many times as far apart as those of halves
-# of one set, and by more than a tenth.
+# Sets differ when their channels are so many times as far apart as those of halves of one set, and
+# by more than a tenth.
 _FAR, _TENTH = 2.0, math.log(1.1)
 _NAMED = 3
 TENSOR, TOKEN = "int8 per tensor", "int8 per token"
@@ -244,28 +244,35 @@ def _pairs(result: Result) -> list[str]:
 
 def _verdict(result: Result) -> list[str]:
     """Say whether the choice of the set shows, with the halves of a set to judge by."""
-    sentences = []
     first = next(iter(result.sets))
-    for a, b in result.pairs:
-        if a != first:
-            continue
-        shift = mean_of(result, (a, b), "range_shift")
-        halves = [halves_of(result.sets[name], "range_shift") for name in (a, b)]
+    return [_of_pair(result, names) for names in result.pairs if names[0] == first]
+
+
+def _of_pair(result: Result, names: tuple[str, str]) -> str:
+    a, b = names
+    told, differs = [], []
+    for measure, what, matters in (
+        ("energy_shift", "typical sizes of channels", "how weights are pruned and rounded"),
+        ("range_shift", "largest values of channels", "static ranges of inputs"),
+    ):
+        apart = mean_of(result, names, measure)
+        halves = [halves_of(result.sets[name], measure) for name in names]
         own = max((value for value in halves if value is not None), default=None)
-        if shift is None:
+        if apart is None:
             continue
-        ranges = f"the ranges of channels differ by a factor of {math.exp(shift):.2f}"
-        if own is None:
-            sentences.append(f"{a} and {b}: {ranges}.")
-            continue
-        against = (
-            f"{ranges} between {a} and {b}, and by {math.exp(own):.2f} between halves of one set"
+        beside = "" if own is None else f" ({math.exp(own):.2f} between halves of one set)"
+        told.append(f"{what} differ by a factor of {math.exp(apart):.2f}{beside}")
+        if own is not None and apart > _FAR * own and apart > _TENTH:
+            differs.append(matters)
+    if not told:
+        return f"{a} and {b} reach no layer in common."
+    if differs:
+        verdict = (
+            f"{a} and {b} look different to this model, which matters for {' and '.join(differs)}"
         )
-        if shift > _FAR * own and shift > _TENTH:
-            sentences.append(f"The set matters for what the layers of this model see: {against}.")
-        else:
-            sentences.append(f"The set hardly matters for what the layers see: {against}.")
-    return sentences
+    else:
+        verdict = f"{a} and {b} look much the same to this model"
+    return f"{verdict}: {', '.join(told)}."
 
 
 def _db(value: float | None) -> str:

@@ -103,11 +103,11 @@ def _above(
 def densities(counts: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return middles of bins of ``|x|``, and the share of the values in each, per doubling.
 
-    For drawing: bins are joined by fours; empty ones, zeros and what lies outside are left out.
+    For drawing: bins are joined by eights; empty ones, zeros and what lies outside are left out.
     """
     both = counts.sum(0).cpu().numpy().astype(np.float64)
-    joined = both[2:-1].reshape(-1, 4).sum(1) / max(1.0, both.sum())
+    joined = both[2:-1].reshape(-1, 8).sum(1) / max(1.0, both.sum())
     ends = edges()[1:-1]
-    low, high = ends[:-1:4], ends[4::4]
+    low, high = ends[:-1:8], ends[8::8]
     kept = joined > 0
     return np.sqrt(low * high)[kept], (joined / np.log2(high / low))[kept]

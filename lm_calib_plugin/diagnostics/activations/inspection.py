@@ -43,8 +43,8 @@ class OfSet:
 
     ``inputs``: by name of the input and by ``all`` or ``without first``, the metrics of
     :mod:`~lm_calib_plugin.diagnostics.activations.metrics` and ``snr`` (by transform and format).
-    ``halves``: by name of the input, ``jaccard``, ``range_shift`` and ``spearman`` between its
-    sequences with even and with odd numbers. ``features``: outlier features, by the same two.
+    ``halves``: by name of the input, what can be said of channels when its sequences with even
+    numbers are compared with those with odd ones. ``features``: outlier features, by the same two.
     ``densities``: histograms for drawing, of the inputs that round worst.
     """
 
@@ -276,8 +276,9 @@ class _Run:
         made.inputs[one.name] = found
         made.unplaced += both.unplaced
         made.densities[one.name] = {ALL: together.counts, REST: both.rest.counts}
-        peaks, energies = together.peaks.double().numpy(), together.powers[:, 1].numpy()
-        made.halves[one.name] = compared.by_channel(peaks[0], energies[0], peaks[1], energies[1])
+        peaks = together.peaks.double().numpy()
+        means = (together.powers[:, 1] / together.tokens.clamp(min=1)[:, None]).numpy()
+        made.halves[one.name] = compared.by_channel(peaks[0], means[0], peaks[1], means[1])
 
     def _compare_channels(self, inputs: Sequence[Input]) -> None:
         """Add to every pair what largest values and energies of channels say."""

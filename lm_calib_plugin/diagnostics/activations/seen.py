@@ -57,19 +57,20 @@ class Sample:
 class Seen:
     """What was seen of input rows ``[tokens, width]``.
 
-    Exact: ``rows`` (their number), ``powers`` (``[2, 4, width]``: sums of the first four powers of
-    every channel, float64), ``peaks`` (``[2, width]``: largest absolute value), ``large``
-    (``[width]``: values of size 6 and more) - where the first dimension has two halves of the
-    sequences, those with even and with odd numbers, so that a set can be compared with itself. Of
-    single tokens: ``kurtosis`` and ``ratio``, each a sum over tokens and the number of tokens that
-    have one. Binned: ``counts``, a signed histogram. ``sample`` keeps some rows, ``gram`` (None: it
-    was not asked for) sums ``x x^T`` in float32.
+    Exact: ``tokens`` (``[2]``, their number), ``powers`` (``[2, 4, width]``: sums of the first four
+    powers of every channel, float64), ``peaks`` (``[2, width]``: largest absolute value) - where
+    the first dimension has two halves of the sequences, those with even and with odd numbers, so
+    that a set can be compared with itself - and ``large`` (``[width]``: values of size 6 and more).
+    Of single tokens: ``kurtosis`` and ``ratio``, each a sum over tokens and the number of tokens
+    that have one. Binned: ``counts``, a signed histogram. ``sample`` keeps some rows, ``gram``
+    (None: it was not asked for) sums ``x x^T`` in float32.
     """
 
     def __init__(
         self, width: int, device: torch.device | str = "cpu", sample: int = 0, gram: bool = False
     ) -> None:
-        self.width, self.rows = width, 0
+        self.width = width
+        self.tokens = torch.zeros(2, dtype=torch.int64)
         self.powers = torch.zeros(2, 4, width, dtype=torch.float64, device=device)
         self.peaks = torch.zeros(2, width, device=device)
         self.large = torch.zeros(width, dtype=torch.int64, device=device)
@@ -98,7 +99,7 @@ class Seen:
         for start in range(0, len(x), step):
             part = x[start : start + step].detach().float()
             self._add(part, half[start : start + step].to(part.device))
-        self.rows += len(x)
+        self.tokens += torch.bincount(half.cpu(), minlength=2)
 
     def _add(self, x: Tensor, half: Tensor) -> None:
         size = x.abs()
@@ -129,7 +130,7 @@ class Seen:
         for name in ("powers", "large", "counts", "kurtosis", "ratio"):
             getattr(self, name).add_(getattr(other, name).to(self.powers.device))
         self.peaks = torch.maximum(self.peaks, other.peaks.to(self.peaks.device))
-        self.rows += other.rows
+        self.tokens += other.tokens
         self.sample.merge(other.sample)
         if self.gram is not None and other.gram is not None:
             self.gram.merge(other.gram)
@@ -142,6 +143,11 @@ class Seen:
             made.merge(part)
         made.sample = Sample(0)
         return made
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return int(self.tokens.sum())
 
     @property
     def peak(self) -> Tensor:

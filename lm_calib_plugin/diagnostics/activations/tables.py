@@ -84,8 +84,8 @@ def pair(result: Result, names: tuple[str, str]) -> Table:
     """Return how alike two sets are at every input, the least alike first."""
     a = names[0]
     head = [
-        "input", "overlap", "no first", "halves", "range factor", "halves", "rank corr.",
-        "Frobenius", "no first", "angles", "no first", "rank share", "of the other",
+        "input", "overlap", "no first", "halves", "range factor", "halves", "size factor", "halves",
+        "rank corr.", "Frobenius", "no first", "angles", "no first", "rank share", "of the other",
     ]  # fmt: skip
     rows = []
     for one in result.inputs:
@@ -101,6 +101,8 @@ def pair(result: Result, names: tuple[str, str]) -> Table:
                 own.get("jaccard"),
                 _factor(together.get("range_shift")),
                 _factor(own.get("range_shift")),
+                _factor(together.get("energy_shift")),
+                _factor(own.get("energy_shift")),
                 together.get("spearman"),
                 together.get("frobenius"),
                 rest.get("frobenius"),
@@ -115,9 +117,9 @@ def pair(result: Result, names: tuple[str, str]) -> Table:
     caption = (
         "Overlap: Jaccard index of the 1 % of channels with the largest |x| (halves: between even "
         f"and odd sequences of {a}). Range factor: exp of the mean |log| of the ratio of the "
-        "largest |x| of a channel. Rank corr.: Spearman, of diag(H). Frobenius: "
-        "||H_A - H_B||/||H_A||, H the second moments per token. Angles: "
-        f"sqrt(1 - ||U_A'U_B||²/k) of the leading k dimensions (k: {k}). Rank share: "
+        "largest |x| of a channel; size factor: of its root mean square. Rank corr.: "
+        "Spearman, of diag(H). Frobenius: ||H_A - H_B||/||H_A||, H the second moments per token. "
+        f"Angles: sqrt(1 - ||U_A'U_B||²/k) of the leading k dimensions (k: {k}). Rank share: "
         "tr(H)²/||H||² over the width."
     )
     return Table(head, rows, caption, _SHOWN)
