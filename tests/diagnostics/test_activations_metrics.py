@@ -264,3 +264,21 @@ def test_idle_experts() -> None:
         {"expert": "b.0.experts.0", "tokens": 0, "even": 50.0},
     ]
     assert idle_experts([input_of(0)], {"b.0.q_proj": 0}) == []
+
+
+def test_the_median_token_sees_what_a_huge_value_hides() -> None:
+    tensor = rows(101, 32, heavy=False)
+    tensor[0, 5] = 5000.0
+    x = tensor.double().numpy()
+    found = rounding.ratios([seen_of(tensor, sample=200)], transforms=False)
+    rounded = naive_int(x, 5000 / 127.5, 8)
+    assert found[rounding.PLAIN]["int8 per tensor"] == pytest.approx(decibels(x, rounded), abs=0.05)
+    assert found[rounding.PLAIN]["int8 per tensor"] > 30
+    single = sorted(decibels(a, b) for a, b in zip(x, rounded, strict=True))
+    median = found[rounding.PLAIN + rounding.MEDIAN]["int8 per tensor"]
+    assert median == pytest.approx(single[50], abs=0.05)
+    assert median == pytest.approx(0, abs=0.05)
+    each = naive_int(x, np.abs(x).max(1, keepdims=True) / 127.5, 8)
+    single = sorted(decibels(a, b) for a, b in zip(x, each, strict=True))
+    median = found[rounding.PLAIN + rounding.MEDIAN]["int8 per token"]
+    assert median == pytest.approx(single[50], abs=0.05)

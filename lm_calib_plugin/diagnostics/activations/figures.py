@@ -9,7 +9,13 @@ from typing import Any
 from lm_calib_plugin.diagnostics.activations.findings import TENSOR, ratio, worst
 from lm_calib_plugin.diagnostics.activations.histogram import densities
 from lm_calib_plugin.diagnostics.activations.inspection import ALL, REST, Result
-from lm_calib_plugin.diagnostics.activations.rounding import FORMATS, PLAIN, ROTATED, SMOOTHED
+from lm_calib_plugin.diagnostics.activations.rounding import (
+    FORMATS,
+    MEDIAN,
+    PLAIN,
+    ROTATED,
+    SMOOTHED,
+)
 from lm_calib_plugin.diagnostics.document import Figure
 from lm_calib_plugin.drawing import canvas
 from lm_calib_plugin.drawing.svg import Palette
@@ -49,15 +55,21 @@ def rounding(result: Result) -> Figure:
     """Draw the ratio of int8 with one scale a tensor, by block."""
     lines = []
     for number, one in enumerate(result.sets.values()):
-        for part, style, label in ((ALL, "-", one.name), (REST, "--", None)):
-            values = _by_block(result, lambda name, o=one, p=part: ratio(o, name, TENSOR, p), min)
+        for part, how, style, label in (
+            (ALL, PLAIN, "-", one.name),
+            (REST, PLAIN, "--", None),
+            (ALL, PLAIN + MEDIAN, ":", None),
+        ):
+            values = _by_block(
+                result, lambda name, o=one, p=part, h=how: ratio(o, name, TENSOR, p, h), min
+            )
             lines.append((values, number, style, 1.4, label))
-    words = [_words(one.name, lines[2 * i][0]) for i, one in enumerate(result.sets.values())]
+    words = [_words(one.name, lines[3 * i][0]) for i, one in enumerate(result.sets.values())]
     title = "Rounding to int8 by layer"
     return Figure(
         title,
         "One scale a tensor; the worst input of each block, in dB: higher is better. Dashed: "
-        "without first tokens.",
+        "without first tokens; dotted: of the median token.",
         " ".join(["Ratio of int8 per tensor by block, in dB.", *words]),
         _painter(title, "signal over rounding noise [dB], higher is better", lines),
     )
@@ -66,9 +78,9 @@ def rounding(result: Result) -> Figure:
 def formats(result: Result) -> Figure:
     """Draw the ratios of all formats of the first set, by block."""
     one = next(iter(result.sets.values()))
-    wanted = [(name, PLAIN, name, "-") for name in FORMATS]
-    wanted += [(TENSOR, SMOOTHED, f"{TENSOR}, SmoothQuant", "--")]
-    wanted += [(TENSOR, ROTATED, f"{TENSOR}, rotated", "-.")]
+    wanted = [(name, PLAIN + MEDIAN, name, "-") for name in FORMATS]
+    wanted += [(TENSOR, SMOOTHED + MEDIAN, f"{TENSOR}, SmoothQuant", "--")]
+    wanted += [(TENSOR, ROTATED + MEDIAN, f"{TENSOR}, rotated", "-.")]
     lines = []
     for number, (kind, how, label, style) in enumerate(wanted):
         values = _by_block(result, lambda name, k=kind, h=how: ratio(one, name, k, ALL, h), min)
@@ -77,7 +89,8 @@ def formats(result: Result) -> Figure:
     title = "Formats by layer"
     return Figure(
         title,
-        f"Set {one.name}; the worst input of each block, in dB: higher is better.",
+        f"Set {one.name}; the median token at the worst input of each block, in dB: higher is "
+        "better.",
         " ".join(_words(str(label), values) for values, *_, label in lines),
         _painter(title, f"{one.name}, signal over rounding noise [dB]", lines),
     )

@@ -9,8 +9,8 @@ from typing import Any
 
 from lm_calib_plugin.diagnostics.activations.features import idle_experts
 from lm_calib_plugin.diagnostics.activations.inspection import ALL, REST, OfSet, Result
-from lm_calib_plugin.diagnostics.activations.rounding import PLAIN, ROTATED, SMOOTHED
-from lm_calib_plugin.diagnostics.activations.stream import SIZE, TIMES
+from lm_calib_plugin.diagnostics.activations.rounding import MEDIAN, PLAIN, ROTATED, SMOOTHED
+from lm_calib_plugin.diagnostics.activations.stream import SIZE, TIMES, Massive
 
 # Below this ratio in dB rounding takes more than a hundredth of the energy: our own threshold.
 BAD = 20.0
@@ -18,6 +18,8 @@ BAD = 20.0
 # by more than a tenth.
 _FAR, _TENTH = 2.0, math.log(1.1)
 _NAMED = 3
+# First tokens make a range that is so many times that of all others.
+_FIRST = 5.0
 TENSOR, TOKEN = "int8 per tensor", "int8 per token"
 
 
@@ -36,9 +38,16 @@ def ratio(
 
 
 def worst(one: OfSet, kind: str = TENSOR, part: str = ALL) -> list[tuple[float, str]]:
-    """Return ratios in dB and names of inputs, the lowest first."""
-    found = ((ratio(one, name, kind, part), name) for name in one.inputs)
-    return sorted((value, name) for value, name in found if value is not None)
+    """Return ratios in dB and names of inputs, the lowest first.
+
+    Of each the lower one of that over all values and that of the median token.
+    """
+    found = []
+    for name in one.inputs:
+        both = [ratio(one, name, kind, part, how) for how in (PLAIN, PLAIN + MEDIAN)]
+        known = [value for value in both if value is not None]
+        found += [(min(known), name)] if known else []
+    return sorted(found)
 
 
 def token_text(tokenizer: Any, token: int) -> str:
@@ -57,26 +66,28 @@ def _rounding(one: OfSet) -> list[str]:
     if not order:
         return []
     low = [name for value, name in order if value < BAD]
-    value, name = order[0]
+    name = order[0][1]
     beside = [
         f"{what} {_db(found)}"
         for what, found in (
-            ("without first tokens", ratio(one, name, TENSOR, REST)),
-            ("one scale a token", ratio(one, name, TOKEN)),
-            ("after SmoothQuant", ratio(one, name, TENSOR, ALL, SMOOTHED)),
-            ("after a rotation", ratio(one, name, TENSOR, ALL, ROTATED)),
+            ("without first tokens", ratio(one, name, TENSOR, REST, PLAIN + MEDIAN)),
+            ("with one scale a token", ratio(one, name, TOKEN, ALL, PLAIN + MEDIAN)),
+            ("after SmoothQuant", ratio(one, name, TENSOR, ALL, SMOOTHED + MEDIAN)),
+            ("after a rotation", ratio(one, name, TENSOR, ALL, ROTATED + MEDIAN)),
         )
         if found is not None
     ]
-    worst_one = f"the worst is {name} with {_db(value)}" + (
-        f" ({', '.join(beside)})" * bool(beside)
+    told = (
+        f"the worst is {name} with {_db(ratio(one, name, TENSOR))} over all values and "
+        f"{_db(ratio(one, name, TENSOR, ALL, PLAIN + MEDIAN))} for the median token"
     )
+    told += f" ({', '.join(beside)})" if beside else ""
     if low:
         what = f"will hurt: the signal is less than {BAD:g} dB above the rounding noise at "
         what += f"{len(low)} of {len(order)} inputs"
     else:
         what = f"will not hurt: {BAD:g} dB or more at all {len(order)} inputs"
-    return [f"int8 with one scale a tensor {what} (set {one.name}); {worst_one}."]
+    return [f"int8 with one scale a tensor {what} (set {one.name}); {told}."]
 
 
 def _outliers(one: OfSet) -> list[str]:
@@ -101,6 +112,7 @@ def _outliers(one: OfSet) -> list[str]:
     sentences = [
         f"The largest input of set {one.name} is {amax:.4g}{without}: {name}, channel {channel}."
     ]
+    sentences += _first_tokens(one)
     found = with_any(ALL)
     for times, name, entry in found[:_NAMED]:
         sentences.append(
@@ -121,14 +133,32 @@ def _outliers(one: OfSet) -> list[str]:
     return sentences
 
 
+def _first_tokens(one: OfSet) -> list[str]:
+    """Name the inputs whose largest value is that of first tokens by far."""
+    found = [
+        (parts[ALL]["amax"] / parts[REST]["amax"], name)
+        for name, parts in one.inputs.items()
+        if parts[REST].get("amax") and parts[ALL]["amax"] > _FIRST * parts[REST]["amax"]
+    ]
+    if not found:
+        return []
+    times, name = max(found)
+    return [
+        f"First tokens make the range of {len(found)} of {len(one.inputs)} inputs (set "
+        f"{one.name}): without them the largest value is less than a fifth; at {name} "
+        f"{times:.0f} times smaller."
+    ]
+
+
 def _massive(one: OfSet, tokenizer: Any) -> list[str]:
     stream = one.stream
     assert stream is not None
     if not stream.count():
+        top = max(stream.top.values())
         return [
             f"No massive activation (above {SIZE:g} and {TIMES:g} times the median of its token) "
-            f"in the residual stream; the largest value is {float(stream.peaks.max()):.4g} (set "
-            f"{one.name})."
+            f"in the residual stream (set {one.name}); the largest value is {top.value:.4g}, "
+            f"{top.times:,.0f} times the median of its token, at {_place(top, tokenizer)}."
         ]
     sentences = []
     for part, where in ((0, "at first tokens"), (1, "at other tokens")):
@@ -137,14 +167,18 @@ def _massive(one: OfSet, tokenizer: Any) -> list[str]:
             continue
         top = next(m for m in stream.largest() if (m.position == 0) == (part == 0))
         channels = stream.counts[part].sum(0).nonzero()[:, 0].tolist()
-        place = f"position {top.position} ({token_text(tokenizer, top.token)})"
         sentences.append(
             f"{count} massive activations {where} (set {one.name}), in channel"
             f"{'s' * (len(channels) != 1)} {_some(channels)} of the residual stream; the largest "
-            f"is {top.value:.4g}, {top.times:,.0f} times the median of its token, at {place}, "
-            f"channel {top.channel}, level {top.level}."
+            f"is {top.value:.4g}, {top.times:,.0f} times the median of its token, at "
+            f"{_place(top, tokenizer)}."
         )
     return sentences
+
+
+def _place(one: Massive, tokenizer: Any) -> str:
+    token = token_text(tokenizer, one.token)
+    return f"position {one.position} ({token}), channel {one.channel}, level {one.level}"
 
 
 def _features(one: OfSet) -> list[str]:
@@ -154,7 +188,7 @@ def _features(one: OfSet) -> list[str]:
     channels = _some([entry["channel"] for entry in found])
     top = found[0]
     return [
-        f"{len(found)} outlier features in the sense of LLM.int8 (set {one.name}): hidden "
+        f"{len(found)} outlier feature{'s' * (len(found) != 1)} in the sense of LLM.int8 (set {one.name}): hidden "
         f"dimension{'s' * (len(found) != 1)} {channels}; {top['channel']} is 6 or more at "
         f"{top['positions']:.0%} of the positions. Without first tokens: {len(rest)}."
     ]

@@ -45,7 +45,8 @@ class Stream:
 
     ``counts`` ``[2, levels, hidden]``: massive activations of first tokens and of all others, by
     channel. ``peaks`` ``[2, levels]``: largest ``|h|``. ``medians`` ``[2, levels, 2]``: sum over
-    tokens of the median of ``|h|``, and their number. ``kept``: the largest few of each level.
+    tokens of the median of ``|h|``, and their number. ``kept``: the largest few massive ones of each
+    level. ``top``: the largest value of each level, massive or not.
     """
 
     def __init__(self, levels: int, hidden: int) -> None:
@@ -53,6 +54,7 @@ class Stream:
         self.peaks = torch.zeros(2, levels)
         self.medians = torch.zeros(2, levels, 2, dtype=torch.float64)
         self.kept: dict[tuple[int, int], list[Massive]] = {}
+        self.top: dict[int, Massive] = {}
 
     def update(self, level: int, chunk: Chunk) -> None:
         """Look at the hidden states of a chunk; pads do not count."""
@@ -76,12 +78,15 @@ class Stream:
                 massive = _largest(level, chunk, rows, torch.where(own, size, 0.0), median, places)
             numbers = torch.tensor([float(medians), int(which.sum())], dtype=torch.float64)
             found.append((own.sum(0).cpu(), largest.cpu(), numbers, massive))
+        top = _largest(level, chunk, rows, size, median, places, 1)
         # From here on nothing asks for memory: all of a chunk counts, or nothing.
         for part, (count, largest, numbers, massive) in enumerate(found):
             self.counts[part, level] += count
             self.peaks[part, level] = torch.maximum(self.peaks[part, level], largest)
             self.medians[part, level] += numbers
             self._keep(part, level, massive)
+
+        self.top[level] = max([*top, *([self.top[level]] if level in self.top else [])])
 
     def _keep(self, part: int, level: int, found: Sequence[Massive]) -> None:
         both = [*self.kept.get((part, level), ()), *found]
@@ -107,13 +112,23 @@ class Stream:
 
 
 def _largest(
-    level: int, chunk: Chunk, rows: Tensor, size: Tensor, median: Tensor, places: Tensor
+    level: int,
+    chunk: Chunk,
+    rows: Tensor,
+    size: Tensor,
+    median: Tensor,
+    places: Tensor,
+    count: int = KEPT,
 ) -> list[Massive]:
-    """Return the largest values of ``size`` ``[tokens, hidden]`` that are not 0."""
+    """Return the largest values of ``size`` ``[tokens, hidden]``, but for zeros where many."""
     flat, made = size.reshape(-1), []
-    best, index = flat.topk(min(KEPT, flat.numel()))
+    if count == 1:
+        index = flat.argmax()[None]
+        best = flat[index]
+    else:
+        best, index = flat.topk(min(count, flat.numel()))
     for value, place in zip(best.tolist(), index.tolist(), strict=True):
-        if value <= 0:
+        if value <= 0 and count > 1:
             break
         row, channel = divmod(place, size.shape[1])
         sequence, position = divmod(int(places[row]), chunk.ids.shape[1])

@@ -6,9 +6,15 @@ import math
 from typing import Any
 
 from lm_calib_plugin.diagnostics.activations.features import idle_experts
-from lm_calib_plugin.diagnostics.activations.findings import TENSOR, TOKEN, ratio, token_text
+from lm_calib_plugin.diagnostics.activations.findings import (
+    TENSOR,
+    TOKEN,
+    ratio,
+    token_text,
+    worst,
+)
 from lm_calib_plugin.diagnostics.activations.inspection import ALL, REST, OfSet, Result
-from lm_calib_plugin.diagnostics.activations.rounding import ROTATED, SMOOTHED
+from lm_calib_plugin.diagnostics.activations.rounding import MEDIAN, PLAIN, ROTATED, SMOOTHED
 from lm_calib_plugin.diagnostics.document import Table
 
 _SHOWN = 8
@@ -52,8 +58,8 @@ def magnitudes(one: OfSet) -> Table:
 def roundings(one: OfSet) -> Table:
     """Return signal-to-noise ratios, the input that rounds worst first."""
     head = [
-        "input", "int8/tensor", "no first", "SmoothQuant", "rotated", "int8/token", "fp8/tensor",
-        "int4/token", "no first", "rotated",
+        "input", "int8/tensor", "no first", "median token", "SmoothQuant", "rotated", "int8/token",
+        "fp8/tensor", "int4/token", "no first", "rotated",
     ]  # fmt: skip
     four = "int4 per token"
     rows = [
@@ -61,8 +67,9 @@ def roundings(one: OfSet) -> Table:
             name,
             ratio(one, name, TENSOR),
             ratio(one, name, TENSOR, REST),
-            ratio(one, name, TENSOR, ALL, SMOOTHED),
-            ratio(one, name, TENSOR, ALL, ROTATED),
+            ratio(one, name, TENSOR, ALL, PLAIN + MEDIAN),
+            ratio(one, name, TENSOR, ALL, SMOOTHED + MEDIAN),
+            ratio(one, name, TENSOR, ALL, ROTATED + MEDIAN),
             ratio(one, name, TOKEN),
             ratio(one, name, "fp8 per tensor"),
             ratio(one, name, four),
@@ -71,11 +78,13 @@ def roundings(one: OfSet) -> Table:
         ]
         for name in one.inputs
     ]
-    rows.sort(key=lambda row: math.inf if row[1] is None else row[1])
+    order = {name: place for place, (_, name) in enumerate(worst(one))}
+    rows.sort(key=lambda row: order.get(row[0], len(order)))
     caption = (
         "dB, 10 log10(||x||²/||x - Q(x)||²), on sampled rows; one scale a tensor is that of the "
-        "largest value of the set. After SmoothQuant (alpha 0.5) and after a random Hadamard "
-        "rotation: of int8 with one scale a tensor, and at last of int4."
+        "largest value of the set. Over all values, where one huge value can be most of the "
+        "signal, and that of the median token, also after SmoothQuant (alpha 0.5) and after a "
+        "random Hadamard rotation. At last int4, over all values, also rotated."
     )
     return Table(head, rows, caption, _SHOWN)
 
