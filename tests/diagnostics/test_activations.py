@@ -14,12 +14,14 @@ import torch
 from scipy import stats
 from torch import nn
 
-from lm_calib_plugin import cli
+from lm_calib_plugin import cli, engine
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.diagnostics.activations import ALL, REST, Result, document, inspect
 from lm_calib_plugin.diagnostics.activations.asking import asked
+from lm_calib_plugin.diagnostics.activations.inputs import Grams
 from lm_calib_plugin.diagnostics.activations.stream import Stream
 from lm_calib_plugin.diagnostics.activations.watching import Watch
+from lm_calib_plugin.engine.batches import Chunk
 from lm_calib_plugin.errors import NumericalError, UserError
 from tests.bank.corpora import write
 from tests.tiny import make_model, make_tokenizer, random_ids, saved_model
@@ -425,3 +427,22 @@ def test_errors_come_before_the_model(
 ) -> None:
     assert run("--pretrained", "/no/model", *arguments) == 2
     assert capsys.readouterr().err.startswith(f"error: {argument}")
+
+
+def test_rows_that_do_not_tell_their_token_are_said() -> None:
+    watch = Watch({}, {}, Grams(0, 1), 8, 0, 32)
+    model = make_model()
+    layer = next(x for x in engine.find_layers(engine.find_blocks(model))[0])
+    state = watch.start(0, [[layer]])
+    chunk = Chunk(torch.zeros(2, 4, dtype=torch.int64), None, False, (0, 1), places=True)
+    watch.listen(state, chunk, 0, torch.randn(3, 32), chunk.owners())
+    watch.listen(state, chunk, 0, torch.randn(8, 32), chunk.owners())
+    watch.finish(0, [[layer]], state)
+    both = watch.found[layer.name]
+    assert (both.unplaced, both.first.rows, both.rest.rows) == (3, 2, 9)
+
+
+def test_a_set_of_another_tokenizer_is_refused() -> None:
+    other = CalibrationSet.of([[1, 2]], seqlen=4, tokenizer="another")
+    with pytest.raises(UserError, match="made with tokenizer another"):
+        inspect(make_model(), make_tokenizer(), {"a": other}, progress=False)

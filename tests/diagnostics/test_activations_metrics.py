@@ -12,9 +12,9 @@ from scipy import stats
 
 from lm_calib_plugin.diagnostics.activations import compared, histogram, rounding
 from lm_calib_plugin.diagnostics.activations.features import idle_experts, outlier_features
+from lm_calib_plugin.diagnostics.activations.inputs import Input
 from lm_calib_plugin.diagnostics.activations.metrics import SIGMAS, measured
 from lm_calib_plugin.diagnostics.activations.seen import Seen
-from lm_calib_plugin.diagnostics.activations.watching import Input
 
 
 def rows(tokens: int = 301, width: int = 40, seed: int = 0, heavy: bool = True) -> torch.Tensor:

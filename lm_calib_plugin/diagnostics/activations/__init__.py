@@ -4,14 +4,8 @@
 >>> print(document(result, tokenizer, "my model").text())  # doctest: +SKIP
 """
 
-from lm_calib_plugin.diagnostics.activations.inspection import (
-    ALL,
-    GRAM_BYTES,
-    REST,
-    OfSet,
-    Result,
-    inspect,
-)
+from lm_calib_plugin.diagnostics.activations.inspection import GRAM_BYTES, inspect
 from lm_calib_plugin.diagnostics.activations.report import document
+from lm_calib_plugin.diagnostics.activations.result import ALL, REST, OfSet, Result
 
 __all__ = ["ALL", "GRAM_BYTES", "REST", "OfSet", "Result", "document", "inspect"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from lm_calib_plugin.diagnostics.activations.inputs import Input
 from lm_calib_plugin.diagnostics.activations.seen import Seen
-from lm_calib_plugin.diagnostics.activations.watching import Input
 
 BLOCKS_SHARE, POSITIONS_SHARE = 0.25, 0.06
 # Experts that get less than this part of an even share are named.

@@ -8,7 +8,7 @@ from typing import Any
 
 from lm_calib_plugin.diagnostics.activations.findings import TENSOR, ratio, worst
 from lm_calib_plugin.diagnostics.activations.histogram import densities
-from lm_calib_plugin.diagnostics.activations.inspection import ALL, REST, Result
+from lm_calib_plugin.diagnostics.activations.result import ALL, REST, Result
 from lm_calib_plugin.diagnostics.activations.rounding import (
     FORMATS,
     MEDIAN,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm_calib_plugin.diagnostics.activations.features import idle_experts
-from lm_calib_plugin.diagnostics.activations.inspection import ALL, REST, OfSet, Result
+from lm_calib_plugin.diagnostics.activations.result import ALL, REST, OfSet, Result
 from lm_calib_plugin.diagnostics.activations.rounding import MEDIAN, PLAIN, ROTATED, SMOOTHED
 from lm_calib_plugin.diagnostics.activations.stream import SIZE, TIMES, Massive
 
@@ -188,9 +188,9 @@ def _features(one: OfSet) -> list[str]:
     channels = _some([entry["channel"] for entry in found])
     top = found[0]
     return [
-        f"{len(found)} outlier feature{'s' * (len(found) != 1)} in the sense of LLM.int8 (set {one.name}): hidden "
-        f"dimension{'s' * (len(found) != 1)} {channels}; {top['channel']} is 6 or more at "
-        f"{top['positions']:.0%} of the positions. Without first tokens: {len(rest)}."
+        f"{len(found)} outlier feature{'s' * (len(found) != 1)} in the sense of LLM.int8 (set "
+        f"{one.name}): hidden dimension{'s' * (len(found) != 1)} {channels}; {top['channel']} is 6 "
+        f"or more at {top['positions']:.0%} of the positions. Without first tokens: {len(rest)}."
     ]
 
 

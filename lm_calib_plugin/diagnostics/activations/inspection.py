@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,14 +13,15 @@ from tqdm import tqdm
 
 from lm_calib_plugin import engine
 from lm_calib_plugin.calibration import CalibrationSet
+from lm_calib_plugin.checks import check_tokenizer
 from lm_calib_plugin.diagnostics.activations import compared, features, rounding
+from lm_calib_plugin.diagnostics.activations.inputs import Grams, Input
 from lm_calib_plugin.diagnostics.activations.metrics import measured
+from lm_calib_plugin.diagnostics.activations.result import ALL, REST, OfSet, Result
 from lm_calib_plugin.diagnostics.activations.seen import Seen
-from lm_calib_plugin.diagnostics.activations.stream import Massive, Stream
+from lm_calib_plugin.diagnostics.activations.stream import Stream
 from lm_calib_plugin.diagnostics.activations.watching import (
     Both,
-    Grams,
-    Input,
     Watch,
     WatchStream,
     passed,
@@ -30,67 +29,10 @@ from lm_calib_plugin.diagnostics.activations.watching import (
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.guard import left_as_found
 
-ALL, REST = "all", "without first"
 GRAM_BYTES = 2 << 30
 # Sampled rows of all inputs of one set take at most so many bytes.
 _SAMPLE_BYTES = 512 << 20
 _SAMPLE, _LEAST = 256, 8
-
-
-@dataclass
-class OfSet:
-    """What one set showed.
-
-    ``inputs``: by name of the input and by ``all`` or ``without first``, the metrics of
-    :mod:`~lm_calib_plugin.diagnostics.activations.metrics` and ``snr`` (by transform and format).
-    ``halves``: by name of the input, what can be said of channels when its sequences with even
-    numbers are compared with those with odd ones. ``features``: outlier features, by the same two.
-    ``densities``: histograms for drawing, of the inputs that round worst.
-    """
-
-    name: str
-    calibration: CalibrationSet
-    inputs: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    halves: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    features: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    massive: list[Massive] = field(default_factory=list)
-    stream: Stream | None = None
-    densities: dict[str, dict[str, Any]] = field(default_factory=dict)
-    unplaced: int = 0
-
-
-@dataclass
-class Result:
-    """The answer of :func:`inspect`.
-
-    Parameters
-    ----------
-    inputs
-        What was looked at, in the order of the model.
-    sets
-        By name, what each set showed; the first is the one that others are compared with.
-    pairs
-        By names of two sets, name of the input and ``all`` or ``without first``: the measures of
-        :mod:`~lm_calib_plugin.diagnostics.activations.compared`.
-    rank_shares
-        By name of the set and the input, and the same two.
-    passes
-        Passes of all sets through the model: more than one where Gram matrices need it.
-    left_out
-        Inputs whose Gram matrix has no room at all.
-    settings, warnings, seconds
-        What was asked for, what to know, and how long it took.
-    """
-
-    inputs: list[Input]
-    sets: dict[str, OfSet]
-    pairs: dict[tuple[str, str], dict[str, dict[str, dict[str, float | None]]]]
-    rank_shares: dict[str, dict[str, dict[str, float | None]]]
-    passes: int
-    left_out: list[str]
-    settings: dict[str, Any]
-    warnings: list[str]
-    seconds: float
 
 
 def inspect(
@@ -114,7 +56,7 @@ def inspect(
     Parameters
     ----------
     model, tokenizer
-        A causal language model; the tokenizer only names tokens (None: by their ids).
+        A causal language model, and its tokenizer (None: not compared with that of the sets).
     sets
         Name -> sequences; the first is what others are compared with.
     gram_bytes
@@ -133,12 +75,12 @@ def inspect(
     Raises
     ------
     UserError
-        When there is no set, or a token id beyond the model's.
+        When there is no set, one of another tokenizer, or a token id beyond the model's.
     NumericalError
         For activations that are NaN or infinite; the input is named.
     """
     began = time.perf_counter()
-    _check(model, sets)
+    _check(model, tokenizer, sets)
     engine.check_supported(model)
     blocks = engine.find_blocks(model, block_path)
     layers, _ = engine.find_layers(blocks)
@@ -148,7 +90,7 @@ def inspect(
             model, blocks, layers, sets, Grams(gram_bytes, len(sets)), rows, seed, batch_size
         )
         run.passes(progress)
-        result = run.result(tokenizer, transforms)
+        result = run.result(transforms)
     result.seconds = time.perf_counter() - began
     return result
 
@@ -223,7 +165,7 @@ class _Run:
                     into = self.pairs.setdefault((a, b), {}).setdefault(name, {})
                     into[part] = {**compared.by_gram(h_a, h_b, k, self.seed), "k": k}
 
-    def result(self, tokenizer: Any, transforms: bool) -> Result:
+    def result(self, transforms: bool) -> Result:
         """Measure everything that was seen."""
         order = {layer.name: number for number, layer in enumerate(self.layers)}
         inputs = sorted(self.inputs.values(), key=lambda one: order[one.layers[0]])
@@ -322,11 +264,13 @@ def _affordable(layers: Sequence[engine.TargetLayer]) -> int:
     return max(_LEAST, min(_SAMPLE, _SAMPLE_BYTES // (4 * max(1, width))))
 
 
-def _check(model: Any, sets: Mapping[str, CalibrationSet]) -> None:
+def _check(model: Any, tokenizer: Any, sets: Mapping[str, CalibrationSet]) -> None:
     if not sets:
         raise UserError("calibration", "got no set", "one or more", "for instance c4")
     size = int(model.get_input_embeddings().weight.shape[0])
     for name, calibration in sets.items():
+        if tokenizer is not None:
+            check_tokenizer(calibration, tokenizer)
         if not calibration.sequences:
             raise UserError("calibration", f"the set {name} is empty", "one or more sequences")
         largest = max(int(ids.max()) for ids in calibration.sequences)
@@ -337,8 +281,3 @@ def _check(model: Any, sets: Mapping[str, CalibrationSet]) -> None:
                 f"the model has {size}",
                 "make the set with the tokenizer of this model",
             )
-
-
-def plain(value: Massive) -> dict[str, Any]:
-    """Return plain values."""
-    return dataclasses.asdict(value)

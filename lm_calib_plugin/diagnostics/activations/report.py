@@ -11,7 +11,7 @@ import transformers
 
 from lm_calib_plugin.diagnostics.activations import figures, tables
 from lm_calib_plugin.diagnostics.activations.findings import dead_channels, findings
-from lm_calib_plugin.diagnostics.activations.inspection import OfSet, Result
+from lm_calib_plugin.diagnostics.activations.result import OfSet, Result
 from lm_calib_plugin.diagnostics.document import Document, Section, Table
 
 _MIB = 1 << 20

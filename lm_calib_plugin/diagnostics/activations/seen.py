@@ -47,11 +47,10 @@ class Sample:
             taken = taken[which.to(taken.device)]
         self.ranks, self.rows = best, taken
 
-    def merge(self, other: Sample) -> None:
-        """Take what another sample kept."""
+    def merge(self, other: Sample, device: torch.device) -> None:
+        """Take what another sample kept; it comes to this device."""
         if other.rows is not None:
-            rows = other.rows if self.rows is None else other.rows.to(self.rows.device)
-            self.update(rows, other.ranks)
+            self.update(other.rows.to(device), other.ranks)
 
 
 class Seen:
@@ -131,7 +130,7 @@ class Seen:
             getattr(self, name).add_(getattr(other, name).to(self.powers.device))
         self.peaks = torch.maximum(self.peaks, other.peaks.to(self.peaks.device))
         self.tokens += other.tokens
-        self.sample.merge(other.sample)
+        self.sample.merge(other.sample, self.powers.device)
         if self.gram is not None and other.gram is not None:
             self.gram.merge(other.gram)
 

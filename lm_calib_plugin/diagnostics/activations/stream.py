@@ -45,8 +45,8 @@ class Stream:
 
     ``counts`` ``[2, levels, hidden]``: massive activations of first tokens and of all others, by
     channel. ``peaks`` ``[2, levels]``: largest ``|h|``. ``medians`` ``[2, levels, 2]``: sum over
-    tokens of the median of ``|h|``, and their number. ``kept``: the largest few massive ones of each
-    level. ``top``: the largest value of each level, massive or not.
+    tokens of the median of ``|h|``, and their number. ``kept``: the largest few massive ones of
+    each level. ``top``: the largest value of each level, massive or not.
     """
 
     def __init__(self, levels: int, hidden: int) -> None:

@@ -13,7 +13,7 @@ from lm_calib_plugin.diagnostics.activations.findings import (
     token_text,
     worst,
 )
-from lm_calib_plugin.diagnostics.activations.inspection import ALL, REST, OfSet, Result
+from lm_calib_plugin.diagnostics.activations.result import ALL, REST, OfSet, Result
 from lm_calib_plugin.diagnostics.activations.rounding import MEDIAN, PLAIN, ROTATED, SMOOTHED
 from lm_calib_plugin.diagnostics.document import Table
 
