@@ -20,6 +20,8 @@ _FAR, _TENTH = 2.0, math.log(1.1)
 _NAMED = 3
 # First tokens make a range that is so many times that of all others.
 _FIRST = 5.0
+# Values of the residual stream that are so much of the way to massive are called nearly so.
+_NEARLY = 0.1
 TENSOR, TOKEN = "int8 per tensor", "int8 per token"
 
 
@@ -155,10 +157,12 @@ def _massive(one: OfSet, tokenizer: Any) -> list[str]:
     assert stream is not None
     if not stream.count():
         top = max(stream.top.values())
+        nearly = top.size > SIZE and top.times > _NEARLY * TIMES
         return [
-            f"No massive activation (above {SIZE:g} and {TIMES:g} times the median of its token) "
-            f"in the residual stream (set {one.name}); the largest value is {top.value:.4g}, "
-            f"{top.times:,.0f} times the median of its token, at {_place(top, tokenizer)}."
+            f"{'Nearly a' if nearly else 'No'} massive activation (above {SIZE:g} and {TIMES:g} "
+            f"times the median of its token) in the residual stream (set {one.name}): the largest "
+            f"value is {top.value:.4g}, {top.times:,.0f} times the median of its token, at "
+            f"{_place(top, tokenizer)}."
         ]
     sentences = []
     for part, where in ((0, "at first tokens"), (1, "at other tokens")):
