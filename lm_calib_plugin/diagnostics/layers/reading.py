@@ -1,0 +1,346 @@
+"""What a finished run says of its layers: files are checked, never believed, never executed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_calib_plugin.errors import CalibError, UserError, listed
+from lm_calib_plugin.export.options import FILES
+from lm_calib_plugin.export.records import read_summary
+from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.report import LayerRow
+from lm_calib_plugin.storage import digest, json_object
+
+ARGUMENT = "run"
+RESULTS, EXPORT, LAYERS = "results", "export", "layers"
+_SIDE_FILE = re.compile(r"layers-([0-9a-f]+)-([0-9a-f]+)\.json")
+_ALLOWED = (
+    "a results file of lm_eval for one of our model classes, a folder with one of these, an "
+    "exported folder, or a layers-*.json"
+)
+_NUMBERS = (
+    "removed", "bits", "error_calibration", "error_heldout", "damp", "tokens", "borrowed",
+    "stored_bits", "scale_min", "scale_median", "scale_max", "clipped", "input_limit",
+    "input_limit_rest",
+)  # fmt: skip
+_GIVEN = "given"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished compression, as its files tell it.
+
+    Parameters
+    ----------
+    place
+        The file or folder that was read.
+    kind
+        ``results``, ``export`` or ``layers`` (the side file of a report alone).
+    key
+        Of the result.
+    rows
+        One a layer; none where whole parts were taken out.
+    left_dense
+        Names of matrices that were not compressed, with the reason.
+    transforms, structure
+        As in :class:`~lm_calib_plugin.report.Report`.
+    recipe
+        What was done; None where it can not be known, with ``no_recipe`` as the reason.
+    calibration
+        The record of the calibration set, None without data, or where nothing is told.
+    pretrained, revision, subfolder, dtype, tokenizer
+        The base model as the run names it, as far as it does.
+    model_digest, weights_digest
+        Of the dense and of the compressed model; empty where not told.
+    adapters
+        Whether adapters were merged into the base model.
+    folder
+        An exported folder that holds the compressed weights.
+    warnings
+        Those of the run.
+    """
+
+    place: Path
+    kind: str
+    key: str
+    rows: list[LayerRow]
+    left_dense: list[tuple[str, str]] = field(default_factory=list)
+    transforms: list[dict[str, Any]] = field(default_factory=list)
+    structure: dict[str, Any] | None = None
+    recipe: Recipe | None = None
+    no_recipe: str = ""
+    calibration: dict[str, Any] | None = None
+    pretrained: str | None = None
+    revision: str | None = None
+    subfolder: str = ""
+    dtype: str | None = None
+    tokenizer: str | None = None
+    model_digest: str = ""
+    weights_digest: str = ""
+    adapters: bool = False
+    folder: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def calib_id(self) -> str | None:
+        """Identity of the calibration set."""
+        found = (self.calibration or {}).get("calib_id")
+        return found if isinstance(found, str) else None
+
+    def row(self, name: str) -> LayerRow | None:
+        """Return the row of a layer, None where there is none."""
+        return next((row for row in self.rows if row.name == name), None)
+
+
+def read_run(place: str | Path) -> Run:
+    """Read what a run left behind; no model and no data is loaded.
+
+    Parameters
+    ----------
+    place
+        A results file, a folder that holds exactly one, an exported folder, or the side file of a
+        report alone.
+
+    Raises
+    ------
+    UserError
+        When it is nothing of that kind, or the side file is not there.
+    CalibError
+        When a side file, or a file of an exported folder, is not as it was written.
+    """
+    path = Path(place).expanduser()
+    if not path.exists():
+        raise UserError(ARGUMENT, f"no file or folder {str(place)!r}", _ALLOWED)
+    if path.is_dir():
+        if (path / FILES).exists():
+            return _exported(path)
+        path = _only_one(path)
+    if path.suffix != ".json":
+        raise UserError(ARGUMENT, f"{path} is no JSON file", _ALLOWED)
+    content = _content(path)
+    if "layers" in content and "config" not in content:
+        key, parts = _table(content, path)
+        _check_name(path, key, content)
+        why = "a file of layers does not say how they were made"
+        return Run(path, LAYERS, key, no_recipe=why, **parts)
+    return _evaluated(path, content)
+
+
+def _only_one(folder: Path) -> Path:
+    """Return the results file of a folder, or its side file where there is no results file."""
+    found = [p for p in sorted(folder.rglob("results*.json")) if _summary(_content(p)) is not None]
+    found = found or [p for p in sorted(folder.glob("*.json")) if _SIDE_FILE.fullmatch(p.name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = listed(str(p.relative_to(folder)) for p in found[:4])
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        raise UserError(
+            ARGUMENT, f"{folder} holds {len(found)} runs", "one run", f"name one: {names}{more}"
+        )
+    raise UserError(ARGUMENT, f"{folder} holds no run", _ALLOWED)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        return json_object(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(ARGUMENT, f"{path} can not be read ({error})", _ALLOWED) from None
+
+
+def _summary(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    found = _dict(content.get("config")).get("compression")
+    return found if isinstance(found, dict) else None
+
+
+def _evaluated(path: Path, content: Mapping[str, Any]) -> Run:
+    """Return the run of a results file."""
+    summary = _summary(content)
+    if summary is None:
+        raise UserError(
+            ARGUMENT,
+            f"{path} holds no config.compression",
+            _ALLOWED,
+            "--model calib, calib_pruned and calib_quantized write it",
+        )
+    key, side = _text(summary, "key", path), _text(summary, "report_file", path)
+    file = _side_file(path, side)
+    data = file.read_bytes()
+    _check_digest(file, data, _text(summary, "report_sha256", path), path.name)
+    found, parts = _table(json_object(data), file)
+    if found != key:
+        raise CalibError(f"{file}: expected the key {key[:12]}, found {found[:12]}.")
+    recipe, why = _recipe(_dict(summary.get("recipe")))
+    arguments = _arguments(_dict(content.get("config")))
+    dtype = _dict(content.get("config")).get("model_dtype")
+    return Run(
+        path,
+        RESULTS,
+        key,
+        recipe=recipe,
+        no_recipe=why,
+        calibration=summary.get("calibration"),
+        pretrained=arguments.get("pretrained"),
+        revision=arguments.get("revision"),
+        subfolder=arguments.get("subfolder") or "",
+        dtype=str(dtype).removeprefix("torch.") if isinstance(dtype, str) else None,
+        tokenizer=arguments.get("tokenizer"),
+        model_digest=_text(summary, "model_digest", path),
+        weights_digest=_text(summary, "weights_digest", path),
+        adapters=any(name in arguments for name in ("peft", "delta")),
+        folder=_kept(summary, key),
+        warnings=_texts(summary.get("warnings")),
+        **parts,
+    )
+
+
+def _exported(folder: Path) -> Run:
+    """Return the run of an exported folder; the weights are not looked at yet."""
+    summary = read_summary(folder)
+    report, facts = summary.report, summary.record.facts
+    if report is None or not isinstance(report.get("table"), dict):
+        raise CalibError(f"{folder}: holds no report of its layers; export it again.")
+    key, parts = _table(report["table"], folder)
+    recipe, why = _recipe(dict(summary.recipe or {}))
+    base = facts.get("base_model")
+    return Run(
+        folder,
+        EXPORT,
+        key,
+        recipe=recipe,
+        no_recipe=why,
+        calibration=report.get("calibration"),
+        # Of a local path an exported folder keeps the last part: no name to load a model by.
+        pretrained=base if isinstance(base, str) and re.search("[/:]", base) else None,
+        model_digest=str(facts.get("model_digest") or ""),
+        weights_digest=str(facts.get("weights_digest") or ""),
+        folder=folder,
+        warnings=_texts(report.get("warnings")),
+        **parts,
+    )
+
+
+def _kept(summary: Mapping[str, Any], key: str) -> Path | None:
+    """Return the folder that the evaluation kept its model in, where it still is."""
+    exported = _dict(summary.get("exported"))
+    name = exported.get("folder")
+    if not isinstance(name, str) or exported.get("error") or not (Path(name) / FILES).is_file():
+        return None
+    return Path(name) if read_summary(name).record.facts.get("key") == key else None
+
+
+def _side_file(results: Path, name: str) -> Path:
+    """Return the side file of a results file, where it was written or beside that."""
+    if not _SIDE_FILE.fullmatch(Path(name).name):
+        raise UserError(ARGUMENT, f"{results} names {name!r} as its report", "a layers-*.json")
+    for file in (Path(name), results.parent / Path(name).name):
+        if file.is_file():
+            return file
+    raise UserError(
+        ARGUMENT,
+        f"the report of the layers is not there: {name}",
+        "the file that the evaluation wrote",
+        f"copy it beside {results.name}, or evaluate again with report_dir=",
+    )
+
+
+def _check_digest(file: Path, data: bytes, expected: str, who: str) -> None:
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        raise CalibError(
+            f"{file}: expected sha256 {expected[:12]}, as {who} says, found {found[:12]}: it was "
+            "changed or belongs to another run, and nothing of it is used. Evaluate again."
+        )
+
+
+def _check_name(file: Path, key: str, content: Mapping[str, Any]) -> None:
+    """Compare a side file with its own name, which holds parts of its key and of its digest."""
+    said = _SIDE_FILE.fullmatch(file.name)
+    if said is None:
+        return
+    found = digest(content)
+    if not (key.startswith(said[1]) and found.startswith(said[2])):
+        raise CalibError(
+            f"{file}: expected contents with the key {said[1]} and the digest {said[2]}, as its "
+            f"name says, found {key[:16]} and {found[:8]}: it was changed, and nothing of it is "
+            "used. Evaluate again."
+        )
+
+
+def _table(content: Mapping[str, Any], place: Path) -> tuple[str, dict[str, Any]]:
+    """Return key and contents of a side file."""
+    key, layers, left = content.get("key"), content.get("layers"), content.get("left_dense", [])
+    transforms, structure = content.get("transforms", []), content.get("structure")
+    whole = isinstance(key, str) and all(
+        isinstance(part, list) and all(isinstance(one, dict) for one in part)
+        for part in (layers, left, transforms)
+    )
+    if not whole or not (structure is None or isinstance(structure, dict)):
+        raise CalibError(f"{place}: expected key, layers, left_dense and transforms of a report.")
+    return str(key), {
+        "rows": [_row(one, place) for one in layers or ()],
+        "left_dense": [(str(one.get("name")), str(one.get("why"))) for one in left],
+        "transforms": transforms,
+        "structure": structure,
+    }
+
+
+def _row(one: Mapping[str, Any], place: Path) -> LayerRow:
+    name, shape = one.get("name"), one.get("shape")
+    if not isinstance(name, str) or not (
+        isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
+    ):
+        raise CalibError(f"{place}: expected name and shape of a layer, found {name!r}, {shape!r}.")
+    for field_name in _NUMBERS:
+        value = one.get(field_name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value)):
+            raise CalibError(f"{place}: {name}: expected a number for {field_name}, not {value!r}.")
+    known = {f.name for f in dataclasses.fields(LayerRow)} - {"execution", "seconds"}
+    given = {field_name: value for field_name, value in one.items() if field_name in known}
+    empty = dict.fromkeys(("bits", "error_calibration", "error_heldout", "damp", "tokens"))
+    given = empty | {"removed": 0.0} | given
+    return LayerRow(**{**given, "shape": (shape[0], shape[1])}, seconds=0.0)
+
+
+def _recipe(metadata: dict[str, Any]) -> tuple[Recipe | None, str]:
+    """Return the recipe that a record holds, checked as one that was typed, or why there is none."""
+    if not metadata:
+        return None, "it names no recipe"
+    if metadata.get("calibration") == _GIVEN:
+        return None, "its calibration set was given in memory"
+    try:
+        return Recipe(**metadata), ""
+    except (UserError, TypeError) as error:
+        return None, f"its recipe can not be used here ({error})"
+
+
+def _arguments(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the arguments of a model as texts; older files hold them as one text."""
+    given = config.get("model_args")
+    if isinstance(given, str):
+        pairs = (part.partition("=") for part in given.split(","))
+        given = {name: value for name, _, value in pairs}
+    return {k: v for k, v in _dict(given).items() if isinstance(v, str) and v}
+
+
+def _text(summary: Mapping[str, Any], name: str, place: Path) -> str:
+    found = summary.get(name)
+    if not isinstance(found, str) or not found:
+        raise UserError(ARGUMENT, f"{place} has no {name} in config.compression", _ALLOWED)
+    return found
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else ()
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
