@@ -8,10 +8,11 @@ from typing import Any
 
 from lm_calib_plugin import engine
 from lm_calib_plugin.diagnostics.layers import reasons
+from lm_calib_plugin.diagnostics.layers.depths import Propagation
 from lm_calib_plugin.diagnostics.layers.evidence import Layer, Weights, basis_of, gathered
 from lm_calib_plugin.diagnostics.layers.measuring import Measured, rounding_of
 from lm_calib_plugin.diagnostics.layers.opening import Opened, scaled_layers
-from lm_calib_plugin.diagnostics.layers.propagation import Propagation, follow
+from lm_calib_plugin.diagnostics.layers.propagation import follow
 from lm_calib_plugin.diagnostics.layers.reading import Run
 from lm_calib_plugin.diagnostics.layers.reasons import Reason
 
@@ -92,10 +93,10 @@ def _measured(
     rounded = {}
     if recipe is not None:
         given |= {"block_path": recipe.block_path, "ignore": recipe.ignore}
-        parameters = dict(opened.dense.named_parameters())
         dtypes = {
-            n.removesuffix(".weight"): p.dtype for n, p in parameters.items() if n.endswith("weight")
-        }  # fmt: skip
+            name.removesuffix(".weight"): parameter.dtype
+            for name, parameter in opened.dense.named_parameters()
+        }
         rounded = rounding_of(recipe.make_method(), run.rows, dtypes)
     pair = opened.dense, opened.compressed
     on_text = follow(*pair, opened.text.sequences, names, rounded, title="text", **given)

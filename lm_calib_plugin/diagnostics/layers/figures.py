@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm_calib_plugin.diagnostics.document import Figure
+from lm_calib_plugin.diagnostics.layers.depths import Propagation
 from lm_calib_plugin.diagnostics.layers.evidence import CALIBRATION, HELDOUT, TEXT, Layer
 from lm_calib_plugin.diagnostics.layers.findings import Group
-from lm_calib_plugin.diagnostics.layers.propagation import Propagation
 from lm_calib_plugin.diagnostics.layers.reasons import OVER_FIT
 from lm_calib_plugin.drawing import canvas
 from lm_calib_plugin.drawing.svg import Palette
@@ -22,13 +22,15 @@ def by_depth(found: Propagation) -> Figure | None:
     curves = {
         "free": found.curve("free"),
         "teacher-forced": found.curve("local"),
-        "sum of these": found.added(),
+        "sum of teacher-forced": found.added(),
     }
     shown = {name: _points(values) for name, values in curves.items()}
     if not found.aligned or not all(shown.values()) or len(found.depths) < 2:
         return None
 
     def paint(colors: Palette) -> Any:
+        from matplotlib.ticker import MaxNLocator
+
         figure, axis = canvas.new_figure(
             3.0,
             "Error by depth",
@@ -42,6 +44,7 @@ def by_depth(found: Propagation) -> Figure | None:
                 marker="osD"[number], markersize=3.5, linewidth=1.5, label=name,
             )  # fmt: skip
         canvas.logarithmic(axis, "y", [y for points in shown.values() for _, y in points])
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         _named(axis, "block", _UNIT, colors)
         canvas.legend(figure, axis, colors)
         return figure

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_calib_plugin.diagnostics.layers import reasons
+from lm_calib_plugin.diagnostics.layers.depths import Propagation
 from lm_calib_plugin.diagnostics.layers.diagnosis import Diagnosis
 from lm_calib_plugin.diagnostics.layers.evidence import HELDOUT, TEXT, Layer
-from lm_calib_plugin.diagnostics.layers.propagation import Propagation
 from lm_calib_plugin.diagnostics.tokens import LN2, TokenDivergence
 
 # What sentences name; tables have more.
@@ -185,7 +185,8 @@ def _over_fit(found: Diagnosis) -> Iterator[str]:
         more = f" and {len(over) - NAMED} more" if len(over) > NAMED else ""
         yield (
             f"Over-fitted to the calibration set (error at least {reasons.OVER_FIT:g} times as "
-            f"large elsewhere): {len(over)} of {len(found.layers)} layers: {', '.join(shown)}{more}."
+            f"large elsewhere): {len(over)} of {len(found.layers)} layers, {', '.join(shown)}"
+            f"{more}."
         )
         return
     ratios = [(r, x.name) for x in found.layers for r in x.over_fit().values()]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lm_calib_plugin.diagnostics.layers.rows import read_recipe, read_table
 from lm_calib_plugin.errors import CalibError, UserError, listed
 from lm_calib_plugin.export.options import FILES
 from lm_calib_plugin.export.records import read_summary
@@ -25,12 +24,6 @@ _ALLOWED = (
     "a results file of lm_eval for one of our model classes, a folder with one of these, an "
     "exported folder, or a layers-*.json"
 )
-_NUMBERS = (
-    "removed", "bits", "error_calibration", "error_heldout", "damp", "tokens", "borrowed",
-    "stored_bits", "scale_min", "scale_median", "scale_max", "clipped", "input_limit",
-    "input_limit_rest",
-)  # fmt: skip
-_GIVEN = "given"
 
 
 @dataclass(frozen=True)
@@ -126,7 +119,7 @@ def read_run(place: str | Path) -> Run:
         raise UserError(ARGUMENT, f"{path} is no JSON file", _ALLOWED)
     content = _content(path)
     if "layers" in content and "config" not in content:
-        key, parts = _table(content, path)
+        key, parts = read_table(content, path)
         _check_name(path, key, content)
         why = "a file of layers does not say how they were made"
         return Run(path, LAYERS, key, no_recipe=why, **parts)
@@ -174,10 +167,10 @@ def _evaluated(path: Path, content: Mapping[str, Any]) -> Run:
     file = _side_file(path, side)
     data = file.read_bytes()
     _check_digest(file, data, _text(summary, "report_sha256", path), path.name)
-    found, parts = _table(json_object(data), file)
+    found, parts = read_table(json_object(data), file)
     if found != key:
         raise CalibError(f"{file}: expected the key {key[:12]}, found {found[:12]}.")
-    recipe, why = _recipe(_dict(summary.get("recipe")))
+    recipe, why = read_recipe(_dict(summary.get("recipe")))
     arguments = _arguments(_dict(content.get("config")))
     dtype = _dict(content.get("config")).get("model_dtype")
     return Run(
@@ -207,8 +200,8 @@ def _exported(folder: Path) -> Run:
     report, facts = summary.report, summary.record.facts
     if report is None or not isinstance(report.get("table"), dict):
         raise CalibError(f"{folder}: holds no report of its layers; export it again.")
-    key, parts = _table(report["table"], folder)
-    recipe, why = _recipe(dict(summary.recipe or {}))
+    key, parts = read_table(report["table"], folder)
+    recipe, why = read_recipe(dict(summary.recipe or {}))
     base = facts.get("base_model")
     return Run(
         folder,
@@ -272,54 +265,6 @@ def _check_name(file: Path, key: str, content: Mapping[str, Any]) -> None:
             f"name says, found {key[:16]} and {found[:8]}: it was changed, and nothing of it is "
             "used. Evaluate again."
         )
-
-
-def _table(content: Mapping[str, Any], place: Path) -> tuple[str, dict[str, Any]]:
-    """Return key and contents of a side file."""
-    key, layers, left = content.get("key"), content.get("layers"), content.get("left_dense", [])
-    transforms, structure = content.get("transforms", []), content.get("structure")
-    whole = isinstance(key, str) and all(
-        isinstance(part, list) and all(isinstance(one, dict) for one in part)
-        for part in (layers, left, transforms)
-    )
-    if not whole or not (structure is None or isinstance(structure, dict)):
-        raise CalibError(f"{place}: expected key, layers, left_dense and transforms of a report.")
-    return str(key), {
-        "rows": [_row(one, place) for one in layers or ()],
-        "left_dense": [(str(one.get("name")), str(one.get("why"))) for one in left],
-        "transforms": transforms,
-        "structure": structure,
-    }
-
-
-def _row(one: Mapping[str, Any], place: Path) -> LayerRow:
-    name, shape = one.get("name"), one.get("shape")
-    if not isinstance(name, str) or not (
-        isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
-    ):
-        raise CalibError(f"{place}: expected name and shape of a layer, found {name!r}, {shape!r}.")
-    for field_name in _NUMBERS:
-        value = one.get(field_name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and math.isfinite(value)):
-            raise CalibError(f"{place}: {name}: expected a number for {field_name}, not {value!r}.")
-    known = {f.name for f in dataclasses.fields(LayerRow)} - {"execution", "seconds"}
-    given = {field_name: value for field_name, value in one.items() if field_name in known}
-    empty = dict.fromkeys(("bits", "error_calibration", "error_heldout", "damp", "tokens"))
-    given = empty | {"removed": 0.0} | given
-    return LayerRow(**{**given, "shape": (shape[0], shape[1])}, seconds=0.0)
-
-
-def _recipe(metadata: dict[str, Any]) -> tuple[Recipe | None, str]:
-    """Return the recipe that a record holds, checked as one that was typed, or why there is none."""
-    if not metadata:
-        return None, "it names no recipe"
-    if metadata.get("calibration") == _GIVEN:
-        return None, "its calibration set was given in memory"
-    try:
-        return Recipe(**metadata), ""
-    except (UserError, TypeError) as error:
-        return None, f"its recipe can not be used here ({error})"
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, str]:

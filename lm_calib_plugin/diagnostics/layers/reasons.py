@@ -32,8 +32,8 @@ OUTLIER = 10.0
 QUIET = 0.01
 # The largest of 10,000 normal weights is 3.9 times their root mean square.
 PEAK = 10.0
-# Rounding to a step of s times the root mean square costs s^2 / 12 of the energy of the weights: 3 %
-# here, what three bits do and four do not.
+# Rounding to a step of s times the root mean square costs s^2 / 12 of the energy of the weights:
+# 3 % here, what three bits do and four do not.
 COARSE = 0.6
 CLIPPED = 0.01  # share of weights, or of input values, that grids and ranges cut off
 STRONGER = 0.1  # fraction removed beyond the median of all layers

@@ -9,6 +9,7 @@ from typing import Any
 from lm_calib_plugin.accounting import versions
 from lm_calib_plugin.diagnostics.document import Document, Figure, Section, Table
 from lm_calib_plugin.diagnostics.layers import figures, reasons
+from lm_calib_plugin.diagnostics.layers.depths import Propagation
 from lm_calib_plugin.diagnostics.layers.diagnosis import Diagnosis
 from lm_calib_plugin.diagnostics.layers.evidence import (
     CALIBRATION,
@@ -18,7 +19,6 @@ from lm_calib_plugin.diagnostics.layers.evidence import (
 )
 from lm_calib_plugin.diagnostics.layers.findings import Group, findings, groups
 from lm_calib_plugin.diagnostics.layers.measuring import Measured
-from lm_calib_plugin.diagnostics.layers.propagation import Propagation
 from lm_calib_plugin.diagnostics.pair import recipe_words
 from lm_calib_plugin.diagnostics.tokens import TokenDivergence
 
