@@ -149,15 +149,15 @@ def _travel(found: Propagation) -> Iterator[str]:
         f"Fed with dense hidden states, block {place} errs most by itself ({local[place]:.3g}, "
         f"median of all {statistics.median(local):.3g})."
     )
-    ratio = found.amplification()
-    if ratio is not None:
+    piled = found.amplification()
+    if piled is not None:
         said = "they just add up"
-        if ratio > ADDS_UP:
+        if piled > ADDS_UP:
             said = "errors of early blocks are made larger by later ones"
-        elif ratio < 1 / ADDS_UP:
+        elif piled < 1 / ADDS_UP:
             said = "later blocks make up for part of them"
         yield (
-            f"At the end the error is {ratio:.2g} times the sum of what the blocks err by "
+            f"At the end the error is {piled:.2g} times the sum of what the blocks err by "
             f"themselves: {said}."
         )
     rest = found.curve("free", rest=True)[last]

@@ -108,7 +108,7 @@ def text_recipes(
     UserError
         When none can be used, before anything is loaded.
     """
-    size = {"nsamples": nsamples, "seqlen": seqlen}
+    size: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen}
     if expression is not None:
         return [text_recipe(expression, {**size, "calib_seed": seed})]
     own, options = DEFAULT_CALIBRATION, dict(size)

@@ -161,7 +161,8 @@ class _Pair:
             recorder.forget()
             if propagate or own is ours:
                 recorder.record(own)
-        found, measured = Propagation([Depth() for _ in groups]), {}
+        found = Propagation([Depth() for _ in groups])
+        measured: dict[str, Measured] = {}
         for index, group in enumerate(groups):
             before = ours.hidden
             if group is None:
