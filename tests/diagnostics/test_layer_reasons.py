@@ -193,9 +193,7 @@ def test_a_planted_over_fit(tmp_path: Path, method: str, many: int) -> None:
     """Hardly more tokens than inputs and no ridge: good on these tokens, and nowhere else."""
     folder, text = saved(tmp_path / "m", make_model()), words(tmp_path / "a.jsonl")
     given: dict[str, Any] = {"method": method, "damp": 1e-6, "calibration": text, "seqlen": 32}
-    given |= (
-        {"bits": 2, "group_size": -1} if method == "gptq" else {"sparsity": 0.6}
-    )
+    given |= {"bits": 2, "group_size": -1} if method == "gptq" else {"sparsity": 0.6}
     (tmp_path / "few").mkdir()
     (tmp_path / "many").mkdir()
     few, _ = results_file(tmp_path / "few", folder, nsamples=4, heldout=0.5, **given)

@@ -11,7 +11,7 @@ from lm_calib_plugin.diagnostics.layers import reasons
 from lm_calib_plugin.diagnostics.layers.depths import Propagation
 from lm_calib_plugin.diagnostics.layers.evidence import Layer, Weights, basis_of, gathered
 from lm_calib_plugin.diagnostics.layers.measuring import Measured, rounding_of
-from lm_calib_plugin.diagnostics.layers.opening import Opened, scaled_layers
+from lm_calib_plugin.diagnostics.layers.opening import Opened
 from lm_calib_plugin.diagnostics.layers.propagation import follow
 from lm_calib_plugin.diagnostics.layers.reading import Run
 from lm_calib_plugin.diagnostics.layers.reasons import Reason
@@ -74,7 +74,7 @@ def diagnose(run: Run, opened: Opened | None = None, progress: bool = True) -> D
         found = Diagnosis(run, gathered(run.rows))
         found.worst = [(x, _why(found, x, None)) for x in _largest(found.layers)]
         return found
-    unlike = scaled_layers(run.transforms)
+    unlike = opened.unlike
     text, calibration, propagation = _measured(run, opened, unlike, progress)
     layers = gathered(run.rows, text, calibration)
     found = Diagnosis(run, layers, [], propagation, opened, unlike)

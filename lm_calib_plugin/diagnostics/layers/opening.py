@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,12 @@ from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.calibration.build import model_needed
 from lm_calib_plugin.checks import check_calibration, check_whole, vocab_size
 from lm_calib_plugin.compression import compress
+from lm_calib_plugin.diagnostics.layers.coordinates import rotated, scaled
 from lm_calib_plugin.diagnostics.layers.reading import ARGUMENT, LAYERS, Run
 from lm_calib_plugin.diagnostics.pair import recipe_words, share_equal, twin
 from lm_calib_plugin.diagnostics.texts import JUDGE, draw_text, text_recipe
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.expression import expression_text
-from lm_calib_plugin.guard import left_as_found
 from lm_calib_plugin.loading import Loading, load_model
 from lm_calib_plugin.recipe import DEFAULT_CALIBRATION, Recipe
 from lm_calib_plugin.runtime import Runtime
@@ -35,6 +35,7 @@ class Opened:
 
     ``calibration`` are sequences of the calibration set that were used (none where the set is not
     to be had), ``text`` the sequences to look at; ``notes`` say what is not as it was in the run.
+    ``unlike`` are layers whose weights can not be compared with dense ones.
     """
 
     dense: Any
@@ -45,6 +46,7 @@ class Opened:
     text: CalibrationSet
     calibration: list[Tensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unlike: set[str] = field(default_factory=set)
 
 
 def check_models(
@@ -176,10 +178,15 @@ def open_models(
         )
     text = _drawn(texts, dense, tokenizer, runtime, notes)
     used = used or _calibration(run, dense, tokenizer, runtime, notes)
-    _follow_rotation(run, dense, notes)
+    path = None if run.recipe is None else run.recipe.block_path
+    notes += rotated(dense, run.recipe)
+    unlike, more = scaled(dense, compressed, run.transforms, path)
+    notes += more
     share_equal(dense, compressed)
     sequences = [] if used is None else _some(used, run.recipe)
-    return Opened(dense, compressed, tokenizer, loading.pretrained, name, text, sequences, notes)
+    return Opened(
+        dense, compressed, tokenizer, loading.pretrained, name, text, sequences, notes, unlike
+    )
 
 
 def _same_dense(run: Run, dense: Any) -> list[str]:
@@ -270,30 +277,3 @@ def _some(used: CalibrationSet, recipe: Recipe | None) -> list[Tensor]:
     length = max(len(s) for s in own)
     count = max(1, min(len(own), CALIBRATION_TOKENS // length))
     return [own[i * len(own) // count][:CALIBRATION_TOKENS] for i in range(count)]
-
-
-def _follow_rotation(run: Run, dense: Any, notes: list[str]) -> None:
-    """Rotate the dense model as the run did: it computes the same, in the same coordinates."""
-    if run.recipe is None:
-        return
-    transform = run.recipe.make_method().transform
-    if transform is None or transform.level != "model":
-        return
-    with left_as_found(dense):
-        blocks = engine.find_blocks(dense, run.recipe.block_path)
-        engine.rotate(dense, blocks, **transform.options())
-    notes.append("the dense model was rotated as the compressed one: compared are rotated weights")
-
-
-def scaled_layers(transforms: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Return the layers whose weights a run scaled before it rounded them.
-
-    Columns of readers and rows of sources: compared with dense weights they mean nothing.
-    """
-    found: set[str] = set()
-    for one in transforms:
-        readers = one.get("readers")
-        found |= {str(name) for name in readers} if isinstance(readers, list) else set()
-        if isinstance(one.get("source"), str):
-            found.add(one["source"])
-    return found
