@@ -112,12 +112,29 @@ def _where(found: Diagnosis) -> Iterator[str]:
             f"of the sum of relative errors {ON[found.basis]} in {even:.0%} of the layers "
             f"({median})."
         )
+    yield from _by_inputs(found)
     if len(blocks) > 1:
         yield (
             f"By depth: block {blocks[0].name} has most of it, {blocks[0].share:.0%} (mean "
             f"{_shown(blocks[0].means[found.basis])}), block {blocks[-1].name} least, "
             f"{blocks[-1].share:.0%}."
         )
+
+
+def _by_inputs(found: Diagnosis) -> Iterator[str]:
+    """Yield whether rounded weights or rounded inputs make the error, where both are rounded."""
+    texts = [x.text for x in found.layers if x.text is not None]
+    pairs = [(x.error, x.of_inputs) for x in texts]
+    known = [(weights, inputs) for weights, inputs in pairs if inputs is not None]
+    if not known:
+        return
+    weights = statistics.fmean(weights or 0.0 for weights, _ in known)
+    inputs = statistics.fmean(inputs for _, inputs in known)
+    which = "the inputs" if inputs > weights else "the weights"
+    yield (
+        f"Rounding {which} makes most of it: by itself rounding the inputs costs {inputs:.3g} on "
+        f"average, what was done to the weights {weights:.3g}."
+    )
 
 
 def _travel(found: Propagation) -> Iterator[str]:
@@ -189,10 +206,19 @@ def _over_fit(found: Diagnosis) -> Iterator[str]:
             f"{more}."
         )
         return
-    ratios = [(r, x.name) for x in found.layers for r in x.over_fit().values()]
+    known = [x for x in found.layers if x.over_fit()]
+    ratios = [(r, x.name) for x in known for r in reasons.felt(x).values()]
     if ratios:
         ratio, name = max(ratios)
-        yield f"No layer is over-fitted to the calibration set: at most {ratio:.1f} times ({name})."
+        yield (
+            "No layer is over-fitted to the calibration set: elsewhere its error is at most "
+            f"{ratio:.1f} times as large ({name})."
+        )
+    elif known:
+        yield (
+            "No layer is over-fitted to the calibration set: errors of the weights are below "
+            f"{reasons.FELT:g} of the outputs everywhere."
+        )
 
 
 def _starved(found: Diagnosis) -> Iterator[str]:

@@ -74,7 +74,7 @@ def check_models(
     if name is None:
         raise UserError(
             "pretrained",
-            f"missing: {run.place} does not say where its dense model is",
+            f"missing, and {run.place} does not say where its dense model is",
             "hub name, folder, or builtin:smollm2-135m",
             _WITHOUT,
         )

@@ -116,9 +116,9 @@ def outlier_channel(case: Case) -> Reason | None:
         return None
     energy = text.seen.mean_square
     held = float(energy[channel] / energy.sum())
-    said = [f"input channel {channel} is {ratio:.0f} times the median channel"]
-    said += [f"carries {held:.0%} of the input energy"] if held >= 0.01 else []
-    blamed = False
+    head = f"input channel {channel} is {ratio:.0f} times the median channel"
+    said = [f"{held:.0%} of the input energy"] if held >= 0.01 else []
+    blamed, tail = False, ""
     if case.weights is not None:
         error = case.weights.error_by_input(energy)
         share = float(error[channel] / error.sum()) if float(error.sum()) > 0 else 0.0
@@ -127,9 +127,9 @@ def outlier_channel(case: Case) -> Reason | None:
     rounded, both = text.of_inputs, text.total
     if rounded is not None and both and rounded >= 0.5 * both:
         blamed = True
-        said.append(f"rounding the inputs to its range makes {min(1.0, rounded / both):.0%} of the "
-                    "error")  # fmt: skip
-    return Reason("outlier channel", f"{_joined(said)}") if blamed else None
+        tail = f"; rounding the inputs makes {min(1.0, rounded / both):.0%} of the error"
+    carried = f" and carries {' and '.join(said)}" if said else ""
+    return Reason("outlier channel", head + carried + tail) if blamed else None
 
 
 def few_tokens(case: Case) -> Reason | None:
@@ -270,16 +270,17 @@ def over_fitted(layer: Layer) -> tuple[str, float] | None:
 
     None where it is less than twice, or too small to be felt.
     """
-    errors = {HELDOUT: layer.row.error_heldout, TEXT: layer.text and layer.text.error}
-    found = {
-        name: ratio
-        for name, ratio in layer.over_fit().items()
-        if ratio >= OVER_FIT and (errors[name] or 0.0) >= FELT
-    }
+    found = {name: ratio for name, ratio in felt(layer).items() if ratio >= OVER_FIT}
     if not found:
         return None
     name = max(found, key=lambda n: found[n])
     return name, found[name]
+
+
+def felt(layer: Layer) -> dict[str, float]:
+    """Return how many times larger errors are than on calibration, where they can be felt."""
+    errors = {HELDOUT: layer.row.error_heldout, TEXT: layer.text and layer.text.error}
+    return {n: ratio for n, ratio in layer.over_fit().items() if (errors[n] or 0.0) >= FELT}
 
 
 def case_of(
@@ -309,7 +310,3 @@ def _channels(which: torch.Tensor) -> str:
 
 def _carry(which: torch.Tensor) -> str:
     return "carry" if int(which.sum()) > 1 else "carries"
-
-
-def _joined(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
