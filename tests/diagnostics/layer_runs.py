@@ -60,7 +60,8 @@ def examined(place: Path, text: str | None = None, samples: int = 8, **given: An
     name = check_models(run, given.get("pretrained"), None, True)
     assert name is not None
     texts = text_recipes(run, text, samples, 32, 7)
-    opened = open_models(run, Loading(name), texts, given.get("compressed"), "given", QUIET)
+    loading = Loading(name, dtype=run.dtype or "auto")
+    opened = open_models(run, loading, texts, given.get("compressed"), "given", QUIET)
     return diagnose(run, opened, progress=False)
 
 

@@ -19,6 +19,8 @@ from lm_calib_plugin.diagnostics.layers.reading import EXPORT, LAYERS, RESULTS, 
 from lm_calib_plugin.diagnostics.layers.sections import document
 from lm_calib_plugin.errors import CalibError, UserError
 from lm_calib_plugin.export.command import export
+from lm_calib_plugin.export.options import ExportOptions
+from lm_calib_plugin.integrations.exported import CalibModelForCausalLM
 from lm_calib_plugin.loading import Loading, load_model
 from lm_calib_plugin.recipe import Recipe
 from tests.diagnostics.layer_runs import QUIET, examined, results_file, saved, words
@@ -181,6 +183,30 @@ def test_another_dense_model_is_said(run: tuple[Path, Any], tmp_path: Path) -> N
     assert "compressed again it has the key" in said
 
 
+def test_folders_that_hold_something_else(tmp_path: Path, run: tuple[Path, Any]) -> None:
+    """Another compressed model is said to be one; levels for gptqmodel are compressed again."""
+    dense = str(tmp_path / "dense")
+    export(
+        Recipe(method="magnitude", sparsity=0.3), Loading(dense), tmp_path / "other", runtime=QUIET
+    )
+    model = CalibModelForCausalLM.from_pretrained(tmp_path / "other")
+    found = examined(run[0], compressed=model)
+    assert found.opened is not None
+    assert any("the compressed model has the key" in note for note in found.opened.notes)
+    recipe = Recipe(method="rtn", bits=4, group_size=-1)
+    options = ExportOptions(format="gptq", check=False)
+    big = saved_model(tmp_path / "big", intermediate_size=64, num_key_value_heads=4)
+    half = Loading(big, dtype="float16")
+    export(recipe, half, tmp_path / "packed", options=options, runtime=QUIET)
+    read = read_run(tmp_path / "packed")
+    assert read.recipe is not None
+    assert (read.folder, read.recipe.to_metadata()) == (None, recipe.to_metadata())
+    assert read.dtype == "float16"
+    found = examined(tmp_path / "packed", words(tmp_path / "a.jsonl"), pretrained=big)
+    assert found.opened is not None
+    assert found.opened.notes == []
+
+
 @pytest.mark.parametrize(
     ("transform", "name"),
     [
@@ -220,7 +246,7 @@ def test_parts_taken_out(tmp_path: Path, recipe: dict[str, Any]) -> None:
     file, report = results_file(tmp_path, folder, calibration=text, nsamples=8, seqlen=32, **recipe)
     found = examined(file)
     said = findings(found)
-    assert said[0].startswith("1 parts were taken out")
+    assert said[0].startswith("1 part was taken out")
     assert report.structure["removed"][0] in said[0]
     assert found.propagation is not None
     assert found.propagation.aligned == ("sublayer" in recipe)

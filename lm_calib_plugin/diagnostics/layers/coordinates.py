@@ -86,7 +86,7 @@ def scaled(
 def _factors(feed: Feed, twin: Feed) -> Tensor:
     """Return by how much the input of the readers was divided, ``[in]``, float32."""
     if feed.kind == NORM:
-        gains = [f.source.weight.data.float().cpu() + f.shift for f in (feed, twin)]
+        gains = [_stored(f.source) + f.shift for f in (feed, twin)]
         there = (gains[0] != 0) & (gains[1] != 0)
         ones = torch.ones_like(gains[0])
         return _positive(torch.where(there, gains[0] / torch.where(there, gains[1], ones), ones))
@@ -117,8 +117,13 @@ def _positive(factors: Tensor) -> Tensor:
 
 def _oriented(module: Any) -> Tensor:
     """Return the weight of a linear layer as ``[out, in]``, float32, on the CPU."""
-    weight: Tensor = module.weight.data.float().cpu()
+    weight = _stored(module)
     return weight if isinstance(module, torch.nn.Linear) else weight.t()
+
+
+def _stored(module: Any) -> Tensor:
+    weight: Tensor = module.weight.data.float().cpu()
+    return weight
 
 
 def _touched(transforms: Sequence[Mapping[str, Any]]) -> set[str]:

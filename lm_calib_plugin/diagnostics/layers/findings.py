@@ -31,7 +31,7 @@ class Group:
     name: Any
     count: int
     means: Mapping[str, float | None]
-    share: float
+    share: float | None
 
 
 def groups(found: Diagnosis, by: Callable[[Layer], Any]) -> list[Group]:
@@ -45,7 +45,7 @@ def groups(found: Diagnosis, by: Callable[[Layer], Any]) -> list[Group]:
             name,
             len(own),
             {kind: _mean(layer.errors[kind] for layer in own) for kind in ON},
-            sum(x.errors[found.basis] or 0.0 for x in own) / total if total > 0 else 0.0,
+            sum(x.errors[found.basis] or 0.0 for x in own) / total if total > 0 else None,
         )
         for name, own in members.items()
     ]
@@ -82,7 +82,8 @@ def _structure(found: Diagnosis) -> Iterator[str]:
     known = [f"{told[k]:.3g} {ON[k]}" for k in ("calibration", "heldout") if _number(told.get(k))]
     more = f"; relative error of the last hidden states: {', '.join(known)}" if known else ""
     shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-    yield f"{len(names)} parts were taken out ({shown}): no layer has an error of its own{more}."
+    count = f"{len(names)} parts were" if len(names) != 1 else "1 part was"
+    yield f"{count} taken out ({shown}): no layer has an error of its own{more}."
 
 
 def _where(found: Diagnosis) -> Iterator[str]:
@@ -95,29 +96,31 @@ def _where(found: Diagnosis) -> Iterator[str]:
     if not any(known):
         yield f"No layer has any error {ON[found.basis]}: nothing was changed."
         return
-    kinds = sorted(groups(found, lambda layer: layer.kind), key=lambda g: -g.share)
-    blocks = sorted(groups(found, lambda layer: layer.block), key=lambda g: -g.share)
+    kinds = sorted(groups(found, lambda layer: layer.kind), key=lambda g: -(g.share or 0.0))
+    blocks = [g for g in groups(found, lambda layer: layer.block) if g.name is not None]
+    blocks.sort(key=lambda g: -(g.share or 0.0))
     median = f"median of all layers {statistics.median(known):.3g}"
     top = kinds[0]
     even = top.count / len(found.layers)
-    if top.share >= ABOVE_EVEN * even:
+    share = top.share or 0.0
+    if share >= ABOVE_EVEN * even:
         yield (
-            f"The error arises mostly in {top.name} layers: {top.share:.0%} of the sum of relative "
+            f"The error arises mostly in {top.name} layers: {share:.0%} of the sum of relative "
             f"errors {ON[found.basis]} in {even:.0%} of the layers (mean "
             f"{_shown(top.means[found.basis])}, {median})."
         )
     else:
         yield (
-            f"The error is spread over all kinds of layers: {top.name} has most, {top.share:.0%} "
+            f"The error is spread over all kinds of layers: {top.name} has most, {share:.0%} "
             f"of the sum of relative errors {ON[found.basis]} in {even:.0%} of the layers "
             f"({median})."
         )
     yield from _by_inputs(found)
     if len(blocks) > 1:
         yield (
-            f"By depth: block {blocks[0].name} has most of it, {blocks[0].share:.0%} (mean "
+            f"By depth: block {blocks[0].name} has most of it, {blocks[0].share or 0:.0%} (mean "
             f"{_shown(blocks[0].means[found.basis])}), block {blocks[-1].name} least, "
-            f"{blocks[-1].share:.0%}."
+            f"{blocks[-1].share or 0:.0%}."
         )
 
 

@@ -176,6 +176,8 @@ def open_models(
             f"{vocab_size(compressed)}",
             "the model that was compressed",
         )
+    else:
+        notes += _same_compressed(run, compressed)
     text = _drawn(texts, dense, tokenizer, runtime, notes)
     used = used or _calibration(run, dense, tokenizer, runtime, notes)
     path = None if run.recipe is None else run.recipe.block_path
@@ -197,6 +199,14 @@ def _same_dense(run: Run, dense: Any) -> list[str]:
         f"the dense model (digest {found[:12]}) is not quite that of the run "
         f"({run.model_digest[:12]}): other weights, dtype, device or configuration"
     ]
+
+
+def _same_compressed(run: Run, compressed: Any) -> list[str]:
+    """Say whether a model loaded from an exported folder is another one than that of the run."""
+    key = (getattr(compressed, "calib_report", None) or {}).get("key")
+    if key is None or key == run.key:
+        return []
+    return [f"the compressed model has the key {key[:12]}, the run {run.key[:12]}"]
 
 
 def _again(

@@ -11,8 +11,10 @@ from typing import Any
 
 from lm_calib_plugin.diagnostics.layers.rows import read_recipe, read_table
 from lm_calib_plugin.errors import CalibError, UserError, listed
+from lm_calib_plugin.export import file_list
+from lm_calib_plugin.export.file_list import Record
 from lm_calib_plugin.export.options import FILES
-from lm_calib_plugin.export.records import read_summary
+from lm_calib_plugin.export.records import CONFIG, MODEL, read_summary
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import LayerRow
 from lm_calib_plugin.storage import digest, json_object
@@ -20,6 +22,7 @@ from lm_calib_plugin.storage import digest, json_object
 ARGUMENT = "run"
 RESULTS, EXPORT, LAYERS = "results", "export", "layers"
 _SIDE_FILE = re.compile(r"layers-([0-9a-f]+)-([0-9a-f]+)\.json")
+_PACKED_ELSEWHERE = "gptq"
 _ALLOWED = (
     "a results file of lm_eval for one of our model classes, a folder with one of these, an "
     "exported folder, or a layers-*.json"
@@ -55,7 +58,8 @@ class Run:
     adapters
         Whether adapters were merged into the base model.
     folder
-        An exported folder that holds the compressed weights.
+        An exported folder that holds the compressed weights, where these can be looked at: levels
+        packed for gptqmodel can not.
     warnings
         Those of the run.
     """
@@ -86,10 +90,6 @@ class Run:
         """Identity of the calibration set."""
         found = (self.calibration or {}).get("calib_id")
         return found if isinstance(found, str) else None
-
-    def row(self, name: str) -> LayerRow | None:
-        """Return the row of a layer, None where there is none."""
-        return next((row for row in self.rows if row.name == name), None)
 
 
 def read_run(place: str | Path) -> Run:
@@ -211,13 +211,22 @@ def _exported(folder: Path) -> Run:
         no_recipe=why,
         calibration=report.get("calibration"),
         # Of a local path an exported folder keeps the last part: no name to load a model by.
+        dtype=_dtype(summary.record),
         pretrained=base if isinstance(base, str) and re.search("[/:]", base) else None,
         model_digest=str(facts.get("model_digest") or ""),
         weights_digest=str(facts.get("weights_digest") or ""),
-        folder=folder,
+        folder=folder if _readable(facts) else None,
         warnings=_texts(report.get("warnings")),
         **parts,
     )
+
+
+def _dtype(record: Record) -> str | None:
+    """Return the dtype of an exported model, None where its configuration names none."""
+    data = file_list.read_small(record, CONFIG, MODEL)
+    content = {} if data is None else json_object(data)
+    found = content.get("dtype", content.get("torch_dtype"))
+    return found if isinstance(found, str) else None
 
 
 def _kept(summary: Mapping[str, Any], key: str) -> Path | None:
@@ -226,7 +235,13 @@ def _kept(summary: Mapping[str, Any], key: str) -> Path | None:
     name = exported.get("folder")
     if not isinstance(name, str) or exported.get("error") or not (Path(name) / FILES).is_file():
         return None
-    return Path(name) if read_summary(name).record.facts.get("key") == key else None
+    facts = read_summary(name).record.facts
+    return Path(name) if facts.get("key") == key and _readable(facts) else None
+
+
+def _readable(facts: Mapping[str, Any]) -> bool:
+    """Tell whether an exported folder gives ordinary weights once it is loaded."""
+    return facts.get("format") != _PACKED_ELSEWHERE
 
 
 def _side_file(results: Path, name: str) -> Path:

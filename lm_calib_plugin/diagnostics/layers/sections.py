@@ -96,7 +96,7 @@ def _where(found: Diagnosis) -> Section | None:
 
 
 def _grouped(name: str, found: list[Group], caption: str, shown: int = 20) -> Table:
-    rows = [[g.name, g.count, *(g.means[on] for on in _ON), round(g.share, 4)] for g in found]
+    rows = [[g.name, g.count, *(g.means[on] for on in _ON), g.share] for g in found]
     return Table([name, "layers", *_HEAD, "share"], rows, caption, shown)
 
 
