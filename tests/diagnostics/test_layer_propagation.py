@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from lm_calib_plugin.diagnostics.layers import propagation
+from lm_calib_plugin.diagnostics.layers.depths import Depth, Propagation
+from lm_calib_plugin.diagnostics.layers.figures import by_depth
+from lm_calib_plugin.diagnostics.layers.findings import _travel
 from lm_calib_plugin.diagnostics.layers.measuring import InputSeen, Rounded
 from lm_calib_plugin.diagnostics.layers.propagation import follow
 from lm_calib_plugin.diagnostics.tokens import TokenDivergence
@@ -220,6 +223,25 @@ def test_models_of_other_depths_are_compared_at_the_end() -> None:
     error = sum(square(b - a) for a, b in zip(ours, theirs, strict=True))
     expected = error / sum(map(square, ours))
     assert trace.curve("free") == pytest.approx([expected], rel=1e-4)
+
+
+def test_first_tokens_that_hide_an_error_are_told() -> None:
+    """Block 1 has a first token of a thousand times the energy, which hides a third."""
+
+    def both(every: float, rest: float) -> torch.Tensor:
+        return torch.tensor([every, rest], dtype=torch.float64)
+
+    plain = Depth(both(10, 9), both(1, 0.9), both(1, 0.9))
+    massive = Depth(both(3000, 3), both(1, 0.9), both(1.1, 1.0))
+    found = Propagation([plain, massive])
+    assert found.first_tokens() == (1, pytest.approx((1.0 / 3) / (1.1 / 3000)))
+    assert any("behind block 1 the error without them is 0.333" in s for s in _travel(found))
+    figure = by_depth(found)
+    assert figure is not None
+    assert "free, without first tokens: 0.333" in figure.description
+    calm = Propagation([plain, plain])
+    assert not any("First tokens" in s for s in _travel(calm))
+    assert Propagation([Depth()]).first_tokens() is None
 
 
 def test_models_are_left_as_found_and_what_is_no_number_is_named() -> None:

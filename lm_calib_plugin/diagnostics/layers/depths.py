@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lm_calib_plugin.diagnostics.tokens import TokenDivergence
 
+# First tokens that make an error this many times smaller are worth a word, and a curve.
+FIRST_TOKENS = 2.0
+
 
 @dataclass
 class Depth:
@@ -81,6 +84,19 @@ class Propagation:
         if not self.aligned or not local > 0:
             return None
         return float(self.depths[-1].free[0]) / local
+
+    def first_tokens(self) -> tuple[int, float] | None:
+        """Return where first tokens hide most of the free error, and how many times.
+
+        The number of the block, and the error without first tokens over that with them. Their
+        hidden states are often far larger than all others, and change little.
+        """
+        pairs = zip(self.curve("free", rest=True), self.curve("free"), strict=True)
+        found = [(rest / every, i) for i, (rest, every) in enumerate(pairs) if every > 0]
+        if not found:
+            return None
+        times, place = max(found)
+        return place, times
 
     def logit_error(self) -> float:
         """Return the relative squared error of the logits."""

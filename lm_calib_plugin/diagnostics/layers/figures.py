@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm_calib_plugin.diagnostics.document import Figure
-from lm_calib_plugin.diagnostics.layers.depths import Propagation
+from lm_calib_plugin.diagnostics.layers.depths import FIRST_TOKENS, Propagation
 from lm_calib_plugin.diagnostics.layers.evidence import CALIBRATION, HELDOUT, TEXT, Layer
 from lm_calib_plugin.diagnostics.layers.findings import Group
 from lm_calib_plugin.diagnostics.layers.reasons import OVER_FIT
@@ -24,6 +24,9 @@ def by_depth(found: Propagation) -> Figure | None:
         "teacher-forced": found.curve("local"),
         "sum of teacher-forced": found.added(),
     }
+    hidden = found.first_tokens()
+    if hidden is not None and hidden[1] >= FIRST_TOKENS:
+        curves["free, without first tokens"] = found.curve("free", rest=True)
     shown = {name: _points(values) for name, values in curves.items()}
     if not found.aligned or not all(shown.values()) or len(found.depths) < 2:
         return None
@@ -40,8 +43,8 @@ def by_depth(found: Propagation) -> Figure | None:
         for number, (name, points) in enumerate(shown.items()):
             x, y = zip(*points, strict=True)
             axis.plot(
-                x, y, color=colors.series(number), linestyle="-" if number < 2 else ":",
-                marker="osD"[number], markersize=3.5, linewidth=1.5, label=name,
+                x, y, color=colors.series(number), linestyle=("-", "-", ":", "--")[number],
+                marker="osD^"[number], markersize=3.5, linewidth=1.5, label=name,
             )  # fmt: skip
         canvas.logarithmic(axis, "y", [y for points in shown.values() for _, y in points])
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lm_calib_plugin.diagnostics.layers import reasons
-from lm_calib_plugin.diagnostics.layers.depths import Propagation
+from lm_calib_plugin.diagnostics.layers.depths import FIRST_TOKENS, Propagation
 from lm_calib_plugin.diagnostics.layers.diagnosis import Diagnosis
 from lm_calib_plugin.diagnostics.layers.evidence import HELDOUT, TEXT, Layer
 from lm_calib_plugin.diagnostics.tokens import LN2, TokenDivergence
@@ -19,8 +19,6 @@ NAMED = 3
 ABOVE_EVEN = 1.5
 # Errors that end within a quarter of their sum just add up.
 ADDS_UP = 1.25
-# First tokens that change an error by more are worth a word.
-FIRST_TOKENS = 2.0
 ON = {TEXT: "on the text", HELDOUT: "on sequences held out", "calibration": "on calibration"}
 
 
@@ -180,11 +178,15 @@ def _travel(found: Propagation) -> Iterator[str]:
             f"At the end the error is {piled:.2g} times the sum of what the blocks err by "
             f"themselves: {said}."
         )
-    rest = found.curve("free", rest=True)[last]
-    if rest > 0 and not 1 / FIRST_TOKENS <= free[last] / rest <= FIRST_TOKENS:
+    hidden = found.first_tokens()
+    if hidden is not None and hidden[1] >= FIRST_TOKENS:
+        place, times = hidden
+        rest = found.curve("free", rest=True)
         yield (
-            f"First tokens weigh much: without them the error at the end is {rest:.3g} instead of "
-            f"{free[last]:.3g}."
+            f"First tokens hide much of it: the dense states of the first token of a sequence are "
+            f"so large that behind block {place} the error without them is {rest[place]:.3g}, and "
+            f"not {free[place]:.3g} ({times:.1f} times; behind the last block {rest[last]:.3g} "
+            f"and {free[last]:.3g})."
         )
 
 
