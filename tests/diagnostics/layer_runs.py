@@ -24,7 +24,8 @@ QUIET = Runtime(progress=False)
 def words(file: Path, documents: int = 200, seed: int = 0) -> str:
     """Write documents of random words; return the expression that reads them."""
     generator = torch.Generator().manual_seed(seed)
-    known = [w for w in make_tokenizer().get_vocab() if w.isalnum() and len(w) > 1]
+    # Sorted: a vocabulary comes in another order every time.
+    known = sorted(w for w in make_tokenizer().get_vocab() if w.isalnum() and len(w) > 1)
     picked = torch.randint(len(known), (documents, 40), generator=generator)
     rows = [{"text": " ".join(known[i] for i in row.tolist())} for row in picked]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

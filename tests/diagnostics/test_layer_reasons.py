@@ -189,23 +189,24 @@ def test_a_planted_outlier_weight(tmp_path: Path) -> None:
     assert stretched == {f"model.layers.1.self_attn.{n}_proj" for n in "qkv"}
 
 
-@pytest.mark.parametrize(("method", "many"), [("gptq", 160), ("sparsegpt", 160)])
+@pytest.mark.parametrize(("method", "many"), [("gptq", 250), ("sparsegpt", 250)])
 def test_a_planted_over_fit(tmp_path: Path, method: str, many: int) -> None:
-    """Hardly more tokens than inputs and no ridge: good on these tokens, and nowhere else."""
+    """40 tokens for 48 inputs and no ridge: good on these tokens, and nowhere else."""
     folder, text = saved(tmp_path / "m", make_model()), words(tmp_path / "a.jsonl")
-    given: dict[str, Any] = {"method": method, "damp": 1e-6, "calibration": text, "seqlen": 32}
+    given: dict[str, Any] = {"method": method, "damp": 1e-6, "calibration": text, "seqlen": 20}
     given |= {"bits": 2, "group_size": -1} if method == "gptq" else {"sparsity": 0.6}
     (tmp_path / "few").mkdir()
     (tmp_path / "many").mkdir()
     few, _ = results_file(tmp_path / "few", folder, nsamples=4, heldout=0.5, **given)
     found = examined(few)
     over = {layer.name for layer, _, _ in found.over_fitted}
-    down = "model.layers.0.mlp.down_proj"
-    assert down in over
+    planted = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert set(planted) <= over
     assert any(one.startswith("Over-fitted to the calibration set") for one in findings(found))
-    reason = reasons.over_fit(Case(next(x for x in found.layers if x.name == down)))
-    assert reason is not None
-    assert "with a ridge of only 1e-06" in reason.words
+    for name in planted:
+        reason = reasons.over_fit(Case(next(x for x in found.layers if x.name == name)))
+        assert reason is not None
+        assert "(40 tokens for 48 inputs), with a ridge of only 1e-06" in reason.words
     enough, _ = results_file(tmp_path / "many", folder, nsamples=many, **given)
     found = examined(enough)
     assert found.over_fitted == []
