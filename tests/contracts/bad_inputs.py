@@ -187,6 +187,20 @@ def command(*arguments: str) -> Callable[[], Any]:
     return do
 
 
+_SUMMARY = """{"config": {"compression": {"key": "k", "report_sha256": "0", "recipe": {},
+"report_file": "/there/layers-00-00.json"}}}"""
+
+
+def results_of(text: str, name: str, *arguments: str) -> Callable[[], Any]:
+    """Look at the layers of a file of this content in the current folder."""
+
+    def do() -> Any:
+        Path(name).write_text(text)
+        return command("inspect", "layers", name, *arguments)()
+
+    return do
+
+
 def observed_by_hand() -> Any:
     """Static ranges of a number that has none, as code may ask for them."""
     from lm_calib_plugin.quantization.activations import ActivationSpec
@@ -1550,6 +1564,34 @@ CASES = [
         ),
         "gram_memory",
         ("got 0", "GiB of memory, more than 0", "--no-gram"),
+        "inspect_layers_no_run",
+        command("inspect", "layers", "."),
+        "run",
+        ("holds no run", "a results file of lm_eval", "an exported folder"),
+    ),
+    Case(
+        "inspect_layers_dense_results",
+        results_of("{}", "results_1.json"),
+        "run",
+        ("holds no config.compression", "--model calib"),
+    ),
+    Case(
+        "inspect_layers_no_report",
+        results_of(_SUMMARY, "results_1.json"),
+        "run",
+        ("the report of the layers is not there", "copy it beside results_1.json"),
+    ),
+    Case(
+        "inspect_layers_no_recipe",
+        results_of('{"key": "k", "layers": []}', "my.json", "--pretrained", "m"),
+        "run",
+        ("does not say how they were made", "--compressed DIR", "--no-propagation"),
+    ),
+    Case(
+        "inspect_layers_no_model",
+        results_of('{"key": "k", "layers": []}', "my.json", "--propagation"),
+        "pretrained",
+        ("does not say where its dense model is", "--no-propagation"),
     ),
     Case(
         "unpack_no_archive",

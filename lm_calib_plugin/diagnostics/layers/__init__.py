@@ -1,0 +1,1 @@
+"""Where the error of a compressed model arises, how it travels, and why layers are bad."""
