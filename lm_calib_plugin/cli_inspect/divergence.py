@@ -31,8 +31,8 @@ def inspect_divergence(
         list[str],
         typer.Option(
             metavar="EXPR",
-            help="What to compare on: c4, file:my.txt... Give one or more. Default: the source of "
-            "the recipe's own calibration, other documents of it.",
+            help="What to compare on: c4, file:my.txt, set:DIR (whole)... Give one or more. "
+            "Default: the source of the recipe's own calibration, other documents of it.",
         ),
     ] = [],  # noqa: B006 - how typer declares repeated options
     text_samples: TextSamples = 16,

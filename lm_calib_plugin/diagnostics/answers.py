@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.comparison import Interval, Resampling
 from lm_calib_plugin.comparison.numbers import Array, percentile_interval
 from lm_calib_plugin.diagnostics.samples import Item, read_tasks
@@ -176,8 +175,7 @@ def compare(answers: Answers, bins: int = BINS) -> dict[str, Any]:
             "brier": float(answers.brier[i].mean()),
             "reliability": reliability(confidence[i], correct[i], bins),
         }
-    seed = derive_seed("answers", answers.task)
-    resampling = Resampling(1, answers.items, seed=seed)
+    resampling = Resampling(1, answers.items)
     gaps = [_by_bin(correct[i] - confidence[i], own[i], bins) for i in both]
     drawn = np.concatenate(
         [

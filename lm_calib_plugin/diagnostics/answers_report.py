@@ -11,7 +11,7 @@ from lm_calib_plugin.drawing import canvas
 from lm_calib_plugin.drawing.svg import Palette
 
 MODELS = ("dense", "compressed")
-_DRAWN = 6  # diagrams of single tasks
+_DRAWN = 6  # tasks with a diagram; the JSON file has the bins of all
 
 
 def document(
@@ -78,9 +78,9 @@ def _overview(rows: Mapping[str, Any]) -> Section:
             for model in MODELS
         ],
         "ECE: mean gap of accuracy and confidence, over bins of confidence. Confidence: the share "
-        "of the best answer (softmax of the summed log-likelihoods of the answers). Brier: sum over "
-        "answers of the squared gap of probability and truth. ECE of few items is too large by "
-        "chance, for both models alike.",
+        "of the best answer (softmax of the summed log-likelihoods of the answers). Brier: sum "
+        "over answers of the squared gap of probability and truth. ECE of few items is too large "
+        "by chance, for both models alike.",
     )
     return Section("Both models", (), [table])
 
@@ -100,7 +100,7 @@ def _changes(rows: Mapping[str, Any]) -> Section:
 
 
 def _diagrams(rows: Mapping[str, Any]) -> Iterator[Section]:
-    for number, (task, row) in enumerate(rows.items()):
+    for task, row in list(rows.items())[:_DRAWN]:
         bins = Table(
             ["model", "from", "to", "items", "confidence", "accuracy"],
             [
@@ -109,7 +109,7 @@ def _diagrams(rows: Mapping[str, Any]) -> Iterator[Section]:
                 for part in row[model]["reliability"]
             ],
             "By confidence.",
-            shown=0,
+            shown=10,
         )
         parts = {model: row[model]["reliability"] for model in MODELS}
         figure = Figure(
@@ -119,7 +119,7 @@ def _diagrams(rows: Mapping[str, Any]) -> Iterator[Section]:
             "; ".join(f"{model}: ECE {row[model]['ece']:.3f}" for model in MODELS),
             lambda colors, parts=parts, task=task: reliability_diagram(parts, task, colors),
         )
-        yield Section(f"Reliability: {task}", (), [bins], [figure] if number < _DRAWN else [])
+        yield Section(f"Reliability: {task}", (), [bins], [figure])
 
 
 def reliability_diagram(

@@ -24,8 +24,8 @@ from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.calibration.set_folder import decoded as plain_text
 from lm_calib_plugin.comparison import spearman
 from lm_calib_plugin.comparison.numbers import Array, Interval
-from lm_calib_plugin.diagnostics.document import Document
 from lm_calib_plugin.diagnostics.divergence_report import Compared, Worst, document
+from lm_calib_plugin.diagnostics.document import Document
 from lm_calib_plugin.diagnostics.pair import Pair, check_pair, open_pair
 from lm_calib_plugin.diagnostics.scoring import divergence_of, logits_of
 from lm_calib_plugin.diagnostics.tally import Tally
@@ -57,7 +57,7 @@ class Question:
     recipe, compressed
         What was done to it, or the name of what became of it.
     texts
-        Calibration expressions; none: that of the recipe itself.
+        Calibration expressions; none: that of the recipe itself. ``set:DIR`` is taken whole.
     samples, length, seed
         Sequences of each text, tokens of each, and the seed of the draw.
     fold
@@ -197,11 +197,10 @@ def _own_text(recipe: Recipe | None) -> str:
 
 
 def _checked(text: str, options: Mapping[str, Any]) -> Recipe:
-    alone = Recipe(method="wanda", sparsity=0, calibration=text).whole_set
-    if alone:  # it was cut when it was made
-        options = {k: v for k, v in options.items() if k not in ("fold", *_CUT)}
     try:
-        return text_recipe(text, options)
+        # A finished set was cut when it was made, and is taken whole.
+        plain = text_recipe(text)
+        return plain if plain.whole_set else text_recipe(text, options)
     except UserError as error:
         raise _as_typed(error) from None
 
@@ -265,5 +264,3 @@ def _worst(pair: Pair, drawn: CalibrationSet, parts: Sequence[TokenDivergence]) 
 
 def _named(tokenizer: Any) -> Any:
     return lambda *ids: str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-
-

@@ -36,9 +36,7 @@ def distribution(values: Mapping[str, Array], colors: Palette) -> Any:
     return figure
 
 
-def likelihoods(
-    points: Mapping[str, Sequence[tuple[float, float]]], colors: Palette
-) -> Any:
+def likelihoods(points: Mapping[str, Sequence[tuple[float, float]]], colors: Palette) -> Any:
     """Draw NLL of the dense and the compressed model, a point a sequence, and the diagonal."""
     title, subtitle = "Likelihood of documents", "nats a token, dense and compressed"
     figure, axis = canvas.new_figure(_height(3.4, points), title, subtitle, colors)

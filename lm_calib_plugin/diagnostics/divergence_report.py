@@ -11,8 +11,8 @@ import numpy as np
 from lm_calib_plugin.accounting import versions
 from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.comparison.numbers import Array, Interval
-from lm_calib_plugin.diagnostics.document import Document, Figure, Section, Table
 from lm_calib_plugin.diagnostics.divergence_figures import distribution, likelihoods
+from lm_calib_plugin.diagnostics.document import Document, Figure, Section, Table
 from lm_calib_plugin.diagnostics.pair import Pair
 from lm_calib_plugin.diagnostics.tally import COLUMNS, Tally, over_documents
 from lm_calib_plugin.diagnostics.tokens import TokenDivergence

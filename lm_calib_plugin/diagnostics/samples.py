@@ -1,4 +1,4 @@
-"""Files ``samples_TASK_TIME.jsonl`` of ``lm_eval --log_samples``: plain JSON, read with suspicion."""
+"""Files ``samples_TASK_TIME.jsonl`` of ``lm_eval --log_samples``: plain JSON, never trusted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def read_tasks(path: Path, argument: str) -> dict[str, list[Item]]:
 def _files(path: Path, argument: str) -> dict[str, Path]:
     if not path.exists():
         raise UserError(
-            argument, f"{path} does not exist", "a file samples_TASK_TIME.jsonl, or a folder of them"
+            argument,
+            f"{path} does not exist",
+            "a file samples_TASK_TIME.jsonl, or a folder of them",
         )
     found: dict[str, tuple[str, Path]] = {}
     for file in [path] if path.is_file() else sorted(path.rglob("samples_*.jsonl")):

@@ -31,7 +31,7 @@ QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 class Tally:
     """What was measured: ``documents`` hold the sums :data:`COLUMNS`, ``js`` every position's."""
 
-    documents: dict[Hashable, Array] = field(default_factory=dict)
+    documents: dict[Any, Array] = field(default_factory=dict)
     js: array[float] = field(default_factory=lambda: array("f"))
     requests: set[Hashable] = field(default_factory=set)
 
@@ -65,8 +65,9 @@ class Tally:
         self.requests |= other.requests
 
     def sums(self) -> Array:
-        """Return the sums, ``[documents, columns]``, in the order the documents came."""
-        return np.array(list(self.documents.values())).reshape(-1, len(COLUMNS))
+        """Return the sums, ``[documents, columns]``, by name of the document, whoever came first."""
+        order = sorted(self.documents, key=lambda name: (type(name).__name__, name))
+        return np.array([self.documents[name] for name in order]).reshape(-1, len(COLUMNS))
 
     def row(self) -> dict[str, Any]:
         """Return means over positions and tokens, with 95 % intervals over documents.

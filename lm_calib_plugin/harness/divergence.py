@@ -1,9 +1,9 @@
 """``divergence=true``: the dense model beside the compressed one, at all that a harness scores.
 
-The harness makes batches, cuts windows and answers several requests from one row of logits. We look
-at each row that it scores, run the dense model on the same batch, and find by the token ids of a row
-which requests it answers. A position counts once for each document, however many requests share its
-logits; rows that only fill up batches or processes belong to no request and never count.
+The harness makes batches, cuts windows and answers several requests from one row of logits. We
+look at each row that it scores, run the dense model on the same batch, and find by the token ids of
+a row which requests it answers. A position counts once for each document, however many requests
+share its logits; rows that only fill up batches or processes never count.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,20 +22,13 @@ from torch.nn import functional
 
 from lm_calib_plugin.diagnostics.tokens import TokenDivergence, token_divergence
 from lm_calib_plugin.guard import several_processes
-from lm_calib_plugin.harness.divergence_sums import (
-    GENERATED,
-    SCORED,
-    Place,
-    Request,
-    Sums,
-)
+from lm_calib_plugin.harness.divergence_sums import GENERATED, SCORED, Place, Request, Sums
+from lm_calib_plugin.harness.listening import Noted, counted_reads
 
 # Why a request, or a row of a batch, was not compared.
 NOT_FINITE = "logits that are not finite, or infinitely far apart"
 UNKNOWN = "rows of batches that belong to no known request"
 NO_TOKENS = "generations without a token"
-# What our own entries of a response cache begin with.
-_OURS = "lm_calib_plugin."
 
 
 class Watch:
@@ -120,7 +113,7 @@ class Watch:
     @contextlib.contextmanager
     def generating(self, requests: Sequence[Any]) -> Iterator[None]:
         """Compare along what is generated inside, for these requests of the harness."""
-        noted = _Noted(self._lm.cache_hook, _named(requests), requests)
+        noted = Noted(self._lm.cache_hook, _named(requests), requests)
         self._noted, self._lm.cache_hook = noted, noted
         try:
             yield
@@ -160,7 +153,7 @@ class Watch:
     def watch_cache(self, database: Any) -> None:
         """Count answers that a response cache gives instead of the model."""
         if database is not None:
-            self.sums.cached = _counted(database)
+            self.sums.cached = counted_reads(database)
 
     def gather(self) -> None:
         """Add up what every process of a data-parallel run has seen; all have to call it."""
@@ -258,38 +251,6 @@ class Watch:
             self.sums.seconds += time.perf_counter() - start
 
 
-class _Noted:
-    """A cache hook that is told which request each generated row answers, and passes it on."""
-
-    def __init__(self, hook: Any, named: Sequence[Request], requests: Sequence[Any]) -> None:
-        self.hook = hook
-        self.found: list[TokenDivergence | None] = []
-        self._asked: list[tuple[str, Any]] = []
-        self._owners: dict[str, list[tuple[Any, Request]]] = defaultdict(list)
-        times: Counter[int] = Counter()
-        for request, asked in zip(named, requests, strict=True):
-            times[id(asked)] += 1
-            # More often than it asks for itself, it fills up a process that has fewer requests.
-            if times[id(asked)] <= (getattr(asked, "repeats", None) or 1):
-                self._owners[asked.args[0]].append((asked.args[1], request))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.hook, name)
-
-    def add_partial(self, attribute: str, request: Any, answer: Any) -> None:
-        """Pass an answer on; rows are answered in the order in which they were generated."""
-        self._asked.append((request[0], request[1]))
-        self.hook.add_partial(attribute, request, answer)
-
-    def matched(self) -> Iterator[tuple[Request, TokenDivergence | None]]:
-        """Yield each request with what was found along its answer."""
-        for (context, options), found in zip(self._asked, self.found, strict=False):
-            waiting = self._owners[context]
-            place = next((i for i, (own, _) in enumerate(waiting) if own == options), None)
-            if place is not None:
-                yield waiting.pop(place)[1], found
-
-
 def _named(requests: Sequence[Any]) -> list[Request]:
     found = []
     for number, request in enumerate(requests):
@@ -304,27 +265,6 @@ def _named(requests: Sequence[Any]) -> list[Request]:
             )
         )
     return found
-
-
-def _counted(database: Any) -> Counter[str] | None:
-    """Count what is read from a response cache from now on; None where it can not be counted.
-
-    The harness reads an answer once, when it gives it. Nothing else tells us about it.
-    """
-    reads: Counter[str] = Counter()
-    kind = type(database)
-
-    def read(self: Any, name: Any) -> Any:
-        value = kind.__getitem__(self, name)
-        if not str(name).startswith(_OURS):
-            reads["answers"] += 1
-        return value
-
-    try:
-        database.__class__ = type(kind.__name__, (kind,), {"__getitem__": read})
-    except TypeError:
-        return None
-    return reads
 
 
 def _digest(ids: Sequence[int]) -> bytes:

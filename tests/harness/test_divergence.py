@@ -200,8 +200,12 @@ def test_choices_are_compared_at_each_position_once(size: int, folder: Path, mod
             own = [make_tokenizer()(choice)["input_ids"] for choice in row["choices"][:answers]]
             parts = [along(pair, context + ids, len(ids)) for ids in own]
             for part in parts:
-                sums.append([len(part["js"]), part["nll_dense"].sum(), part["nll_compressed"].sum()])
-            best = [np.argmin([p[f"nll_{m}"].sum() for p in parts]) for m in ("dense", "compressed")]
+                sums.append(
+                    [len(part["js"]), part["nll_dense"].sum(), part["nll_compressed"].sum()]
+                )
+            best = [
+                np.argmin([p[f"nll_{m}"].sum() for p in parts]) for m in ("dense", "compressed")
+            ]
             changed += [number] if best[0] != best[1] else []
         tokens, dense, compressed = np.sum(sums, 0)
         nll = found[task]["scored"]["nll"]
@@ -235,9 +239,7 @@ def test_running_text_is_compared_in_the_windows_of_the_harness(
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_answers_are_compared_along_what_was_generated(
-    size: int, folder: Path, model: str
-) -> None:
+def test_answers_are_compared_along_what_was_generated(size: int, folder: Path, model: str) -> None:
     pair, tokenizer = models(model), make_tokenizer()
     found = compared(folder, model, "div_generate", batch_size=size)["tasks"]["div_generate"]
     parts = []
@@ -272,7 +274,9 @@ def test_trials_for_the_largest_batch_do_not_count(
     folder: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = compared(folder, model, "div_choice", "div_rolling")
-    found = compared(folder, model, "div_choice", "div_rolling", batch_size="auto", max_batch_size=2)
+    found = compared(
+        folder, model, "div_choice", "div_rolling", batch_size="auto", max_batch_size=2
+    )
     assert "Determined" in capsys.readouterr().out
     for task in ("div_choice", "div_rolling"):
         for name in ("positions", "requests", "documents", "tokens"):
@@ -294,7 +298,9 @@ def test_repeated_requests_and_those_that_fill_up_count_once(model: str) -> None
     # One position for document 0, both of whose answers are a token; two rows of two for the other.
     assert (row["positions"], row["requests"], row["documents"]) == (5, 4, 2)
     assert row["tokens"] == 6
-    plain = CalibPruned(pretrained=model, device="cpu", divergence=True, logits_cache=False, **WANDA)
+    plain = CalibPruned(
+        pretrained=model, device="cpu", divergence=True, logits_cache=False, **WANDA
+    )
     plain.loglikelihood([*asked, asked[-1]], disable_tqdm=True)
     assert plain.watch is not None
     again = plain.watch.report()[0]["tasks"]["t"]["scored"]
