@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ import torch
 import yaml
 from accelerate import cpu_offload
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from lm_calib_plugin import Recipe, Runtime, compress
+from lm_calib_plugin.diagnostics.tokens import token_divergence
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.harness import Calib, CalibPruned
 from lm_calib_plugin.harness.divergence_sums import Place, Request, Sums
@@ -333,8 +338,6 @@ def test_processes_are_added_up() -> None:
             generator = torch.Generator().manual_seed(item)
             for number in range(2):
                 dense, other = (torch.randn(3, 11, generator=generator) for _ in range(2))
-                from lm_calib_plugin.diagnostics.tokens import token_divergence
-
                 found = token_divergence(dense, other, torch.tensor([1, 2, 3]))
                 request = Place(Request("t", item, number, False, True)).request
                 sums.tally("t", "scored").add(item, found)
@@ -369,3 +372,65 @@ def test_offloaded_weights_are_refused_before_any_work() -> None:
     lm = {"tokenizer": make_tokenizer(), "device": "cpu", "divergence": True, **WANDA}
     with pytest.raises(UserError, match="divergence: comparing with the dense model needs the"):
         Calib(pretrained=cpu_offload(make_model()), **lm)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "rtn", "bits": 8, "group_size": 16, "act_bits": 4, "kv_bits": 2},
+        {"method": "gptq", "bits": 4, "group_size": 16, "transform": "rotation"},
+        {"method": "awq", "bits": 3, "group_size": 16},
+        {"method": "rtn", "bits": 8, "group_size": -1, "act_bits": 8, "execution": "packed"},
+        {"method": "shortgpt", "blocks": 1},
+        {"method": "flap", "sparsity": 0.3},
+    ],
+    ids=str,
+)
+def test_the_dense_model_stays_what_it_was(
+    method: dict[str, Any], folder: Path, model: str
+) -> None:
+    """Rounded activations, rotations, kernels and missing blocks are those of the other alone."""
+    text = " ".join(LETTERS)
+    asked = [Instance("loglikelihood_rolling", {}, (text,), 0, ("t", 0, 1))]
+    given = {name: value for name, value in WANDA.items() if name not in ("method", "sparsity")}
+    lm = Calib(pretrained=model, device="cpu", divergence=True, **given, **method)
+    lm.loglikelihood_rolling(asked, disable_tqdm=True)
+    assert lm.watch is not None
+    row = lm.watch.report()[0]["tasks"]["t"]["scored"]
+    dense = HFLM(pretrained=model, device="cpu").loglikelihood_rolling(asked, disable_tqdm=True)
+    assert row["nll"]["dense"] == pytest.approx(-dense[0] / 26, rel=1e-6)
+    assert row["js"]["mean"] > 1e-6
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(folder: Path, model: str, tmp_path: Path) -> None:
+    """Seven items do not divide by two: requests that fill up the second process count nowhere."""
+    arguments = {"pretrained": model, **WANDA, "divergence": True}
+    out = tmp_path / "out"
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    evaluation = [
+        *("-m", "lm_calib_plugin", "eval", "--model", "calib_pruned", "--device", "cpu"),
+        *("--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())),
+        *("--tasks", ",".join(TASKS), "--include_path", str(folder), "--batch_size", "2"),
+        *("--output_path", str(out)),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, *evaluation],
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(next(out.rglob("results_*.json")).read_text())
+    found = results["config"]["compression"]["divergence"]
+    alone = compared(folder, model, batch_size=2)
+    assert found["not_compared"] == alone["not_compared"] == {}
+    for task, kinds in alone["tasks"].items():
+        for kind, row in kinds.items():
+            other = found["tasks"][task][kind]
+            for name in ("positions", "documents", "requests", "items", "changed", "examples"):
+                assert other.get(name) == row.get(name), (task, name)
+            for name in ("js", "kl", "tv", "nll", "confidence"):
+                if name in row:
+                    assert other[name] == pytest.approx(row[name], rel=1e-5), (task, name)
