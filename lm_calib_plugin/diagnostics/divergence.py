@@ -127,7 +127,7 @@ def compared(
     known: ContaminationIndex | None = None,
     progress: bool = True,
 ) -> Compared:
-    """Compare two models on the sequences of a text.
+    """Compare two models on the sequences of a text; those of one token hold nothing to compare.
 
     Parameters
     ----------
@@ -136,10 +136,13 @@ def compared(
     known
         The calibration text, to tell which sequences overlap with it.
     """
-    parts = divergence_of(pair.dense, pair.compressed, drawn.sequences, progress)
+    sequences = [ids for ids in drawn.sequences if len(ids) > 1]
+    if not sequences:
+        raise UserError("text", f"all sequences of {text} have one token", "two or more are needed")
+    parts = divergence_of(pair.dense, pair.compressed, sequences, progress)
     rises = [float((part.nll_compressed - part.nll_dense).mean()) for part in parts]
-    norms = residual_norms(pair.dense, drawn.sequences)
-    plain = [plain_text(pair.tokenizer, ids.tolist()) for ids in drawn.sequences]
+    norms = residual_norms(pair.dense, sequences)
+    plain = [plain_text(pair.tokenizer, ids.tolist()) for ids in sequences]
     touched = [known is not None and known.find(words(one)) is not None for one in plain]
     return Compared(
         text,
@@ -151,7 +154,7 @@ def compared(
         _related(rises, norms),
         None if known is None else touched,
         plain,
-        _worst(pair, drawn, parts),
+        _worst(pair, sequences, parts),
     )
 
 
@@ -238,7 +241,9 @@ def _related(rises: Sequence[float], norms: Sequence[float]) -> Interval | None:
     return spearman(rises, norms, seed=derive_seed("divergence", "norms"))
 
 
-def _worst(pair: Pair, drawn: CalibrationSet, parts: Sequence[TokenDivergence]) -> list[Worst]:
+def _worst(
+    pair: Pair, sequences: Sequence[Tensor], parts: Sequence[TokenDivergence]
+) -> list[Worst]:
     """Return the positions that differ most, and what each model says there."""
     values: Array = np.concatenate([part.js.numpy() for part in parts])
     owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
@@ -250,7 +255,7 @@ def _worst(pair: Pair, drawn: CalibrationSet, parts: Sequence[TokenDivergence]) 
     with evaluation_mode(pair.dense), evaluation_mode(pair.compressed), torch.inference_mode():
         for number in order[values[order] > 0]:
             owner, place = int(owners[number]), int(places[number])
-            ids = drawn.sequences[owner]
+            ids = sequences[owner]
             shown = []
             for name, model in models.items():
                 logits = logits_of(model, ids[None, : place + 1], name)[0, -1]

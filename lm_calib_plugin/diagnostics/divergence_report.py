@@ -120,9 +120,6 @@ def half_of(js: Array) -> float:
 def _findings(one: Compared) -> Iterator[str]:
     row = one.tally.row()
     count = row["positions"]
-    if not count:
-        yield f"{one.text}: no token to compare at; give --text-length 2 or more."
-        return
     js, flips, perplexity = row["js"], row["flip_rate"], row["perplexity"]
     if js["mean"] == 0:
         yield f"{one.text}: both models say the same, bit by bit, at all {count} tokens."
@@ -146,6 +143,9 @@ def _findings(one: Compared) -> Iterator[str]:
             f"{worst.dense[0]!r} ({worst.dense[1]:.0%}), the compressed one "
             f"{worst.compressed[0]!r} ({worst.compressed[1]:.0%}); the text says {worst.token!r}."
         )
+    short = one.drawn.nsamples - len(one.parts)
+    if short:
+        yield f"{one.text}: {short} sequences of one token hold nothing to compare."
     hard = one.hardest[0]
     yield (
         f"{one.text}: the hardest is sequence {hard}, {one.plain[hard][:EXCERPT]!r}: its NLL rises "
@@ -188,7 +188,6 @@ def _overlap_finding(one: Compared) -> Iterator[str]:
 
 def _overview(texts: Sequence[Compared]) -> Section:
     rows = {one.text: one.tally.row() for one in texts}
-    rows = {text: row for text, row in rows.items() if row["positions"]}
     apart = Table(
         ["text", "tokens", "JS", "low", "high", "p50", "p95", "p99", "JS/ln2", "KL", "TV", "flips"],
         [
@@ -201,7 +200,7 @@ def _overview(texts: Sequence[Compared]) -> Section:
         "95 % bootstrap over sequences; TV: total variation; flips: share of tokens where the "
         "likeliest next token is another one.",
     )  # fmt: skip
-    rises = {one.text: one.rise() for one in texts if one.text in rows}
+    rises = {one.text: one.rise() for one in texts}
     cost = Table(
         ["text", "NLL dense", "NLL compressed", "rise", "low", "high", "ppl dense", "ppl compr."],
         [
@@ -216,7 +215,6 @@ def _overview(texts: Sequence[Compared]) -> Section:
     points = {
         o.text: [(float(p.nll_dense.mean()), float(p.nll_compressed.mean())) for p in o.parts]
         for o in texts
-        if o.text in rows
     }
     figures = [
         Figure(
@@ -242,8 +240,6 @@ def _section(one: Compared) -> Section:
     sums = one.tally.sums()
     rows: list[list[Any]] = []
     for i in one.hardest:
-        if not len(one.parts[i]):
-            continue
         means = sums[i, 1:5] / sums[i, 0]
         seen = [] if one.touched is None else [one.touched[i]]
         nll = (sums[i, 6:8] / sums[i, 5]).tolist()
@@ -293,7 +289,7 @@ def _data(one: Compared) -> dict[str, Any]:
         "text": one.text,
         "set": one.drawn.summary(),
         **one.tally.row(),
-        "rise": _ends(one.rise()) if len(one.tally.js) else None,
+        "rise": _ends(one.rise()),
         "residual_norm": None if one.related is None else _ends(one.related),
         "sequences": [
             {

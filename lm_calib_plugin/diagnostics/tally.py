@@ -65,7 +65,7 @@ class Tally:
         self.requests |= other.requests
 
     def sums(self) -> Array:
-        """Return the sums, ``[documents, columns]``, by name of the document, whoever came first."""
+        """Return the sums, ``[documents, columns]``, by the names of the documents."""
         order = sorted(self.documents, key=lambda name: (type(name).__name__, name))
         return np.array([self.documents[name] for name in order]).reshape(-1, len(COLUMNS))
 

@@ -194,6 +194,8 @@ class Watch:
         found = token_divergence(dense, compressed, torch.tensor(longest))
         if not _finite(found):
             self.sums.left[NOT_FINITE] += len(expected)
+            for place in expected:
+                self.sums.unanswered(place.request)
             return
         documents: dict[tuple[str, Any], int] = defaultdict(int)
         several = len(set(map(tuple, expected.values()))) > 1

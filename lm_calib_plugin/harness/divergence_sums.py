@@ -65,6 +65,12 @@ class Sums:
             own = self._choices[request.task].setdefault(request.document, {})
             own[request.number] = (dense, compressed, request.bare)
 
+    def unanswered(self, request: Request) -> None:
+        """Take it that a request has no log-likelihood: no choice can be told of its item."""
+        if request.chooses:
+            own = self._choices[request.task].setdefault(request.document, {})
+            own[request.number] = (math.nan, math.nan, request.bare)
+
     def plain(self) -> dict[str, Any]:
         """Return plain values for another process."""
         tallies = {
@@ -103,7 +109,7 @@ class Sums:
             found = _answers(items)
             if found is not None:
                 # An item may lack answers that the cache gave.
-                tasks[task]["answers"] = CACHED if self._from_cache() else found
+                tasks.setdefault(task, {})["answers"] = CACHED if self._from_cache() else found
         return {
             "tasks": tasks,
             "not_compared": self._not_compared(),
@@ -138,7 +144,7 @@ def _answers(items: Mapping[Any, Mapping[int, tuple[float, float, bool]]]) -> An
         rows = [answers[number] for number in sorted(answers)]
         if not all(bare for _, _, bare in rows):
             rows = [row for row in rows if not row[2]]
-        if len(rows) < 2:
+        if len(rows) < 2 or any(math.isnan(row[0]) for row in rows):
             continue
         both = [[row[model] for row in rows] for model in (0, 1)]
         best = [max(range(len(own)), key=own.__getitem__) for own in both]

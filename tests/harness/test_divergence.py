@@ -361,11 +361,20 @@ def test_no_number_is_no_divergence(model: str) -> None:
     lm = CalibPruned(pretrained=model, device="cpu", divergence=True, **WANDA)
     assert lm.watch is not None
     lm.watch._dense.lm_head.weight = torch.nn.Parameter(torch.full((97, 32), math.nan))
-    lm.loglikelihood([Instance("loglikelihood", {}, ("the a", " b"), 0, ("t", 0, 1))])
+    asked = [
+        Instance("loglikelihood", {}, ("the a", " b c"[: 2 * i]), i, ("t", 0, 1)) for i in (1, 2)
+    ]
+    lm.loglikelihood(asked[:1])
     found, notes = lm.watch.report()
     assert found["tasks"] == {}
     assert len(notes) == 1
     assert "1 logits that are not finite" in notes[0]
+    # An item of which one answer is not known has no best answer.
+    lm.watch._dense.lm_head.weight = lm.model.lm_head.weight
+    lm.loglikelihood(asked[1:])
+    found, _ = lm.watch.report()
+    assert found["tasks"]["t"]["scored"]["requests"] == 1
+    assert "answers" not in found["tasks"]["t"]
 
 
 def test_offloaded_weights_are_refused_before_any_work() -> None:
