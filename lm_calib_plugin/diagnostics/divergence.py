@@ -7,8 +7,9 @@ of the last residual stream foretells it.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +36,10 @@ from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.expression import expression_text
 from lm_calib_plugin.guard import evaluation_mode
 from lm_calib_plugin.loading import Loading
-from lm_calib_plugin.placement import execution_device
 from lm_calib_plugin.recipe import ALL_FOLDS, Recipe
 from lm_calib_plugin.runtime import Runtime
 
-WORST = 10  # tokens that are named
+WORST = 6  # tokens that are named; each takes a short pass
 BEFORE = 12  # tokens shown before each
 _NAMES = {"nsamples": "text-samples", "seqlen": "text-length", "fold": "text-fold"}
 # How the calibration was cut is how its text is cut.
@@ -139,9 +139,10 @@ def compared(
     sequences = [ids for ids in drawn.sequences if len(ids) > 1]
     if not sequences:
         raise UserError("text", f"all sequences of {text} have one token", "two or more are needed")
-    parts = divergence_of(pair.dense, pair.compressed, sequences, progress)
+    with residual_norms(pair.dense) as seen:
+        parts = divergence_of(pair.dense, pair.compressed, sequences, progress)
+    norms = [seen[tuple(ids.tolist())] for ids in sequences]
     rises = [float((part.nll_compressed - part.nll_dense).mean()) for part in parts]
-    norms = residual_norms(pair.dense, sequences)
     plain = [plain_text(pair.tokenizer, ids.tolist()) for ids in sequences]
     touched = [known is not None and known.find(words(one)) is not None for one in plain]
     return Compared(
@@ -158,29 +159,37 @@ def compared(
     )
 
 
-def residual_norms(model: Any, sequences: Sequence[Tensor]) -> list[float]:
-    """Return the mean norm of the last residual stream state of each sequence.
+@contextlib.contextmanager
+def residual_norms(model: Any) -> Iterator[dict[tuple[int, ...], float]]:
+    """Note the mean norm of the last residual stream state of each sequence that a model is run on.
 
     That is what the last block gives, before the final normalization, at the positions that predict
     a token. The first position is left out where there are others: many models park huge
-    activations there.
+    activations there. By the ids of the sequence, without pads.
     """
-    seen: list[Tensor] = []
+    found: dict[tuple[int, ...], float] = {}
+    asked: list[Tensor] = []
+
+    def ask(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        asked[:] = [inputs[0]]
 
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        states = output[0] if isinstance(output, tuple) else output
+        states = states.reshape(*asked[0].shape, states.shape[-1])
+        first = min(1, states.shape[1] - 2)
+        norms = states[:, first:-1].float().norm(dim=-1).mean(-1).tolist()
+        found.update(zip(map(tuple, asked[0].tolist()), norms, strict=True))
 
     last = engine.find_blocks(model).modules[-1]
-    device = execution_device(model.get_input_embeddings())
-    hook = last.register_forward_hook(note)
+    hooks = [
+        model.get_input_embeddings().register_forward_pre_hook(ask),
+        last.register_forward_hook(note),
+    ]
     try:
-        with evaluation_mode(model), torch.inference_mode():
-            for ids in sequences:
-                model(ids[None].to(device), use_cache=False)
+        yield found
     finally:
-        hook.remove()
-    states = [state.reshape(-1, state.shape[-1]).float() for state in seen]
-    return [float(s[min(1, len(s) - 2) : -1].norm(dim=-1).mean()) for s in states]
+        for hook in hooks:
+            hook.remove()
 
 
 def _own_text(recipe: Recipe | None) -> str:

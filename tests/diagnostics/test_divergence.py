@@ -22,6 +22,7 @@ from lm_calib_plugin.diagnostics.divergence import (
 )
 from lm_calib_plugin.diagnostics.divergence_report import buckets, document, half_of
 from lm_calib_plugin.diagnostics.pair import Pair
+from lm_calib_plugin.diagnostics.scoring import divergence_of
 from lm_calib_plugin.diagnostics.tokens import TokenDivergence
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.loading import Loading
@@ -29,7 +30,7 @@ from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
 from tests.bank.corpora import documents, write
 from tests.diagnostics.test_tokens import naive
-from tests.tiny import make_model, make_tokenizer, random_ids, saved_model
+from tests.tiny import ARCHITECTURES, make_model, make_tokenizer, random_ids, saved_model
 
 QUIET = Runtime(progress=False)
 WANDA: dict[str, Any] = {"method": "wanda", "sparsity": 0.5, "nsamples": 6, "seqlen": 12}
@@ -130,8 +131,11 @@ def test_a_planted_hard_document_and_token_are_named() -> None:
 def test_norms_of_the_last_residual_stream() -> None:
     model = make_model()
     sequences = random_ids([9, 2, 14, 1])[:3]
-    found = residual_norms(model, sequences)
-    for norm, ids in zip(found, sequences, strict=True):
+    with residual_norms(model) as found:
+        divergence_of(model, make_model(seed=1), [*sequences, *random_ids([9], seed=4)], False)
+    assert len(found) == 4
+    for ids in sequences:
+        norm = found[tuple(ids.tolist())]
         seen: list[torch.Tensor] = []
         hook = model.model.norm.register_forward_pre_hook(
             lambda _m, args, seen=seen: seen.append(args[0][0])
@@ -142,6 +146,7 @@ def test_norms_of_the_last_residual_stream() -> None:
         rows = seen[0][1:-1] if len(ids) > 2 else seen[0][:-1]
         assert norm == pytest.approx(float(rows.double().norm(dim=-1).mean()), rel=1e-5)
     assert not model.model.layers[-1]._forward_hooks
+    assert not model.model.embed_tokens._forward_pre_hooks
 
 
 def test_sequences_of_one_token_hold_nothing() -> None:
@@ -285,3 +290,13 @@ def test_errors_name_what_was_typed(model: str, tmp_path: Path) -> None:
         ask(model, text, recipe={"calibration": text}, length=4000)
     with pytest.raises(UserError, match=r"^text-samples: .*lower --text-samples or --text-length"):
         ask(model, text, recipe={"calibration": text}, samples=4000)
+
+
+@pytest.mark.parametrize("name", list(ARCHITECTURES))
+def test_every_architecture(name: str) -> None:
+    pair = Pair(make_model(name), make_model(name, seed=1), make_tokenizer(), "a", "b")
+    found = compared("text", drawn(random_ids([12, 7, 12, 9, 5])), pair, progress=False)
+    assert len(set(found.norms)) == 5
+    assert found.related is not None
+    assert all(len(part) == size for part, size in zip(found.parts, [11, 6, 11, 8, 4], strict=True))
+    assert found.worst[0].js == max(float(part.js.max()) for part in found.parts)
