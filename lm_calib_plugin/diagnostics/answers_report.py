@@ -133,7 +133,8 @@ def reliability_diagram(
         x, y = ([part[name] for part in own] for name in ("confidence", "accuracy"))
         color = colors.series(number)
         axis.plot(x, y, color=color, linewidth=1.2, label=canvas.label(model))
-        axis.scatter(x, y, s=[8 + 60 * part["items"] / most for part in own], color=color)
+        sizes = [8 + 60 * part["items"] / most for part in own]
+        axis.scatter(x, y, s=sizes, color=color, linewidths=0, clip_on=False, zorder=3)
     axis.set_xlim(0, 1)
     axis.set_ylim(0, 1)
     axis.set_xlabel("confidence")
