@@ -46,6 +46,10 @@ class Runtime:
     on_leak
         What to do when evaluated items stand in the calibration text: ``warn``, ``error`` (refuse
         to evaluate them) or ``ignore`` (do not look).
+    divergence
+        Run the dense model beside the compressed one during an evaluation, and compare what they
+        say at every scored position of every task; takes about the time of both, and the memory of
+        all weights that compression changes once more.
 
     Raises
     ------
@@ -63,6 +67,7 @@ class Runtime:
     cache: bool | str = False
     split: bool = True
     on_leak: str = "warn"
+    divergence: bool = False
 
     def __post_init__(self) -> None:
         if self.calib_batch_size != "auto":
@@ -70,7 +75,7 @@ class Runtime:
             object.__setattr__(self, "calib_batch_size", size)
         tokens = whole("eval_tokens", self.eval_tokens, lowest=1)
         object.__setattr__(self, "eval_tokens", tokens)
-        for name in ("progress", "export_check", "split"):
+        for name in ("progress", "export_check", "split", "divergence"):
             object.__setattr__(self, name, flag(name, getattr(self, name)))
         for name, allowed in (("on_leak", ON_LEAK), ("export_format", EXPORT_FORMATS)):
             value = getattr(self, name)

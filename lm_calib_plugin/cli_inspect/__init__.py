@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from lm_calib_plugin.cli_arguments import WithRecipe, WithSet
 from lm_calib_plugin.cli_inspect.activations import inspect_activations
+from lm_calib_plugin.cli_inspect.answers import inspect_answers
 from lm_calib_plugin.cli_inspect.divergence import inspect_divergence
 from lm_calib_plugin.cli_inspect.folder import inspect_folder
 from lm_calib_plugin.cli_inspect.generation import inspect_generation
@@ -39,6 +40,7 @@ def add_to(app: typer.Typer) -> None:
     group.command(FOLDER)(inspect_folder)
     group.command("activations", cls=WithSet)(inspect_activations)
     group.command("divergence", cls=WithRecipe)(inspect_divergence)
+    group.command("answers")(inspect_answers)
     group.command("sensitivity", cls=WithRecipe)(inspect_sensitivity)
     group.command("layers")(inspect_layers)
     group.command("generation", cls=WithRecipe)(inspect_generation)

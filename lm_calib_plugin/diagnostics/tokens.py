@@ -37,6 +37,10 @@ class TokenDivergence:
     def __len__(self) -> int:
         return int(self.js.numel())
 
+    def last(self, count: int) -> TokenDivergence:
+        """Return the last positions alone."""
+        return TokenDivergence(*(getattr(self, f.name)[len(self) - count :] for f in fields(self)))
+
     @classmethod
     def joined(cls, parts: list[TokenDivergence]) -> TokenDivergence:
         """Return several as one, in order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_calib_plugin import engine
 from lm_calib_plugin.builtin_models import resolve_pretrained
-from lm_calib_plugin.checks import check_calibration, sequence_length
+from lm_calib_plugin.checks import check_calibration, check_whole, sequence_length
 from lm_calib_plugin.compression import compress, is_main_process
+from lm_calib_plugin.diagnostics.pair import share_equal, twin
 from lm_calib_plugin.errors import CalibError, UserError, install_short_excepthook, listed
 from lm_calib_plugin.guard import check_agreed, several_processes
 from lm_calib_plugin.harness.arguments import (
@@ -20,6 +22,7 @@ from lm_calib_plugin.harness.arguments import (
     split_arguments,
 )
 from lm_calib_plugin.harness.cache_guard import guard_response_cache
+from lm_calib_plugin.harness.divergence import Watch
 from lm_calib_plugin.harness.keeping import Keeping
 from lm_calib_plugin.harness.leakage import LeakCheck
 from lm_calib_plugin.harness.speed import Speed
@@ -29,6 +32,7 @@ from lm_calib_plugin.recipe import read_arguments
 from lm_calib_plugin.registry import table
 
 SHOWN_WARNINGS = 5
+COMPARING = "comparing with the dense model"
 
 
 class Calib(HFLM):
@@ -55,6 +59,8 @@ class Calib(HFLM):
         keeping = Keeping(self.recipe, runtime, pretrained, theirs)
         if isinstance(pretrained, str):
             pretrained = resolve_pretrained(pretrained)
+        elif runtime.divergence:
+            check_whole(pretrained, "divergence", COMPARING, "drop divergence=true")
         super().__init__(pretrained=pretrained, **theirs)
         if self._device.type == "meta":
             # Of a model in memory HFLM asks its first weight, which may be offloaded.
@@ -63,7 +69,15 @@ class Calib(HFLM):
             # Adapters become part of the weights before these are compressed.
             self._model = self._model.merge_and_unload()
         keeping.check(self.model)
+        dense = None
+        if runtime.divergence:
+            check_whole(self.model, "divergence", COMPARING)
+            dense = twin(self.model)
         self.report = compress(self.model, self.tokenizer, self.recipe, runtime)
+        self.watch = None
+        if dense is not None:
+            share_equal(dense, self.model)
+            self.watch = Watch(self, dense)
         if theirs.get("trust_remote_code"):
             self.report.warnings.append(
                 "code that came with the model was allowed to run (trust_remote_code)"
@@ -119,29 +133,49 @@ class Calib(HFLM):
             summary["exported"] = self.exported
         summary["leakage"] = self.leak_check.report()
         summary["warnings"] += self.leak_check.warnings()
+        if self.watch is not None:
+            summary["divergence"], notes = self.watch.report()
+            summary["warnings"] += notes
         return {**super().get_model_info(), "compression": summary}
 
     def loglikelihood(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
         """Score continuations, after a look for calibration text among them."""
         self._check_leaks(requests)
-        return super().loglikelihood(requests, *args, **kwargs)
+        with self.watch.scoring(requests) if self.watch else nullcontext():
+            return super().loglikelihood(requests, *args, **kwargs)
 
     def loglikelihood_rolling(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
         """Score running text, after a look for calibration text in it."""
         self._check_leaks(requests)
-        return super().loglikelihood_rolling(requests, *args, **kwargs)
+        with self.watch.scoring(requests, rolling=True) if self.watch else nullcontext():
+            return super().loglikelihood_rolling(requests, *args, **kwargs)
 
     def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
         """Generate, after a look for calibration text in the prompts."""
         self._check_leaks(requests)
-        return super().generate_until(requests, *args, **kwargs)
+        with self.watch.generating(requests) if self.watch else nullcontext():
+            return super().generate_until(requests, *args, **kwargs)
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+        """Score token ids; the dense model has to know whose they are."""
+        if self.watch is not None:
+            self.watch.tokenized(requests)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    def _select_cont_toks(self, logits: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return what is scored of a row, which both models are compared at."""
+        if self.watch is not None:
+            self.watch.scored(*args, **kwargs)
+        return super()._select_cont_toks(logits, *args, **kwargs)
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the model, and count tokens and seconds."""
         with self.speed.timed("scored", inps) as count:
             found: torch.Tensor = super()._model_call(inps, *args, **kwargs)
             count(inps.numel())
-            return found
+        if self.watch is not None:
+            self.watch.passed(inps, found)
+        return found
 
     def _detect_batch_size(self, *args: Any, **kwargs: Any) -> int:
         """Look for the largest batch; its trials are no evaluation."""
@@ -153,7 +187,9 @@ class Calib(HFLM):
         with self.speed.timed("generated", context) as count:
             found: torch.Tensor = super()._model_generate(context, *args, **kwargs)
             count(found.shape[0] * max(0, found.shape[1] - context.shape[1]))
-            return found
+        if self.watch is not None:
+            self.watch.generated(context, kwargs.get("attention_mask"), found, kwargs.get("stop"))
+        return found
 
     def barrier(self) -> None:
         """Wait for the other processes and add up what each has found.
@@ -163,6 +199,8 @@ class Calib(HFLM):
         """
         super().barrier()
         self.leak_check.gather()
+        if self.watch is not None:
+            self.watch.gather()
 
     def _check_leaks(self, requests: list[Any]) -> None:
         try:
@@ -176,6 +214,8 @@ class Calib(HFLM):
         try:
             guard_response_cache(cache_hook.dbdict, self.report.key)
             self.leak_check.watch_cache(cache_hook.dbdict)
+            if self.watch is not None:
+                self.watch.watch_cache(cache_hook.dbdict)
         except UserError:
             install_short_excepthook()
             raise

@@ -33,7 +33,8 @@ from lm_calib_plugin.recipe_file import FILE_ARGUMENT
 from lm_calib_plugin.report import Report
 from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
 
-_RUNTIME = frozenset(RUNTIME_ARGUMENTS) - {"export_dir", "export_format", "on_leak"}
+_NO_USE = {"divergence", "export_dir", "export_format", "on_leak"}
+_RUNTIME = frozenset(RUNTIME_ARGUMENTS) - _NO_USE
 _OPTIONS = ("export_format", "max_shard_size", "overwrite", "keep_calibration", "check")
 
 

@@ -41,7 +41,8 @@ from lm_calib_plugin.integrations.own_tokenizer import tokenizer_of_files
 from lm_calib_plugin.runtime import RUNTIME_ARGUMENTS, Runtime
 
 # The others belong to an evaluation or an export.
-_RUNTIME = frozenset(RUNTIME_ARGUMENTS) - {"export_dir", "export_format", "on_leak"}
+_NO_USE = {"divergence", "export_dir", "export_format", "on_leak"}
+_RUNTIME = frozenset(RUNTIME_ARGUMENTS) - _NO_USE
 _KEY = "quant_method"
 
 

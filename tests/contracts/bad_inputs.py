@@ -109,6 +109,28 @@ def preflight(
     return do
 
 
+def samples(text: str) -> Callable[[], Any]:
+    """Compare answers in a file of this content with themselves."""
+
+    def do() -> Any:
+        Path("samples_t.jsonl").write_text(text)
+        return command("inspect", "answers", "samples_t.jsonl", "samples_t.jsonl")()
+
+    return do
+
+
+def finished_set(*words: str) -> Callable[[], Any]:
+    """Type a command for a model that is calibrated with a set in the folder ``made``."""
+
+    def do() -> Any:
+        from lm_calib_plugin import CalibrationSet
+
+        CalibrationSet.of([[1, 2, 3]], seqlen=3).save("made")
+        return command(*words, "--sparsity", "0.5", "--calibration", "set:made")()
+
+    return do
+
+
 def layer(shape: tuple[int, int], **given: Any) -> Callable[[], Any]:
     """Check a layer against a recipe, as the engine does before it reads any data."""
 
@@ -1470,6 +1492,12 @@ CASES = [
         "progress_text", lambda: Runtime(progress="fancy"), "progress", ("'fancy'", "true or false")
     ),  # type: ignore[arg-type]
     Case("split_text", lambda: Runtime(split="auto"), "split", ("'auto'", "true or false")),  # type: ignore[arg-type]
+    Case(
+        "divergence_text",
+        lambda: Runtime(divergence="js"),  # type: ignore[arg-type]
+        "divergence",
+        ("'js'", "true or false"),
+    ),
     # --- classes of Optimum and configurations of transformers
     Case(
         "on_load_wrong_kind",
@@ -1528,6 +1556,59 @@ CASES = [
         lambda: lm_calib_plugin.CalibConfig.from_dict({"recipe": "/some/file.yaml"}),
         "recipe",
         ("a configuration holds '/some/file.yaml'", "nothing is read from other files"),
+    ),
+    Case(
+        "divergence_of_one_model",
+        command("inspect", "divergence", "--model", "m"),
+        "compressed",
+        ("neither a recipe and --compressed", "--method wanda", "--compressed DIR"),
+    ),
+    Case(
+        "divergence_without_text",
+        command("inspect", "divergence", "--model", "m", "--compressed", "other"),
+        "text",
+        ("missing", "the text to compare the two models on", "--text c4"),
+    ),
+    Case(
+        "divergence_of_a_method_without_data",
+        command(
+            "inspect", "divergence", "--model", "m", "--method", "magnitude", "--sparsity", "0.5"
+        ),
+        "text",
+        ("`magnitude` uses no calibration text", "--text c4"),
+    ),
+    Case(
+        "divergence_on_its_own_finished_set",
+        finished_set("inspect", "divergence", "--model", "m", "--method", "wanda"),
+        "text",
+        ("set:made is a finished set", "not calibrated with", "--text c4"),
+    ),
+    Case(
+        "divergence_fold_typo",
+        command(
+            *("inspect", "divergence", "--model", "m", "--compressed", "other"),
+            *("--text", "random", "--text-fold", "juge"),
+        ),
+        "text-fold",
+        ("'juge'", "did you mean `judge`?"),
+    ),
+    Case(
+        "answers_of_no_samples",
+        command("inspect", "answers", ".", "."),
+        "DENSE",
+        (". is no file of samples", "--log_samples --output_path DIR"),
+    ),
+    Case(
+        "answers_damaged",
+        samples('{"doc_id": 0, "arguments": []'),
+        "DENSE",
+        ("samples_t.jsonl, line 1, is no sample of lm_eval", "evaluate again with --log_samples"),
+    ),
+    Case(
+        "answers_without_choice",
+        samples('{"doc_id": 0, "arguments": [["q", "a"]], "resps": [[["-1", "False"]]]}'),
+        "COMPRESSED",
+        ("no item of t can be compared: 1 no choice between answers", "multiple-choice tasks"),
     ),
     Case(
         "inspect_no_export",
