@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,8 @@ from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
 
 SAMPLES, LENGTH = 8, 128
+# The folders of paths inside an expression.
+_FOLDERS = re.compile(r"(?<=[:(+])[^:(+*)]*/(?=[^/])")
 
 
 @dataclass
@@ -175,6 +178,13 @@ def sensitivity_of(
     return _document(name, told, model, drawn, recipe, compressed, judge)
 
 
+def short_names(texts: Sequence[str]) -> dict[str, str]:
+    """Return what expressions are called in sentences: of paths the last part, where that tells."""
+    short = {text: _FOLDERS.sub("", text) for text in texts}
+    names = list(short.values())
+    return {text: name if names.count(name) == 1 else text for text, name in short.items()}
+
+
 def _check_recipe(recipe: Recipe | None, options: SensitivityOptions) -> None:
     probes = "+".join(options.probes)
     if recipe is None:
@@ -262,8 +272,10 @@ def _depth(
     options: SensitivityOptions,
     runtime: Runtime,
 ) -> None:
+    titles = short_names([text for text, _, _ in drawn])
+    sets = [(titles[text], draw, calibration) for text, draw, calibration in drawn]
     result = probe_depth(
-        model, drawn, unit=options.unit, metrics=options.metrics, progress=runtime.progress
+        model, sets, unit=options.unit, metrics=options.metrics, progress=runtime.progress
     )
     told.findings += depth_findings(result)
     told.sections.append(depth_section(result))
