@@ -17,7 +17,8 @@ BROKEN = 1.0
 class Point:
     """One size of noise: stated, as it is in the stored weights, and what it costs (nats).
 
-    ``each`` are the increases of single seeds; empty where logits were no numbers.
+    The interval is over sequences, for the noise that was drawn; ``each`` are the increases of
+    single seeds, empty where logits were no numbers.
     """
 
     size: float
@@ -29,8 +30,9 @@ class Point:
 
     @property
     def resolved(self) -> bool:
-        """Whether the loss is told from 0."""
-        return self.low > 0
+        """Whether the loss is told from 0, over sequences and by every two seeds (one draw)."""
+        pairs = [self.each[i : i + 2] for i in range(0, len(self.each), 2)]
+        return self.low > 0 and all(sum(pair) > 0 for pair in pairs)
 
     @property
     def finite(self) -> bool:

@@ -17,6 +17,9 @@ _HEAD = (
     "part", "is", "layers", "weights", "ppl without", "recovers", "from", "to", "ppl alone",
     "alone, nats", "from", "to", "damage",
 )  # fmt: skip
+_ROUNDING = 1e-3
+# Sum of the damages of all parts, as a share of the whole, between which they add up.
+_ADDS_UP = (0.9, 1.1)
 _CAPTION = (
     "weights: share of what is compressed. ppl without: perplexity with all but the part "
     "compressed. recovers: share of the loss that goes when the part stays dense, 95 % interval "
@@ -44,10 +47,11 @@ def groups_findings(result: GroupsResult) -> list[str]:
         found.append(_costliest(components, result))
     halves = _ranked(result, HALF)
     if len(halves) == 2:
+        first, second = halves
         found.append(
-            "leaving "
-            + ", ".join(f"{r.group.name} dense recovers {r.recovery.words()}" for r in halves)
-            + f" ({_percent(halves[0].weights)} and {_percent(halves[1].weights)} of the weights)."
+            f"leaving all of {first.group.name} dense recovers {first.recovery.words()}, all of "
+            f"{second.group.name} {second.recovery.words()} ({_percent(first.weights)} and "
+            f"{_percent(second.weights)} of the weights)."
         )
     for row in _ranked(result, END):
         found.append(
@@ -55,17 +59,8 @@ def groups_findings(result: GroupsResult) -> list[str]:
             f"{row.recovery.words()}."
         )
     found += _of_blocks(result)
-    parts = [row for kind in (COMPONENT, BLOCK) for row in result.rows if row.group.kind == kind]
-    if sum(row.weights for row in parts) > 0.999:
-        damage = sum(
-            row.damage.value or 0.0 for row in parts if row.group.kind == parts[0].group.kind
-        )
-        found.append(
-            f"by themselves the parts do {_percent(damage)} of the whole damage in sum"
-            + (": together they do more than each alone." if damage < 0.9 else "")
-            + (": one part makes up for another." if damage > 1.1 else "")
-            + ("" if damage < 0.9 or damage > 1.1 else ": what they do adds up.")
-        )
+    for kind in (COMPONENT, BLOCK):
+        found += _sum_of(result, kind)
     return found
 
 
@@ -136,6 +131,23 @@ def _of_blocks(result: GroupsResult) -> list[str]:
             "this text resolves."
         )
     return found
+
+
+def _sum_of(result: GroupsResult, kind: str) -> list[str]:
+    """Return whether damages add up, where the groups of a kind are everything together."""
+    rows = [row for row in result.rows if row.group.kind == kind]
+    if sum(row.weights for row in rows) < 1 - _ROUNDING:
+        return []
+    damage = sum(row.damage.value or 0.0 for row in rows)
+    meaning = "their damages add up"
+    if damage < _ADDS_UP[0]:
+        meaning = "together they do more than each alone"
+    elif damage > _ADDS_UP[1]:
+        meaning = "one makes up for another"
+    return [
+        f"compressed one at a time, the {kind}s do {_percent(damage)} of the whole damage in sum: "
+        f"{meaning}."
+    ]
 
 
 def _ranked(result: GroupsResult, kind: str) -> list[GroupRow]:

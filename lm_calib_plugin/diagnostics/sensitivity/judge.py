@@ -92,15 +92,9 @@ class Judge:
         except OverflowError:
             return math.inf
 
-    def increase(self, scores: Array | Sequence[Array], base: Array) -> Interval:
-        """Return by how many nats per token models are worse than ``base``.
-
-        Several scores are draws of one thing: the mean over them, with an interval over draws and
-        sequences.
-        """
-        table = np.atleast_2d(np.asarray(scores))
-        same = np.broadcast_to(base, table.shape)
-        return two_level_bootstrap(table, same, weights=self.tokens, expanded=len(table) > 1)
+    def increase(self, scores: Array, base: Array) -> Interval:
+        """Return by how many nats per token a model is worse than that of ``base``."""
+        return two_level_bootstrap(scores[None], base[None], weights=self.tokens)
 
     def share(self, part: Array, whole: Array) -> Share:
         """Return ``mean(part) / mean(whole)``, both differences of scores, ``[sequences]``.

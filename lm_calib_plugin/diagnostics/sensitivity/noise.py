@@ -24,6 +24,7 @@ from lm_calib_plugin.diagnostics.sensitivity.options import ALIGNED, GAUSSIAN, I
 from lm_calib_plugin.diagnostics.sensitivity.parts import chosen_layers
 from lm_calib_plugin.diagnostics.sensitivity.perturb import (
     generator_of,
+    mirrored,
     noisy_inputs,
     weight_noise,
 )
@@ -37,15 +38,16 @@ from lm_calib_plugin.recipe import Recipe
 class Curve:
     """Loss against size, for one kind of noise.
 
-    ``at_rise`` is the size at which the loss has risen by the nats that were asked for,
-    ``like_recipe`` that which costs as much as the recipe; None: outside of the sizes tried.
+    ``at_rise`` is the size at which the loss has risen by the nats that were asked for; None:
+    outside of the sizes tried. ``like_recipe`` are the sizes that cost as much as the recipe, and
+    as the ends of its interval; None where its loss is not told from 0.
     """
 
     kind: str
     points: list[Point]
     slope: Slope | None
     at_rise: float | None
-    like_recipe: float | None = None
+    like_recipe: tuple[float | None, float | None, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,10 @@ class _Bench:
     ) -> Curve:
         points = [self._point(kind, size, seeds) for size in sizes]
         like = None
-        if actual is not None and self.place == WEIGHTS and actual.increase.value > 0:
-            like = size_at(points, actual.increase.value)
+        if actual is not None and self.place == WEIGHTS and actual.increase.low > 0:
+            gap = actual.increase
+            sizes_of = [size_at(points, loss) for loss in (gap.value, gap.low, gap.high)]
+            like = (sizes_of[0], sizes_of[1], sizes_of[2])
         return Curve(kind, points, slope_of(points), size_at(points, rise), like)
 
     def actual(self) -> Actual:
@@ -209,7 +213,7 @@ class _Bench:
                 self.bar.update(seeds - seed)
                 return Point(size, stored, math.inf, math.inf, math.inf, ())
             self.bar.update()
-        interval = self.judge.increase(found, self.dense)
+        interval = self.judge.increase(np.mean(found, axis=0), self.dense)
         each = tuple(self.judge.mean(scores - self.dense) for scores in found)
         return Point(size, stored, interval.value, interval.low, interval.high, each)
 
@@ -225,8 +229,9 @@ class _Bench:
         for layer in self.layers:
             dense, compressed = self.weights.weights_of(layer)
             error = compressed - dense if kind == ALIGNED else None
-            drawn = generator_of("weights", kind, seed, layer.name)
-            value = dense + weight_noise(dense, size, kind, drawn, error)
+            draw, sign = mirrored(kind, seed)
+            drawn = generator_of("weights", kind, draw, layer.name)
+            value = dense + sign * weight_noise(dense, size, kind, drawn, error)
             values[layer.name] = value.to(layer.parameter.dtype)
             moved += float((values[layer.name].double() - dense.double()).square().sum())
             total += float(dense.double().square().sum())

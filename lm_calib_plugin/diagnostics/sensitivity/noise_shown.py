@@ -13,15 +13,17 @@ from lm_calib_plugin.diagnostics.sensitivity.options import ALIGNED, WEIGHTS
 
 TITLE = "Noise of stated size"
 _NAMES = {
-    "gaussian": "Gaussian noise",
-    "uniform": "uniform noise",
-    "aligned": "noise with the signs of the rounding error",
+    "gaussian": "Gaussian noise of {}",
+    "uniform": "uniform noise of {}",
+    "aligned": "noise of {} with the signs of the recipe's error",
 }
 _HEAD = ("noise", "size", "as stored", "NLL rises, nats", "from", "to", "sd of seeds")
 _CAPTION = (
     "size: Frobenius norm of the noise over that of the weight, for each layer (inputs: 2-norm of "
-    "each token). as stored: after the cast to the dtype of the model. 95 % interval over seeds "
-    "and sequences."
+    "each token). as stored: after the cast to the dtype of the model. NLL: mean over seeds, with "
+    "a 95 % interval over sequences for the noise that was drawn. Every two seeds are one noise "
+    "with both signs (not aligned noise), so that what is linear in it cancels in the mean; sd of "
+    "seeds shows it."
 )
 # Relative; how far the cast to the dtype of the model may move the size before it is said.
 _MOVED = 0.05
@@ -29,17 +31,12 @@ _MOVED = 0.05
 
 def noise_findings(result: NoiseResult) -> list[str]:
     """Return what was found, the answer first."""
-    found = []
+    found = _like_recipe(result)
     for curve in result.curves:
-        like = _like_recipe(curve, result)
-        found += [like] if like else []
-    for curve in result.curves:
-        name = _NAMES[curve.kind]
-        where = f"{result.rise:g} nats are lost to {name} on {result.place} of relative size "
-        if curve.at_rise is None:
-            where += where_not(curve.points, result.rise)
-        else:
-            where += f"{curve.at_rise:.3g}"
+        size = where_not(curve.points, result.rise)
+        if curve.at_rise is not None:
+            size = f"{curve.at_rise:.3g}"
+        where = f"{_NAMES[curve.kind].format(size)} on {result.place} costs {result.rise:g} nats"
         slope = curve.slope
         if slope is None:
             where += "; fewer than two sizes give a loss that is resolved and below 1 nat"
@@ -54,9 +51,8 @@ def noise_findings(result: NoiseResult) -> list[str]:
 
 def noise_section(result: NoiseResult) -> Section:
     """Return the evidence: all points, and the curves with the recipe between them."""
-    places = result.place if result.place == WEIGHTS else "inputs"
     sentences = [
-        f"Noise on {places} of {len(result.layers)} layers, each by its own size; slopes are "
+        f"Noise on {result.place} of {len(result.layers)} layers, each by its own size; slopes are "
         f"fitted where the loss is told from 0 and at most {BROKEN:g} nat."
     ]
     if result.no_actual is not None:
@@ -93,26 +89,37 @@ def noise_section(result: NoiseResult) -> Section:
     return Section(TITLE, sentences, [Table(_HEAD, rows, _CAPTION, shown=40)], [figure])
 
 
-def _like_recipe(curve: Curve, result: NoiseResult) -> str:
-    """Return the sentence that compares the recipe with one kind of noise, or nothing."""
+def _like_recipe(result: NoiseResult) -> list[str]:
+    """Return the sentence that lays the recipe on the ruler, if it can be laid there."""
     actual = result.actual
     if actual is None or result.place != WEIGHTS:
-        return ""
+        return []
     start = f"the recipe's weight error of {actual.size:.3g} costs {nats(actual.increase)}"
-    name = _NAMES[curve.kind]
-    if not actual.increase.excludes_zero:
-        return f"{start}: not told from 0, so that no size of {name} is like it."
-    if actual.increase.value < 0:
-        return f"{start}: less than nothing, which no noise does."
-    if curve.like_recipe is None:
-        return f"{start}: as much as {name} {where_not(curve.points, actual.increase.value)}."
-    ratio = curve.like_recipe / actual.size
-    if curve.kind == ALIGNED:
-        meaning = "with its signs, other sizes of single errors do as much harm"
+    if actual.increase.low <= 0:
+        return [f"{start}: no loss that this text resolves, so that no size of noise is like it."]
+    alike = [_alike(curve, result) for curve in result.curves]
+    found = f"{start}: as harmful as {', and as '.join(alike)}"
+    first = result.curves[0]
+    if first.kind != ALIGNED and first.like_recipe is not None:
+        _, low, high = first.like_recipe
+        if low is not None and actual.size < low:
+            found += "; it does more harm than its size says"
+        elif high is not None and actual.size > high:
+            found += "; it does less harm than its size says"
+        elif low is not None and high is not None:
+            found += "; its harm is that of its size"
+    return [f"{found}."]
+
+
+def _alike(curve: Curve, result: NoiseResult) -> str:
+    """Return the noise that costs as much as the recipe: ``Gaussian noise of 0.19 [0.17, 0.2]``."""
+    assert result.actual is not None
+    assert curve.like_recipe is not None
+    value, low, high = curve.like_recipe
+    if value is None:
+        size = where_not(curve.points, result.actual.increase.value)
     else:
-        meaning = "the model takes it like noise of no direction"
-    if ratio < 1 / 1.15:
-        meaning = "it does more harm than its size says"
-    elif ratio > 1.15:
-        meaning = "it does less harm than its size says"
-    return f"{start}: as harmful as {name} of {curve.like_recipe:.3g}; {meaning}."
+        size = f"{value:.3g}"
+        if low is not None and high is not None:
+            size += f" [{low:.3g}, {high:.3g}]"
+    return _NAMES[curve.kind].format(size)

@@ -58,6 +58,15 @@ def input_noise(x: Tensor, size: float, kind: str, generator: torch.Generator) -
     return raw * (size * own / lengths.clamp_min(torch.finfo(torch.float32).tiny))
 
 
+def mirrored(kind: str, seed: int) -> tuple[int, int]:
+    """Return which draw a seed takes, and with which sign.
+
+    Two seeds share a draw, with both signs: what is linear in the noise cancels in their mean, and
+    would drown what small noise does. Signs of ``aligned`` noise are its point and stay.
+    """
+    return (seed, 1) if kind == ALIGNED else (seed // 2, -1 if seed % 2 else 1)
+
+
 def generator_of(*parts: int | str) -> torch.Generator:
     """Return a generator of its own for what the parts name."""
     return torch.Generator().manual_seed(derive_seed("sensitivity", *parts))
@@ -72,15 +81,16 @@ def noisy_inputs(
     Every module has noise of its own, also where several share an input. Of fused experts the
     input of all is disturbed once, and nothing in between.
     """
+    draw, sign = mirrored(kind, seed)
     hooks = []
     for group in engine.by_module(layers):
-        drawn = generator_of("inputs", kind, seed, group[0].name)
+        drawn = generator_of("inputs", kind, draw, group[0].name)
 
         def disturb(
             _module: Any, args: Any, kwargs: Any, drawn: torch.Generator = drawn
         ) -> tuple[Any, Any]:
             x = first_input(args, kwargs)
-            noisy = (x.float() + input_noise(x, size, kind, drawn)).to(x.dtype)
+            noisy = (x.float() + sign * input_noise(x, size, kind, drawn)).to(x.dtype)
             if args:
                 return (noisy, *args[1:]), kwargs
             name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))

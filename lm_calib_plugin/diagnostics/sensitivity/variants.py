@@ -152,8 +152,8 @@ def target_layers(model: Any, recipe: Recipe | None) -> list[engine.TargetLayer]
     """Return the layers that a recipe means; without one every linear layer of the blocks."""
     blocks = engine.find_blocks(model, recipe.block_path if recipe else None)
     if recipe is None:
-        return engine.findtarget_layers(blocks)[0]
-    return engine.selecttarget_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)[0]
+        return engine.find_layers(blocks)[0]
+    return engine.select_layers(model, blocks, recipe.targets, recipe.ignore, recipe.untie)[0]
 
 
 def _attributes(layer: engine.TargetLayer) -> list[str]:
