@@ -29,6 +29,7 @@ def inspect_sensitivity(
     text_samples: TextSamples = 8,
     text_length: TextLength = 128,
     text_seed: TextSeed = 0,
+    text_fold: str = typer.Option("judge", help="Documents of it: judge (a fifth), or all."),
     recompress: bool = typer.Option(
         False, "--recompress", help="groups, blocks: compress anew for each, do not exchange."
     ),
@@ -78,7 +79,12 @@ def inspect_sensitivity(
         text,
         recipe,
         options,
-        {"nsamples": text_samples, "seqlen": text_length, "calib_seed": text_seed},
+        {
+            "nsamples": text_samples,
+            "seqlen": text_length,
+            "calib_seed": text_seed,
+            "fold": text_fold,
+        },
         Runtime(progress=not quiet),
     )
     typer.echo(document.text())

@@ -94,6 +94,8 @@ def importances(
     rankings: Sequence[Ranking], names: Sequence[str], unit: str, colors: Palette
 ) -> Any:
     """Draw the importance of every part, a line a ranking, as a share of its largest value."""
+    from matplotlib.ticker import MaxNLocator
+
     height = 2.9 + 0.2 * -(-len(rankings) // 2)
     figure, axis = canvas.new_figure(height, f"Importance of {unit}s", "share of largest", colors)
     for number, (ranking, name) in enumerate(zip(rankings, names, strict=True)):
@@ -109,6 +111,7 @@ def importances(
         )
     axis.axhline(0, color=colors["ink"], linewidth=1, linestyle=":")
     axis.set_xlabel(f"number of the {unit}")
+    axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axis.grid(color=colors["grid"], linewidth=0.7)
     axis.set_axisbelow(True)
     canvas.legend(figure, axis, colors)

@@ -57,6 +57,12 @@ def noise_section(result: NoiseResult) -> Section:
     ]
     if result.no_actual is not None:
         sentences.append(f"No error of the recipe stands beside it: {result.no_actual}.")
+    if result.actual is not None and result.place == WEIGHTS:
+        own = result.actual.layers.values()
+        sentences.append(
+            "The size of the recipe's error is one over all layers together; that of single layers "
+            f"is {min(own):.3g} to {max(own):.3g}."
+        )
     moved = [p for c in result.curves for p in c.points if abs(p.stored / p.size - 1) > _MOVED]
     if moved:
         sentences.append(

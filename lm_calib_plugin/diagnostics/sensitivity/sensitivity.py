@@ -155,7 +155,7 @@ def sensitivity_of(
     texts = check_sensitivity(text, recipe, options, text_options)
     check_whole(model, "pretrained", "inspect sensitivity")
     start = time.perf_counter()
-    drawn = [(one, draw, draw_text(r, model, tokenizer, runtime)) for one, draw, r in texts]
+    drawn = [(one, draw, _drawn(one, r, model, tokenizer, runtime)) for one, draw, r in texts]
     told = _Told(seconds={"texts": time.perf_counter() - start})
     compressed = None
     if recipe is not None:
@@ -176,6 +176,22 @@ def sensitivity_of(
             _groups(told, probe, judge, compressed, options, runtime)
         told.seconds[probe] = time.perf_counter() - start
     return _document(name, told, model, drawn, recipe, compressed, judge)
+
+
+def _drawn(
+    text: str, recipe: Recipe, model: Any, tokenizer: Any, runtime: Runtime
+) -> CalibrationSet:
+    try:
+        return draw_text(recipe, model, tokenizer, runtime)
+    except UserError as error:
+        if error.argument not in ("nsamples", "seqlen", "fold"):
+            raise
+        # Its fields have other names here than in a recipe.
+        raise UserError(
+            "text",
+            f"{text}: {str(error).rstrip('.')}",
+            "here these are --text-samples, --text-length and --text-fold",
+        ) from None
 
 
 def short_names(texts: Sequence[str]) -> dict[str, str]:
