@@ -1522,6 +1522,27 @@ CASES = [
         ("holds no calib_files.json", "lm-calib export makes one"),
     ),
     Case(
+        "sensitivity_to_nothing",
+        command("inspect", "sensitivity", "--model", "m", "--text", "random"),
+        "method",
+        ("asks what a recipe does", "--method rtn --bits 3", "--probe depth"),
+    ),
+    Case(
+        "sensitivity_probe_typo",
+        command("inspect", "sensitivity", "--model", "m", "--text", "random", "--probe", "noises"),
+        "probe",
+        ("did you mean `noise`?", "allowed: groups, blocks, noise, depth"),
+    ),
+    Case(
+        "depth_of_a_recipe",
+        command(
+            "inspect", "sensitivity", "--model", "m", "--text", "random", "--probe", "depth",
+            "--method", "rtn",
+        ),  # fmt: skip
+        "method",
+        ("ranked in the dense model", "drop the recipe"),
+    ),
+    Case(
         "unpack_no_archive",
         command("unpack", ".", "../out-of-unpack"),
         "folder",
