@@ -1536,9 +1536,17 @@ CASES = [
     Case(
         "depth_of_a_recipe",
         command(
-            "inspect", "sensitivity", "--model", "m", "--text", "random", "--probe", "depth",
-            "--method", "rtn",
-        ),  # fmt: skip
+            "inspect",
+            "sensitivity",
+            "--model",
+            "m",
+            "--text",
+            "random",
+            "--probe",
+            "depth",
+            "--method",
+            "rtn",
+        ),
         "method",
         ("ranked in the dense model", "drop the recipe"),
     ),

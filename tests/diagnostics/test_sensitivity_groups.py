@@ -248,6 +248,8 @@ def test_a_planted_part_and_block_are_named() -> None:
             assert share.low <= share.value <= share.high
         sentences = groups_findings(result)
         assert any(f"leaving {name} dense" in sentence for sentence in sentences)
+        if name == "mlp.down_proj":
+            assert any(f"for its size {name} is worth most" in s for s in sentences)
         assert all(
             abs(row.recovery.value or 0) < 0.1 for n, row in own.items() if row.group.kind in
             ("component", "block") and n != name

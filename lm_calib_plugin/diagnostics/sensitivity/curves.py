@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -89,6 +89,15 @@ def size_at(points: Sequence[Point], loss: float) -> float | None:
             share = (loss - left.value) / (right.value - left.value)
         return math.exp(math.log(left.stored) + share * math.log(right.stored / left.stored))
     return None
+
+
+def of_seed(points: Sequence[Point], seed: int) -> list[Point]:
+    """Return the points of one seed alone, without intervals."""
+    return [
+        replace(p, value=p.each[seed], low=p.each[seed], high=p.each[seed])
+        for p in points
+        if p.finite
+    ]
 
 
 def where_not(points: Sequence[Point], loss: float) -> str:

@@ -77,7 +77,7 @@ def curves(result: NoiseResult, colors: Palette) -> Any:
         losses.append(actual.increase.value)
         axis.plot(
             [actual.size], [actual.increase.value], "*", color=colors["ink"], markersize=11,
-            linestyle="none", label=canvas.label("the recipe"),
+            linestyle="none", zorder=5, label=canvas.label("the recipe"),
         )  # fmt: skip
     if sizes:
         axis.axhline(result.rise, color=colors["muted"], linewidth=1, linestyle=":")

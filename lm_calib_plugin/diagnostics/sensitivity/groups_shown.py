@@ -20,6 +20,8 @@ _HEAD = (
 _ROUNDING = 1e-3
 # Sum of the damages of all parts, as a share of the whole, between which they add up.
 _ADDS_UP = (0.9, 1.1)
+# How many times more of the loss than of the weights a part has to recover to be named for it.
+_STANDS_OUT = 2.0
 _CAPTION = (
     "weights: share of what is compressed. ppl without: perplexity with all but the part "
     "compressed. recovers: share of the loss that goes when the part stays dense, 95 % interval "
@@ -45,6 +47,7 @@ def groups_findings(result: GroupsResult) -> list[str]:
     components = _ranked(result, COMPONENT)
     if components:
         found.append(_costliest(components, result))
+        found += _densest(components)
     halves = _ranked(result, HALF)
     if len(halves) == 2:
         first, second = halves
@@ -108,6 +111,18 @@ def _costliest(rows: Sequence[GroupRow], result: GroupsResult) -> str:
     if len(rows) > 2:
         text += f"; {least.group.name} matters least with {least.recovery.words()}"
     return f"{text}."
+
+
+def _densest(rows: Sequence[GroupRow]) -> list[str]:
+    """Return the sentence on the component that recovers most for its size, if one stands out."""
+    best = max(rows, key=lambda row: (row.recovery.value or 0.0) / row.weights)
+    value, low = best.recovery.value, best.recovery.low
+    if value is None or low is None or low < _STANDS_OUT * best.weights:
+        return []
+    return [
+        f"for its size {best.group.name} is worth most: {best.recovery.words()} of the loss for "
+        f"{_percent(best.weights)} of the weights."
+    ]
 
 
 def _of_blocks(result: GroupsResult) -> list[str]:

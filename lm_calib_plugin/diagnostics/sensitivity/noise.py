@@ -18,7 +18,13 @@ from tqdm import tqdm
 from lm_calib_plugin import engine
 from lm_calib_plugin.comparison.numbers import Array, Interval
 from lm_calib_plugin.diagnostics.pair import share_equal, twin
-from lm_calib_plugin.diagnostics.sensitivity.curves import Point, Slope, size_at, slope_of
+from lm_calib_plugin.diagnostics.sensitivity.curves import (
+    Point,
+    Slope,
+    of_seed,
+    size_at,
+    slope_of,
+)
 from lm_calib_plugin.diagnostics.sensitivity.judge import Judge, plain
 from lm_calib_plugin.diagnostics.sensitivity.options import ALIGNED, GAUSSIAN, INPUTS, WEIGHTS
 from lm_calib_plugin.diagnostics.sensitivity.parts import chosen_layers
@@ -40,7 +46,8 @@ class Curve:
 
     ``at_rise`` is the size at which the loss has risen by the nats that were asked for; None:
     outside of the sizes tried. ``like_recipe`` are the sizes that cost as much as the recipe, and
-    as the ends of its interval; None where its loss is not told from 0.
+    as the ends of its interval; None where its loss is not told from 0. ``like_recipe_seeds`` is
+    the first of these by each seed alone.
     """
 
     kind: str
@@ -48,6 +55,7 @@ class Curve:
     slope: Slope | None
     at_rise: float | None
     like_recipe: tuple[float | None, float | None, float | None] | None = None
+    like_recipe_seeds: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class NoiseResult:
                     "slope": None if curve.slope is None else vars(curve.slope),
                     "size_at_rise": curve.at_rise,
                     "size_like_recipe": curve.like_recipe,
+                    "size_like_recipe_seeds": list(curve.like_recipe_seeds),
                 }
                 for curve in self.curves
             ],
@@ -178,12 +187,14 @@ class _Bench:
         self, kind: str, sizes: Sequence[float], seeds: int, rise: float, actual: Actual | None
     ) -> Curve:
         points = [self._point(kind, size, seeds) for size in sizes]
-        like = None
+        like: tuple[float | None, float | None, float | None] | None = None
+        single: tuple[float | None, ...] = ()
         if actual is not None and self.place == WEIGHTS and actual.increase.low > 0:
             gap = actual.increase
             sizes_of = [size_at(points, loss) for loss in (gap.value, gap.low, gap.high)]
             like = (sizes_of[0], sizes_of[1], sizes_of[2])
-        return Curve(kind, points, slope_of(points), size_at(points, rise), like)
+            single = tuple(size_at(of_seed(points, i), gap.value) for i in range(seeds))
+        return Curve(kind, points, slope_of(points), size_at(points, rise), like, single)
 
     def actual(self) -> Actual:
         """Return the error of the recipe on the layers in question, all others dense."""

@@ -105,16 +105,24 @@ def _like_recipe(result: NoiseResult) -> list[str]:
         return [f"{start}: no loss that this text resolves, so that no size of noise is like it."]
     alike = [_alike(curve, result) for curve in result.curves]
     found = f"{start}: as harmful as {', and as '.join(alike)}"
-    first = result.curves[0]
-    if first.kind != ALIGNED and first.like_recipe is not None:
-        _, low, high = first.like_recipe
-        if low is not None and actual.size < low:
-            found += "; it does more harm than its size says"
-        elif high is not None and actual.size > high:
-            found += "; it does less harm than its size says"
-        elif low is not None and high is not None:
-            found += "; its harm is that of its size"
-    return [f"{found}."]
+    return [f"{found}{_by_its_size(result.curves[0], actual.size)}."]
+
+
+def _by_its_size(curve: Curve, size: float) -> str:
+    """Return whether the error does more or less harm than noise of its size, if that is known.
+
+    It has to be so for the whole interval of its loss, and by every seed of the noise.
+    """
+    if curve.kind == ALIGNED or curve.like_recipe is None:
+        return ""
+    known = [one for one in (*curve.like_recipe, *curve.like_recipe_seeds) if one is not None]
+    if len(known) < len(curve.like_recipe) + len(curve.like_recipe_seeds):
+        return ""
+    if size < min(known):
+        return "; it does more harm than its size says"
+    if size > max(known):
+        return "; it does less harm than its size says"
+    return "; its harm is that of its size, as far as this text and these seeds tell"
 
 
 def _alike(curve: Curve, result: NoiseResult) -> str:
