@@ -165,3 +165,18 @@ def test_a_text_too_short_says_how_it_is_typed_here(tmp_path: Path) -> None:
         sensitivity_of(model, tokenizer, f"file:{file}", None, options, SMALL | {"nsamples": 99})
     whole = SMALL | {"fold": "all"}
     assert sensitivity_of(model, tokenizer, f"file:{file}", None, options, whole, QUIET).findings
+
+
+@pytest.mark.parametrize("fold", ["all", "choose"])
+def test_documents_that_calibrate_and_judge_are_told(fold: str, tmp_path: Path) -> None:
+    """Data of a file judged on its fifth: told, unless the recipe keeps away from it."""
+    text = text_file(tmp_path)
+    recipe = Recipe(
+        method="wanda", sparsity=0.5, calibration=text, nsamples=4, seqlen=16, fold=fold
+    )
+    found = sensitivity_of(
+        make_model(), make_tokenizer(), text, recipe, SensitivityOptions("blocks"), SMALL, QUIET
+    )
+    assert ("overlap" in found.facts) == (fold == "all")
+    assert "--recompress" in " ".join(found.sections[0].sentences)
+    assert found.data["calibration"]["calib_id"] != found.data["texts"][0]["calib_id"]

@@ -76,6 +76,10 @@ def depth_section(result: DepthResult) -> Section:
         "Ranked on text, never on items of a task: judging by a test split would leak it into what "
         "is removed."
     ]
+    if not any(one == other for one, other, _ in pairs):
+        sentences.append(
+            "One draw of each text: what another draw would change is not known (--draws 2)."
+        )
     return Section(TITLE, sentences, tables, plots)
 
 

@@ -39,7 +39,7 @@ from lm_calib_plugin.diagnostics.sensitivity.variants import (
 from lm_calib_plugin.diagnostics.texts import JUDGE, draw_text, text_recipe
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.loading import Loading, load_model
-from lm_calib_plugin.recipe import Recipe
+from lm_calib_plugin.recipe import ALL_FOLDS, Recipe
 from lm_calib_plugin.runtime import Runtime
 
 SAMPLES, LENGTH = 8, 128
@@ -320,6 +320,11 @@ def _document(
     data: dict[str, Any] = {"model": name, "model_digest": digest, "texts": texts}
     if compressed is not None and recipe is not None:
         facts |= {"recipe": recipe_words(recipe), "recipe key": compressed.report.key[:16]}
+        if judge is not None and recipe.terms and recipe.fold == ALL_FOLDS:
+            facts["overlap"] = (
+                "the recipe may be calibrated with documents of the text; --fold choose keeps them "
+                "apart"
+            )
         data["recipe"] = compressed.report.recipe
         data["key"] = compressed.report.key
         data["calibration"] = compressed.report.calibration
