@@ -30,7 +30,7 @@ from lm_calib_plugin.diagnostics.outliers import inject_outliers
 
 
 def extra(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--factor", type=float, default=64.0, help="of the outliers")
+    parser.add_argument("--factor", type=float, default=32.0, help="of the outliers")
     parser.add_argument("--ignore", default="down_proj", help="layers left as they are, by +")
     parser.add_argument("--observer", default="minmax?first=false", help="what sets static ranges")
 
