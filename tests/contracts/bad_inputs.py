@@ -1645,6 +1645,8 @@ CASES = [
         ),
         "gram_memory",
         ("got 0", "GiB of memory, more than 0", "--no-gram"),
+    ),
+    Case(
         "inspect_layers_no_run",
         command("inspect", "layers", "."),
         "run",
@@ -1673,6 +1675,8 @@ CASES = [
         results_of('{"key": "k", "layers": []}', "my.json", "--propagation"),
         "pretrained",
         ("does not say where its dense model is", "--no-propagation"),
+    ),
+    Case(
         "sensitivity_to_nothing",
         command("inspect", "sensitivity", "--model", "m", "--text", "random"),
         "method",
