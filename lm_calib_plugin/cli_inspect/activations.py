@@ -20,9 +20,11 @@ from lm_calib_plugin.cli_inspect.options import (
 def inspect_activations(
     ctx: typer.Context,
     pretrained: Pretrained,
-    calibration: str = typer.Option(..., metavar="EXPR", help="The set to look at: c4, self..."),
+    calibration: str = typer.Option(
+        ..., metavar="[NAME=]EXPR", help="The set to look at: c4, self, code=file:my.txt..."
+    ),
     against: list[str] = typer.Option(  # noqa: B008
-        [], metavar="EXPR,...", help="Sets to compare it with; may be given several times."
+        [], metavar="[NAME=]EXPR,...", help="Sets to compare it with; may be given several times."
     ),
     gram: bool = typer.Option(True, help="Compare second moments and their subspaces, too."),
     gram_memory: float = typer.Option(

@@ -370,6 +370,8 @@ def test_what_is_asked() -> None:
     recipe = found.recipes["null:ascii"]
     assert (recipe.nsamples, recipe.seqlen, found.seqlen_given) == (4, 256, False)
     assert asked("random", gram=False).gram_bytes == 0
+    named = asked("noise=null:random", ["dots=null:ellipsis,null:shuffle(random)"])
+    assert list(named.recipes) == ["noise", "dots", "null:shuffle(random)"]
 
 
 def run(*arguments: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,8 @@ from lm_calib_plugin.runtime import Runtime
 
 NSAMPLES, SEQLEN = 16, 256
 _GIB = 1 << 30
+# A name before an expression; what stands in parentheses or behind a question mark is part of it.
+_NAMED = re.compile(r"([A-Za-z][\w-]*)=(.+)")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Asked:
     Parameters
     ----------
     recipes
-        Name of each set (its expression) -> its recipe; the first is the one compared with.
+        Name of each set (given, or its expression) -> its recipe; the first is the one compared
+        with.
     seqlen_given
         Whether the length of sequences was asked for, or is our default.
     gram_bytes, transforms
@@ -56,7 +60,8 @@ def asked(
     Parameters
     ----------
     calibration, against
-        Expressions; those of ``against`` may be several in one, with commas between them.
+        Expressions, or NAME=EXPR; those of ``against`` may be several in one, with commas between
+        them.
     options
         Fields of a recipe that decide a set.
     gram, gram_memory
@@ -82,8 +87,9 @@ def asked(
             raise UserError(
                 name, "got an empty expression", "one set between two commas", "for instance c4"
             )
-        recipe = _recipe(text, options, name)
-        title = expression_text(recipe.terms)
+        named = _NAMED.fullmatch(text)
+        recipe = _recipe(named[2] if named else text, options, name)
+        title = named[1] if named else expression_text(recipe.terms)
         if title in recipes:
             raise UserError(name, f"{title} is named twice", "every set once")
         recipes[title] = recipe
