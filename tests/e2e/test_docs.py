@@ -12,6 +12,9 @@ import pytest
 
 from lm_calib_plugin import bank_commands, calibrate, preflight
 from lm_calib_plugin.cli import main
+from lm_calib_plugin.diagnostics import answers, divergence, generation, sensitivity
+from lm_calib_plugin.diagnostics.activations import asking
+from lm_calib_plugin.diagnostics.layers import reading
 from lm_calib_plugin.export import bitmask, command, look
 from lm_calib_plugin.leaderboard import analysis, gate, report, start, verify
 from lm_calib_plugin.leaderboard.tables import Analysis
@@ -19,7 +22,16 @@ from tests.tiny import saved_model
 
 ROOT = Path(__file__).parents[2]
 WORKS = ("calibrate", "preflight", "bank", "draws", "export", "inspect", "pack", "unpack", "cache")
-GUIDES = ("calibration.md", "export.md", "leaderboards.md")
+GUIDES = ("calibration.md", "diagnostics.md", "export.md", "leaderboards.md")
+# What a command of diagnostics calls as soon as all of its arguments are found good.
+DIAGNOSES = {
+    "activations": (asking, "inspected"),
+    "answers": (answers, "read_answers"),
+    "divergence": (divergence, "diagnose"),
+    "generation": (generation, "diagnose"),
+    "layers": (reading, "read_run"),
+    "sensitivity": (sensitivity, "inspect_sensitivity"),
+}
 
 
 def commands(works: tuple[str, ...] = WORKS) -> list[str]:
@@ -29,7 +41,9 @@ def commands(works: tuple[str, ...] = WORKS) -> list[str]:
         for block in re.findall(r"```bash\n(.*?)```", file.read_text(encoding="utf-8"), re.S):
             for line in block.replace("\\\n", " ").splitlines():
                 words = line.partition(" #")[0].split()
-                if words[:1] == ["lm-calib"] and words[1] in works and " ... " not in line:
+                diagnoses = words[1:2] == ["inspect"] and words[2] in DIAGNOSES
+                name = "diagnoses" if diagnoses else "".join(words[1:2])
+                if words[:1] == ["lm-calib"] and name in works and " ... " not in line:
                     found.append(" ".join(words))
     return list(dict.fromkeys(found))
 
@@ -82,6 +96,28 @@ def test_the_command_is_understood(
         main(shlex.split(text)[1:])
     assert ended.value.code in (None, 0)
     assert len(done) == 1
+
+
+@pytest.mark.parametrize("line", commands(("diagnoses",)))
+def test_the_diagnosis_is_understood(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reached(Exception):
+        pass
+
+    def reached(*given: Any, **options: Any) -> Any:
+        raise Reached
+
+    (tmp_path / "code.txt").write_text("x = 1\n" * 1000)
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line)
+    monkeypatch.setattr(*DIAGNOSES[words[2]], reached)
+    with pytest.raises(Reached):
+        main(words[1:])
+
+
+def test_every_diagnosis_is_in_the_guide() -> None:
+    assert {line.split()[2] for line in commands(("diagnoses",))} == set(DIAGNOSES)
 
 
 @pytest.mark.parametrize("line", commands(("leaderboard",)))
