@@ -42,7 +42,7 @@ def small(study: Study) -> None:
     given = study.given
     study.command(
         "inspect", "sensitivity", *study.model_words(), *study.text_words(),
-        "--probe", "noise", "--noise", given.noise, "--noise-seeds", "1",
+        "--probe", "noise", "--noise", given.noise, "--noise-seeds", "2",
         *study.recipe_words(method="rtn", bits=given.bits, group_size=given.group_size),
     )  # fmt: skip
 

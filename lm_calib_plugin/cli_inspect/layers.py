@@ -98,21 +98,9 @@ def inspect_layers(
 def _other(run: Run, compressed: str | None, loading: Loading) -> tuple[Any, str]:
     """Return the compressed model and its name, None and nothing where the recipe makes it.
 
-    Exported folders are checked, file by file and weight by weight.
+    Exported folders are checked, file by file.
     """
-    import dataclasses
-    from pathlib import Path
-
-    from lm_calib_plugin.export.options import FILES
-    from lm_calib_plugin.loading import load_weights
+    from lm_calib_plugin.diagnostics.pair import load_compressed
 
     name = compressed or (str(run.folder) if run.folder else "")
-    if not name:
-        return None, ""
-    if (Path(name).expanduser() / FILES).is_file():
-        from lm_calib_plugin.integrations.exported import CalibModelForCausalLM
-
-        model = CalibModelForCausalLM.from_pretrained(name)
-        return model.to(loading.place()), name
-    plain = dataclasses.replace(loading, pretrained=name, revision="main", subfolder="")
-    return load_weights(plain), name
+    return (load_compressed(name, loading), name) if name else (None, "")

@@ -30,7 +30,7 @@ from lm_calib_plugin.diagnostics.document import Document
 from lm_calib_plugin.diagnostics.pair import Pair, check_pair, open_pair
 from lm_calib_plugin.diagnostics.scoring import divergence_of, logits_of
 from lm_calib_plugin.diagnostics.tally import Tally
-from lm_calib_plugin.diagnostics.texts import JUDGE, draw_text, text_recipe
+from lm_calib_plugin.diagnostics.texts import JUDGE, draw_text, known, text_recipe
 from lm_calib_plugin.diagnostics.tokens import TokenDivergence
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.expression import expression_text
@@ -240,7 +240,7 @@ def _index(pair: Pair) -> ContaminationIndex | None:
     made = pair.calibration
     if made is None:
         return None
-    return ContaminationIndex([plain_text(pair.tokenizer, s.tolist()) for s in made.sequences])
+    return known(pair.tokenizer, made)
 
 
 def _related(rises: Sequence[float], norms: Sequence[float]) -> Interval | None:

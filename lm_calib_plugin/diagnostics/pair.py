@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from lm_calib_plugin.calibration import CalibrationSet
 from lm_calib_plugin.checks import check_calibration, check_whole, vocab_size
 from lm_calib_plugin.compression import compress
 from lm_calib_plugin.errors import UserError
+from lm_calib_plugin.export.look import look
+from lm_calib_plugin.export.options import FILES
 from lm_calib_plugin.expression import expression_text
-from lm_calib_plugin.loading import Loading, load_model
+from lm_calib_plugin.loading import Loading, load_model, load_weights
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.report import Report
 from lm_calib_plugin.runtime import Runtime
@@ -88,8 +91,7 @@ def open_pair(
     dense, tokenizer = load_model(loading)
     if recipe is None:
         assert compressed is not None
-        own = dataclasses.replace(loading, pretrained=compressed, revision="main", subfolder="")
-        other, _ = load_model(own)
+        other = load_compressed(compressed, loading)
         if vocab_size(other) != vocab_size(dense):
             raise UserError(
                 "compressed",
@@ -103,6 +105,31 @@ def open_pair(
     report = compress(other, tokenizer, recipe, runtime or Runtime())
     share_equal(dense, other)
     return Pair(dense, other, tokenizer, loading.pretrained, recipe_words(recipe), report)
+
+
+def load_compressed(name: str, loading: Loading) -> Any:
+    """Return a model that is compressed already, loaded as the dense one is.
+
+    Every file of a folder that we exported is checked first.
+
+    Raises
+    ------
+    UserError
+        When it can not be loaded, or is not whole.
+    """
+    folder = Path(name).expanduser()
+    if (folder / FILES).is_file():
+        found = look(folder, progress=False)
+        if found.whole is False:
+            raise UserError(
+                "compressed",
+                f"{name} is damaged",
+                "a folder that is whole",
+                f"lm-calib inspect {name}",
+            )
+    return load_weights(
+        dataclasses.replace(loading, pretrained=name, revision="main", subfolder="")
+    )
 
 
 def twin(model: nn.Module, argument: str = "pretrained") -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 from lm_calib_plugin import engine
 from lm_calib_plugin.bank.mixtures import draw, make_task
 from lm_calib_plugin.calibration import CalibrationSet
+from lm_calib_plugin.calibration.contamination import ContaminationIndex, words
+from lm_calib_plugin.calibration.set_folder import decoded as plain_text
 from lm_calib_plugin.checks import check_calibration, sequence_length
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.expression import NO_DATA
@@ -59,6 +61,18 @@ def draw_text(
     with left_as_found(model):
         task = make_task(recipe, model, tokenizer, seqlen=seqlen, runtime=runtime or Runtime())
         return draw(task).calibration
+
+
+def known(tokenizer: Any, calibration: CalibrationSet) -> ContaminationIndex:
+    """Return the word sequences of a set, to look for them in a text."""
+    return ContaminationIndex([plain_text(tokenizer, s.tolist()) for s in calibration.sequences])
+
+
+def overlap(tokenizer: Any, calibration: CalibrationSet, text: CalibrationSet) -> int:
+    """Return how many sequences of a text hold 13 words in a row of a calibration set."""
+    index = known(tokenizer, calibration)
+    parts = [words(plain_text(tokenizer, s.tolist())) for s in text.sequences]
+    return sum(index.find(part) is not None for part in parts)
 
 
 def decoded(tokenizer: Any, ids: Any, limit: int = 400) -> str:

@@ -74,6 +74,10 @@ class Watch:
         for request, (_, context, continuation) in zip(self._requests, requests, strict=True):
             self._expect(Place(request), context, continuation)
 
+    def release(self) -> None:
+        """Forget the logits of the last batch, before the next one needs their memory."""
+        self._batch = None
+
     def passed(self, inputs: Tensor, logits: Tensor) -> None:
         """Take a batch that the model has been run on, and run the dense model on it.
 

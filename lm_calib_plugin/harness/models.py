@@ -170,6 +170,8 @@ class Calib(HFLM):
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the model, and count tokens and seconds."""
+        if self.watch is not None:
+            self.watch.release()
         with self.speed.timed("scored", inps) as count:
             found: torch.Tensor = super()._model_call(inps, *args, **kwargs)
             count(inps.numel())

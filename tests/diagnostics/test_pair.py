@@ -12,6 +12,7 @@ from lm_calib_plugin.diagnostics.pair import check_pair, open_pair, recipe_words
 from lm_calib_plugin.diagnostics.scoring import divergence_of, nll_of
 from lm_calib_plugin.diagnostics.texts import decoded, draw_text, text_recipe
 from lm_calib_plugin.errors import NumericalError, UserError
+from lm_calib_plugin.export.command import export
 from lm_calib_plugin.loading import Loading
 from lm_calib_plugin.recipe import Recipe
 from lm_calib_plugin.runtime import Runtime
@@ -44,6 +45,26 @@ def test_a_compressed_model_that_is_there(tmp_path: Path) -> None:
     small = saved_model(tmp_path / "c", vocab_size=50)
     with pytest.raises(UserError, match="50 token ids"):
         open_pair(Loading(dense), compressed=small)
+
+
+def test_an_export_on_packed_levels(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64}
+    dense, out = saved_model(tmp_path / "dense", **sizes), tmp_path / "out"
+    recipe = Recipe(method="rtn", bits=4, group_size=32)
+    export(recipe, Loading(dense), out, runtime=QUIET)
+    there = open_pair(Loading(dense), compressed=str(out))
+    made = open_pair(Loading(dense), recipe, runtime=QUIET)
+    ids = random_ids([9, 12])
+    found = divergence_of(there.dense, there.compressed, ids, progress=False)
+    wanted = divergence_of(made.dense, made.compressed, ids, progress=False)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.js, other.js, rtol=1e-4, atol=1e-7)
+    weights = out / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="is damaged"):
+        open_pair(Loading(dense), compressed=str(out))
 
 
 def test_one_thing_to_compare_with() -> None:

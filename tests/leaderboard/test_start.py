@@ -102,7 +102,7 @@ def test_who_is_stopped_says_how_to_go_on(
 def test_cells_of_others_are_named_and_those_left_are_1(tmp_path: Path) -> None:
     cells = light_cells()
     with Claims(tmp_path).claim(cells[0].key):
-        Claims(tmp_path).begin(cells[0].key)
+        Claims(tmp_path).begin(cells[0].key, 0)
         found = outcome(cells[:1], tmp_path)
         assert (found.code, "1 are measured by another process" in found.words) == (0, True)
         found = outcome(cells, tmp_path)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_calib_plugin.calibration.seeds import derive_seed
 from lm_calib_plugin.engine import TargetLayer
 from lm_calib_plugin.quantization.activations import ActivationSpec
 
-# Rows of one chunk that output errors are measured on, evenly spread; inputs are looked at whole.
+# Rows of one chunk that output errors are measured on, drawn at random; inputs are looked at whole.
 MEASURED_ROWS = 512
 
 
@@ -83,6 +84,15 @@ class Measured:
             if theirs is not None:
                 setattr(self, name, (mine or 0.0) + theirs)
 
+    def scale(self, times: float) -> None:
+        """Count every row that the sums are over so many times."""
+        self.energy *= times
+        self.weights *= times
+        self.beyond, self.values = round(self.beyond * times), round(self.values * times)
+        for name in ("inputs", "both"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name) * times)
+
     @property
     def error(self) -> float | None:
         """Relative squared output error of the weights alone, as in the report."""
@@ -140,13 +150,26 @@ class Listener:
     def __call__(self, number: int, rows: Tensor, _owners: Tensor) -> None:
         """Take rows ``[tokens, in]`` of a group."""
         seen = InputSeen.of(rows)
-        sample = rows[:: max(1, -(-len(rows) // MEASURED_ROWS))].float()
+        sample, times = _sample(rows)
         for layer in self.groups[number]:
             measured = Measured(layer.name, seen)
             twin = self.twins.get(layer.name)
             if self.errors and twin is not None and twin.shape == layer.shape:
                 _measure(measured, layer, twin, sample, self.rounded.get(layer.name))
+                measured.scale(times)
             self.found[layer.name] = measured
+
+
+def _sample(rows: Tensor) -> tuple[Tensor, float]:
+    """Return some rows in float32, and for how many each stands, so that no chunk counts more.
+
+    At random: every so many rows would be first tokens too often, where lengths are even.
+    """
+    if len(rows) <= MEASURED_ROWS:
+        return rows.float(), 1.0
+    generator = torch.Generator().manual_seed(derive_seed("layers", "rows", len(rows)))
+    chosen = torch.randperm(len(rows), generator=generator)[:MEASURED_ROWS].sort().values
+    return rows[chosen.to(rows.device)].float(), len(rows) / MEASURED_ROWS
 
 
 def _measure(

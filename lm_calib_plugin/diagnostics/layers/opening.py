@@ -16,7 +16,7 @@ from lm_calib_plugin.compression import compress
 from lm_calib_plugin.diagnostics.layers.coordinates import rotated, scaled
 from lm_calib_plugin.diagnostics.layers.reading import ARGUMENT, LAYERS, Run
 from lm_calib_plugin.diagnostics.pair import recipe_words, share_equal, twin
-from lm_calib_plugin.diagnostics.texts import JUDGE, draw_text, text_recipe
+from lm_calib_plugin.diagnostics.texts import JUDGE, draw_text, overlap, text_recipe
 from lm_calib_plugin.errors import UserError
 from lm_calib_plugin.expression import expression_text
 from lm_calib_plugin.loading import Loading, load_model
@@ -180,6 +180,12 @@ def open_models(
         notes += _same_compressed(run, compressed)
     text = _drawn(texts, dense, tokenizer, runtime, notes)
     used = used or _calibration(run, dense, tokenizer, runtime, notes)
+    shared = 0 if used is None else overlap(tokenizer, used, text)
+    if shared:
+        notes.append(
+            f"{shared} of {len(text.sequences)} sequences of the text hold 13 words in a row of "
+            "the calibration set: over-fit shows less there; calibrate with fold=choose"
+        )
     path = None if run.recipe is None else run.recipe.block_path
     notes += rotated(dense, run.recipe)
     unlike, more = scaled(dense, compressed, run.transforms, path)
