@@ -60,6 +60,14 @@ def test_tables_of_performance_are_those_of_the_results() -> None:
     assert tables.filled(page) == page
 
 
+@pytest.mark.parametrize("name", GUIDES)
+def test_nothing_is_left_to_fill_in(name: str) -> None:
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert not re.search(r"@@|TODO|XXX", text)
+    for target in re.findall(r"\]\(((?!https?:|#)[^)#]+)", text):
+        assert (ROOT / "docs" / target).exists(), target
+
+
 def test_there_are_commands() -> None:
     assert {line.split()[1] for line in commands()} == set(WORKS)
 
