@@ -17,12 +17,10 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import torch
 from common import Paper, Study, main, table
 
-from lm_calib_plugin import engine
 from lm_calib_plugin.comparison import spearman
-from lm_calib_plugin.guard import evaluation_mode
+from lm_calib_plugin.diagnostics.divergence import residual_norms
 
 
 def extra(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +48,9 @@ PAPER = Paper(
 def small(study: Study) -> None:
     given = study.given
     held = [*study.judged_on(study.text), *study.judged_on(study.other)]
-    before = np.array([float(one.mean()) for one in study.nll(study.model, held)])
+    with residual_norms(study.model) as noted:
+        before = np.array([float(one.mean()) for one in study.nll(study.model, held)])
+    norms = [noted[tuple(ids.tolist())] for ids in held]
     rises = {}
     for method in given.methods.split(","):
         fields: dict[str, Any] = {"method": method, "bits": given.bits}
@@ -59,7 +59,6 @@ def small(study: Study) -> None:
             fields["calibration"] = study.text
         after = study.nll(study.compressed(**fields), held)
         rises[method] = np.array([float(one.mean()) for one in after]) - before
-    norms = residual_norms(study.model, held)
     rows = []
     for a, b in combinations(rises, 2):
         rank = spearman(rises[a].tolist(), rises[b].tolist())
@@ -86,23 +85,6 @@ def small(study: Study) -> None:
             ),
         ],
     )  # fmt: skip
-
-
-def residual_norms(model: Any, sequences: Any) -> list[float]:
-    """Return the mean norm of what the last block gives, first token left out, by sequence."""
-    seen: list[Any] = []
-    last = engine.find_blocks(model).modules[-1]
-    hook = last.register_forward_hook(
-        lambda _m, _i, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
-    device = model.get_input_embeddings().weight.device
-    try:
-        with evaluation_mode(model), torch.inference_mode():
-            for ids in sequences:
-                model(ids[None].to(device), use_cache=False)
-    finally:
-        hook.remove()
-    return [float(s.flatten(0, -2)[1:].float().norm(dim=-1).mean()) for s in seen]
 
 
 if __name__ == "__main__":

@@ -159,12 +159,17 @@ def share_equal(dense: nn.Module, other: nn.Module) -> int:
                 or found.shape != mine.shape
                 or found.dtype != mine.dtype
                 or found.device != mine.device
-                or not torch.equal(found, mine)
+                or not torch.equal(_bits(found), _bits(mine))
             ):
                 continue
             found.data = mine.data
             saved += mine.numel() * mine.element_size()
     return saved
+
+
+def _bits(value: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as bytes: zeros of both signs differ."""
+    return value.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def recipe_words(recipe: Recipe) -> str:

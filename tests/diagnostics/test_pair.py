@@ -78,11 +78,13 @@ def test_sharing_keeps_every_number() -> None:
     other = copy.deepcopy(dense)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(2)
+        for model, zero in ((dense, 0.0), (other, -0.0)):  # equal, but not the same bits
+            model.model.layers[0].mlp.up_proj.weight[0, 0] = zero
     before = {name: p.clone() for name, p in other.named_parameters()}
     saved = share_equal(dense, other)
     bytes_of = sum(p.numel() * p.element_size() for p in [*dense.parameters(), *dense.buffers()])
     changed = other.model.layers[1].mlp.up_proj.weight
-    assert saved == bytes_of - changed.numel() * 4
+    assert saved == bytes_of - 2 * changed.numel() * 4
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
 
 
